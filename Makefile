@@ -1,0 +1,74 @@
+# A fresh machine needs two of these: make sample and make test. CONTRIBUTING.md describes the rest.
+PYTHON ?= python3
+VENV ?= .venv
+# Words such as torch==2.4.0 replace the pin of that name in constraints.txt; a bare name lifts it.
+VERSIONS ?=
+
+export PIP_NO_INPUT := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := $(VENV)/bin
+PINS := $(VENV)/constraints.txt
+INSTALL := $(BIN)/pip install --constraint $(PINS)
+SOURCES := pyproject.toml setup.py CMakeLists.txt \
+	$(shell find csrc fastddpm -type f ! -name '*.pyc' ! -name '*.so' ! -name _build_info.json)
+NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+
+.PHONY: sample test slow bench lint format oldest newest clean
+
+sample: $(VENV)/installed
+	$(BIN)/fastddpm sample -n 16 -o samples.png
+
+test: $(VENV)/test
+	$(BIN)/pytest
+
+slow: $(VENV)/test
+	$(BIN)/pytest -m slow
+
+bench: $(VENV)/bench
+	$(BIN)/python benchmarks/steps_per_sec.py
+	$(BIN)/python benchmarks/kernels.py
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(NATIVE)
+
+# The test suite with the oldest torch that pyproject.toml admits, and with the newest there is. Each torch asks for
+# its own triton. diffusers of today needs torch 2.6; 0.35.2 is the last that torch 2.4 can import whole.
+oldest:
+	$(MAKE) test VENV=.venv-oldest VERSIONS="torch==2.4.0 triton diffusers==0.35.2"
+
+newest:
+	$(MAKE) test VENV=.venv-newest VERSIONS="torch triton"
+
+clean:
+	rm -rf .venv .venv-oldest .venv-newest build samples.png .pytest_cache .ruff_cache .hypothesis
+
+# The environment. Empty files in it say which of its parts are there.
+$(PINS): constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastddpm needs Python 3.11 or newer; \
+	name one: make PYTHON=python3.12 ..., this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt pip
+	@sed -e '' $(foreach word,$(VERSIONS),-e '/^$(firstword $(subst ==, ,$(word)))==/d') constraints.txt >$@.new
+	@for word in $(VERSIONS); do echo "$$word" >>$@.new; done
+	@mv $@.new $@
+
+$(VENV)/installed: $(PINS) $(SOURCES)
+	$(INSTALL) --build-constraint $(PINS) .
+	@touch $@
+
+# fastddpm is installed by now: only what the extra adds is fetched.
+$(VENV)/test $(VENV)/bench: $(VENV)/%: $(VENV)/installed
+	$(INSTALL) "fastddpm[$*]"
+	@touch $@
+
+$(VENV)/lint: $(PINS)
+	$(INSTALL) ruff clang-format
+	@touch $@

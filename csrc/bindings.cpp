@@ -1,0 +1,273 @@
+// The Python module fastddpm._C, and the only file that knows Python. A tensor crosses as a tuple
+// (data_ptr, dtype code, numel) or None; sizes and types are checked here once more and kernels trust them.
+// The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace fastddpm {
+namespace {
+
+constexpr int kInt64 = 3;  // the code after those of Dtype
+const char* const kDtypeNames[] = {"float32", "bfloat16", "float16", "int64"};
+
+struct Buffer {
+    const char* name;
+    void* data = nullptr;
+    int dtype = 0;
+    int64_t numel = 0;
+    bool present = false;
+
+    Buffer(const char* name, const py::object& argument) : name(name) {
+        if (argument.is_none()) return;
+        PyObject* tuple = argument.ptr();
+        if (!PyTuple_CheckExact(tuple) || PyTuple_GET_SIZE(tuple) != 3)
+            throw py::type_error(std::string(name) + " must be a tuple (data_ptr, dtype, numel) or None");
+        data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, 0));
+        dtype = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, 1)));
+        numel = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, 2));
+        if (PyErr_Occurred()) throw py::error_already_set();
+        if (dtype < 0 || dtype > kInt64) throw py::type_error(std::string(name) + " has an unknown dtype code");
+        if (numel < 0 || (numel > 0 && !data)) throw py::value_error(std::string(name) + " has no data");
+        present = true;
+    }
+
+    Buffer& required() {
+        if (!present) throw py::type_error(std::string(name) + " is required");
+        return *this;
+    }
+    Buffer& size(int64_t expected) {
+        if (present && numel != expected)
+            throw py::value_error(std::string(name) + " has " + std::to_string(numel) + " elements, expected " +
+                                  std::to_string(expected));
+        return *this;
+    }
+    Buffer& type(int expected) {
+        if (present && dtype != expected)
+            throw py::type_error(std::string(name) + " must be " + kDtypeNames[expected] + ", is " +
+                                 kDtypeNames[dtype]);
+        return *this;
+    }
+    Buffer& float32_or_bfloat16() {
+        if (present && dtype > 1)
+            throw py::type_error(std::string(name) + " must be float32 or bfloat16, is " + kDtypeNames[dtype]);
+        return *this;
+    }
+    Buffer& floating() {
+        if (present && dtype == kInt64) throw py::type_error(std::string(name) + " must be of a floating dtype");
+        return *this;
+    }
+
+    float* floats() { return static_cast<float*>(type(0).data); }
+    int64_t* int64s() { return static_cast<int64_t*>(type(kInt64).data); }
+    Dtype code() const { return static_cast<Dtype>(dtype); }
+};
+
+void check(bool ok, const char* message) {
+    if (!ok) throw py::value_error(message);
+}
+
+// The product of sizes, or an error where it leaves int64.
+template <class... Rest>
+int64_t product(int64_t first, Rest... rest) {
+    int64_t result = first;
+    bool overflow = first < 0;
+    for (int64_t size : {static_cast<int64_t>(rest)...})
+        overflow |= size < 0 || __builtin_mul_overflow(result, size, &result);
+    check(!overflow, "sizes must not be negative, nor their product beyond int64");
+    return result;
+}
+
+ChannelVector channel_vector(Buffer buffer, int64_t samples, int64_t channels) {
+    ChannelVector vector;
+    if (!buffer.present) return vector;
+    buffer.floating();
+    bool per_sample = buffer.numel != channels;
+    if (per_sample) buffer.size(product(samples, channels));
+    vector.data = buffer.data;
+    vector.dtype = buffer.code();
+    vector.sample_stride = per_sample ? channels : 0;
+    return vector;
+}
+
+void philox_normal(const py::object& out_, int64_t samples, int64_t elements, uint64_t seed, int64_t stream,
+                   const py::object& t_, int64_t t_all, const py::object& sample_, int64_t first, int threads) {
+    Buffer out("out", out_), t("t", t_), sample("sample", sample_);
+    check(threads >= 1, "threads must be at least 1");
+    check(stream >= 0 && stream < 256, "stream must be in [0, 256)");
+    check(t_all >= 0 && t_all < (int64_t{1} << 32), "t must be in [0, 2^32)");
+    check(first >= 0, "first must not be negative");
+    check(elements < (int64_t{1} << 34), "a sample has at most 2^34 elements");
+    PhiloxNormalArgs args{};
+    args.out = out.required().size(product(samples, elements)).floats();
+    args.samples = samples;
+    args.elements = elements;
+    args.seed = seed;
+    args.stream = static_cast<uint32_t>(stream);
+    args.t = t.size(samples).int64s();
+    args.t_all = t_all;
+    args.sample = sample.size(samples).int64s();
+    args.first = first;
+    args.threads = threads;
+    py::gil_scoped_release release;
+    philox_normal_cpu(args);
+}
+
+void ddpm_step(const py::object& x_, const py::object& x_prev_, bool x_inner, const py::object& o_, bool o_inner,
+               const py::object& x0_last_, const py::object& x0_, const py::object& next_input_, bool next_inner,
+               const py::object& noise_, const py::object& rows_, const py::object& timesteps_,
+               const py::object& state_, int64_t samples, int64_t channels, int64_t o_channels, int64_t pixels,
+               const py::object& clip, int threads) {
+    Buffer x("x", x_), x_prev("x_prev", x_prev_), o("o", o_), x0_last("x0_last", x0_last_), x0("x0", x0_);
+    Buffer next_input("next_input", next_input_), noise("noise", noise_);
+    Buffer rows("rows", rows_), timesteps("timesteps", timesteps_), state("state", state_);
+    check(threads >= 1, "threads must be at least 1");
+    check(o_channels == channels || o_channels == 2 * channels, "o must have as many channels as x, or twice as many");
+    const int64_t numel = product(samples, channels, pixels);
+    check(numel == 0 || numel / samples < (int64_t{1} << 34), "a sample has at most 2^34 elements");
+    DdpmStepArgs args{};
+    args.x = x.required().size(numel).floats();
+    args.x_prev = x_prev.required().size(numel).floats();
+    args.x_inner = x_inner;
+    args.o = o.required().size(product(samples, o_channels, pixels)).float32_or_bfloat16().data;
+    args.o_dtype = o.code();
+    args.o_inner = o_inner;
+    args.x0_last = x0_last.size(numel).floats();
+    args.x0 = x0.size(numel).floats();
+    args.next_input = next_input.size(numel).float32_or_bfloat16().data;
+    args.next_dtype = next_input.code();
+    args.next_inner = next_inner;
+    args.noise = noise.size(numel).floats();
+    args.samples = samples;
+    args.channels = channels;
+    args.o_channels = o_channels;
+    args.pixels = pixels;
+    args.table_rows = timesteps.required().numel;
+    args.timesteps = timesteps.int64s();
+    args.rows = rows.required().size(product(args.table_rows, 9)).floats();
+    args.state = state.required().size(4).int64s();
+    args.clip = !clip.is_none();
+    args.clip_bound = args.clip ? clip.cast<float>() : 0.0f;
+    args.threads = threads;
+    const int64_t row = args.state[2];
+    if (row < 0 || row >= args.table_rows)
+        throw py::value_error("state points at row " + std::to_string(row) + " of a table of " +
+                              std::to_string(args.table_rows));
+    check(args.rows[9 * row + 4] == 0 || args.x0_last, "this row's c2 is not 0, so x0_last is required");
+    py::gil_scoped_release release;
+    ddpm_step_cpu(args);
+}
+
+// What the forward and the backward of group_norm_silu have in common.
+template <class Args>
+void fill_group_norm(Args& args, const py::object& x_, bool inner, const py::object& weight, const py::object& bias,
+                     const py::object& add, const py::object& scale, const py::object& shift, int64_t samples,
+                     int64_t channels, int64_t pixels, int64_t groups, bool silu, int threads) {
+    Buffer x("x", x_);
+    check(threads >= 1, "threads must be at least 1");
+    check(groups >= 1 && channels % groups == 0, "groups must divide channels");
+    args.x = x.required().size(product(samples, channels, pixels)).float32_or_bfloat16().data;
+    args.dtype = x.code();
+    args.inner = inner;
+    args.samples = samples;
+    args.channels = channels;
+    args.pixels = pixels;
+    args.groups = groups;
+    args.weight = channel_vector(Buffer("weight", weight).required().size(channels), samples, channels);
+    args.bias = channel_vector(Buffer("bias", bias).required().size(channels), samples, channels);
+    args.add = channel_vector(Buffer("add", add), samples, channels);
+    args.scale = channel_vector(Buffer("scale", scale), samples, channels);
+    args.shift = channel_vector(Buffer("shift", shift), samples, channels);
+    args.silu = silu;
+    args.threads = threads;
+}
+
+void group_norm_silu(const py::object& x, const py::object& y_, bool inner, const py::object& mean_,
+                     const py::object& rstd_, const py::object& weight, const py::object& bias, const py::object& add,
+                     const py::object& scale, const py::object& shift, int64_t samples, int64_t channels,
+                     int64_t pixels, int64_t groups, float eps, bool silu, int threads) {
+    Buffer y("y", y_), mean("mean", mean_), rstd("rstd", rstd_);
+    GroupNormSiluArgs args{};
+    fill_group_norm(args, x, inner, weight, bias, add, scale, shift, samples, channels, pixels, groups, silu, threads);
+    args.y = y.required().size(samples * channels * pixels).type(static_cast<int>(args.dtype)).data;
+    args.mean = mean.required().size(product(samples, groups)).floats();
+    args.rstd = rstd.required().size(product(samples, groups)).floats();
+    args.eps = eps;
+    py::gil_scoped_release release;
+    group_norm_silu_cpu(args);
+}
+
+void group_norm_silu_backward(const py::object& dy_, const py::object& x, const py::object& dx_, bool inner,
+                              const py::object& mean_, const py::object& rstd_, const py::object& weight,
+                              const py::object& bias, const py::object& add, const py::object& scale,
+                              const py::object& shift, const py::object& sum_g_, const py::object& sum_g_xhat_,
+                              const py::object& sum_dx_, int64_t samples, int64_t channels, int64_t pixels,
+                              int64_t groups, bool silu, int threads) {
+    Buffer dy("dy", dy_), dx("dx", dx_), mean("mean", mean_), rstd("rstd", rstd_);
+    Buffer sum_g("sum_g", sum_g_), sum_g_xhat("sum_g_xhat", sum_g_xhat_), sum_dx("sum_dx", sum_dx_);
+    GroupNormSiluBackwardArgs args{};
+    fill_group_norm(args, x, inner, weight, bias, add, scale, shift, samples, channels, pixels, groups, silu, threads);
+    const int64_t numel = samples * channels * pixels;
+    const int dtype = static_cast<int>(args.dtype);
+    args.dy = dy.required().size(numel).type(dtype).data;
+    args.dx = dx.required().size(numel).type(dtype).data;
+    args.mean = mean.required().size(product(samples, groups)).floats();
+    args.rstd = rstd.required().size(product(samples, groups)).floats();
+    args.sum_g = sum_g.required().size(product(samples, channels)).floats();
+    args.sum_g_xhat = sum_g_xhat.required().size(product(samples, channels)).floats();
+    args.sum_dx = sum_dx.required().size(product(samples, channels)).floats();
+    py::gil_scoped_release release;
+    group_norm_silu_backward_cpu(args);
+}
+
+void timestep_embedding(const py::object& out_, const py::object& t_, const py::object& freq_hi_,
+                        const py::object& freq_lo_, int64_t count, int64_t dim, bool flip, int threads) {
+    Buffer out("out", out_), t("t", t_), freq_hi("freq_hi", freq_hi_), freq_lo("freq_lo", freq_lo_);
+    check(threads >= 1, "threads must be at least 1");
+    check(dim >= 2, "dim must be at least 2");
+    TimestepEmbeddingArgs args{};
+    args.out = out.required().size(product(count, dim)).floats();
+    t.required().size(count);
+    if (t.dtype == kInt64)
+        args.t_int = t.int64s();
+    else
+        args.t_float = t.floats();
+    args.count = count;
+    args.dim = dim;
+    args.freq_hi = freq_hi.required().size(dim / 2).floats();
+    args.freq_lo = freq_lo.required().size(dim / 2).floats();
+    args.flip_sin_to_cos = flip;
+    args.threads = threads;
+    py::gil_scoped_release release;
+    timestep_embedding_cpu(args);
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["version"] = FASTDDPM_VERSION;
+    info["compiler"] = FASTDDPM_COMPILER;
+    info["openmp"] = FASTDDPM_OPENMP != 0;
+    info["cpu_variants"] = py::str(FASTDDPM_CPU_VARIANTS).attr("split")();
+    info["cuda"] = *FASTDDPM_CUDA_REASON == '\0';
+    info["cuda_reason"] = FASTDDPM_CUDA_REASON;
+    return info;
+}
+
+}  // namespace
+}  // namespace fastddpm
+
+PYBIND11_MODULE(_C, module) {
+    using namespace fastddpm;
+    module.def("philox_normal", &philox_normal);
+    module.def("ddpm_step", &ddpm_step);
+    module.def("group_norm_silu", &group_norm_silu);
+    module.def("group_norm_silu_backward", &group_norm_silu_backward);
+    module.def("timestep_embedding", &timestep_embedding);
+    module.def("cpu_variant", &cpu_variant);
+    module.def("build_info", &build_info);
+}

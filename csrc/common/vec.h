@@ -1,0 +1,180 @@
+// SIMD on GCC/Clang vector extensions, as wide as the compile flags allow: 16 floats with AVX-512, 8 with AVX2
+// and FMA, 4 otherwise. + - * / and comparisons are the compiler's own; `mask ? a : b` selects lanes.
+//
+// Sources that include this are compiled once per variant and linked together, so everything here has internal
+// linkage: a weak symbol compiled for AVX-512 must never serve the generic code.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace fastddpm {
+namespace {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define FASTDDPM_VEC_AVX512 1
+constexpr int kLanes = 16;
+#elif defined(__AVX2__) && defined(__FMA__)
+#define FASTDDPM_VEC_AVX2 1
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline vfloat splat(float a) { return vfloat{} + a; }
+inline vint splat(int32_t a) { return vint{} + a; }
+
+inline vint lane_index() {
+    vint v;
+    for (int i = 0; i < kLanes; ++i) v[i] = i;
+    return v;
+}
+
+// All ones in the first `count` lanes.
+inline vint first_lanes(int count) { return lane_index() < count; }
+
+// a*b + c; rounded once wherever the variant has the instruction.
+inline vfloat fma(vfloat a, vfloat b, vfloat c) {
+#if defined(FASTDDPM_VEC_AVX512)
+    return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(FASTDDPM_VEC_AVX2)
+    return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+inline vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
+inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+
+// Lanes added one by one, in order.
+inline double sum_lanes(vfloat v) {
+    double sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += v[i];
+    return sum;
+}
+
+// ---- memory: load(p), load(p, count), store(p, v), store(p, v, count) ----
+// A partial load gives 0 in the lanes past count; neither touches memory past it.
+
+inline vfloat load(const float* p) {
+    vfloat v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(float* p, vfloat v) { __builtin_memcpy(p, &v, sizeof v); }
+
+inline vfloat load(const float* p, int count) {
+    if (count == kLanes) return load(p);
+#if defined(FASTDDPM_VEC_AVX512)
+    return (vfloat)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#elif defined(FASTDDPM_VEC_AVX2)
+    return (vfloat)_mm256_maskload_ps(p, (__m256i)first_lanes(count));
+#else
+    vfloat v{};
+    for (int i = 0; i < count; ++i) v[i] = p[i];
+    return v;
+#endif
+}
+
+inline void store(float* p, vfloat v, int count) {
+    if (count == kLanes) return store(p, v);
+#if defined(FASTDDPM_VEC_AVX512)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+#elif defined(FASTDDPM_VEC_AVX2)
+    _mm256_maskstore_ps(p, (__m256i)first_lanes(count), (__m256)v);
+#else
+    for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
+inline vfloat from_bfloat16(vhalf h) { return (vfloat)(__builtin_convertvector(h, vuint) << 16); }
+
+// Round to nearest even; a NaN stays one (its payload could otherwise round to infinity).
+inline vhalf to_bfloat16(vfloat v) {
+    vuint u = (vuint)v;
+    vuint rounded = u + 0x7fff + ((u >> 16) & 1);
+    vuint kept = v == v ? rounded : u | 0x400000;
+    return __builtin_convertvector(kept >> 16, vhalf);
+}
+
+inline vfloat load(const bfloat16* p) {
+    vhalf h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return from_bfloat16(h);
+}
+
+inline void store(bfloat16* p, vfloat v) {
+    vhalf h = to_bfloat16(v);
+    __builtin_memcpy(p, &h, sizeof h);
+}
+
+inline vfloat load(const bfloat16* p, int count) {
+    if (count == kLanes) return load(p);
+#if defined(FASTDDPM_VEC_AVX512)
+    return from_bfloat16((vhalf)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p));
+#else
+    vhalf h{};
+    for (int i = 0; i < count; ++i) h[i] = p[i].bits;
+    return from_bfloat16(h);
+#endif
+}
+
+inline void store(bfloat16* p, vfloat v, int count) {
+    if (count == kLanes) return store(p, v);
+    vhalf h = to_bfloat16(v);
+#if defined(FASTDDPM_VEC_AVX512)
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), (__m256i)h);
+#else
+    for (int i = 0; i < count; ++i) p[i].bits = h[i];
+#endif
+}
+
+// ---- functions ----
+
+// e^x for |x| <= 87, relative error below 1.2e-7; beyond that the value at +-87, and any finite value for a NaN.
+inline vfloat exp_clamped(vfloat x) {
+    x = max(min(x, splat(87.0f)), splat(-87.0f));
+    // n = round(x / ln 2): adding 1.5 * 2^23 leaves it, biased by 127, in the low bits.
+    const vfloat magic = splat(12582912.0f + 127.0f);
+    vfloat shifted = fma(x, splat(1.44269504f), magic);
+    vfloat n = shifted - magic;
+    // r = x - n ln 2, ln 2 in two parts so that n times the first is exact (n has 8 bits, the part 15).
+    vfloat r = fma(n, splat(-0.693145752f), x);
+    r = fma(n, splat(-1.42860677e-6f), r);
+    // e^r = 1 + r + r^2 p(r), p minimax on |r| <= ln(2) / 2.
+    vfloat p = splat(0.00138144672f);
+    p = fma(p, r, splat(0.00836878084f));
+    p = fma(p, r, splat(0.0416683927f));
+    p = fma(p, r, splat(0.166665196f));
+    p = fma(p, r, splat(0.49999994f));
+    p = fma(p * r, r, r) + 1.0f;
+    vint power = (vint)shifted << 23;  // 2^n as a float's bits
+    return p * (vfloat)power;
+}
+
+// x / (1 + e^-x): tiny for large negative x, x for large positive x, NaN for NaN.
+inline vfloat silu(vfloat x) { return x / (exp_clamped(-x) + 1.0f); }
+
+// d silu(x) / dx = s + x s (1 - s) with s = sigmoid(x) and 1 - s = e^-x s, which doesn't cancel.
+inline vfloat silu_grad(vfloat x) {
+    vfloat e = exp_clamped(-x);
+    vfloat s = splat(1.0f) / (e + 1.0f);
+    return s * fma(x, e * s, splat(1.0f));
+}
+
+}  // namespace
+}  // namespace fastddpm

@@ -1,0 +1,91 @@
+// Chooses, once per process, which build of the CPU kernels this machine runs. Every csrc/cpu/<op>.cpp is compiled
+// once per instruction set into fastddpm::<variant>; this file is compiled for the baseline and defines <op>_cpu.
+// FASTDDPM_CPU_VARIANT=generic|avx2|avx512 asks for a particular one; one that cannot run here is an error.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace fastddpm {
+
+#define FASTDDPM_DECLARE(variant)                                         \
+    namespace variant {                                                   \
+    void philox_normal(const PhiloxNormalArgs&);                          \
+    void ddpm_step(const DdpmStepArgs&);                                  \
+    void group_norm_silu(const GroupNormSiluArgs&);                       \
+    void group_norm_silu_backward(const GroupNormSiluBackwardArgs&);      \
+    void timestep_embedding(const TimestepEmbeddingArgs&);                \
+    }
+
+#define FASTDDPM_KERNELS(variant)                                                                        \
+    {                                                                                                    \
+        #variant, variant::philox_normal, variant::ddpm_step, variant::group_norm_silu,                  \
+            variant::group_norm_silu_backward, variant::timestep_embedding                               \
+    }
+
+FASTDDPM_DECLARE(generic)
+#ifdef FASTDDPM_X86_VARIANTS
+FASTDDPM_DECLARE(avx2)
+FASTDDPM_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Kernels {
+    const char* name;
+    void (*philox_normal)(const PhiloxNormalArgs&);
+    void (*ddpm_step)(const DdpmStepArgs&);
+    void (*group_norm_silu)(const GroupNormSiluArgs&);
+    void (*group_norm_silu_backward)(const GroupNormSiluBackwardArgs&);
+    void (*timestep_embedding)(const TimestepEmbeddingArgs&);
+};
+
+// Fastest first.
+const Kernels variants[] = {
+#ifdef FASTDDPM_X86_VARIANTS
+    FASTDDPM_KERNELS(avx512),
+    FASTDDPM_KERNELS(avx2),
+#endif
+    FASTDDPM_KERNELS(generic),
+};
+
+bool runs_here(const Kernels& variant) {
+#ifdef FASTDDPM_X86_VARIANTS
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!std::strcmp(variant.name, "avx2")) return avx2;
+    if (!std::strcmp(variant.name, "avx512"))
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    return !std::strcmp(variant.name, "generic");
+}
+
+const Kernels& choose() {
+    const char* wanted = std::getenv("FASTDDPM_CPU_VARIANT");
+    std::string possible;
+    for (const Kernels& variant : variants) {
+        if (!runs_here(variant)) continue;
+        if (!wanted || !*wanted || !std::strcmp(variant.name, wanted)) return variant;
+        possible += possible.empty() ? variant.name : std::string(", ") + variant.name;
+    }
+    throw std::runtime_error("FASTDDPM_CPU_VARIANT=" + std::string(wanted) + " cannot run here; this machine runs " +
+                             possible);
+}
+
+const Kernels& kernels() {
+    static const Kernels& chosen = choose();
+    return chosen;
+}
+
+}  // namespace
+
+void philox_normal_cpu(const PhiloxNormalArgs& args) { kernels().philox_normal(args); }
+void ddpm_step_cpu(const DdpmStepArgs& args) { kernels().ddpm_step(args); }
+void group_norm_silu_cpu(const GroupNormSiluArgs& args) { kernels().group_norm_silu(args); }
+void group_norm_silu_backward_cpu(const GroupNormSiluBackwardArgs& args) { kernels().group_norm_silu_backward(args); }
+void timestep_embedding_cpu(const TimestepEmbeddingArgs& args) { kernels().timestep_embedding(args); }
+const char* cpu_variant() { return kernels().name; }
+
+}  // namespace fastddpm

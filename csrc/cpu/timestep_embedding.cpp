@@ -1,0 +1,52 @@
+// out[i, :] = [sin(2 pi t_i f), cos(2 pi t_i f), 0 if dim is odd], cos first if flipped, with f = freq_hi + freq_lo in
+// turns.
+//
+// The turns t*f need more digits than a float32 has: they are formed in float64, less their nearest multiple of a
+// quarter turn; what is left, at most an eighth of a turn, goes to the float32 polynomials of common/philox.h.
+//
+// Work: a task is one row. Bytes: out is written once, the frequencies come from the cache.
+#include "common/parallel.h"
+#include "common/vec_random.h"
+#include "kernels.h"
+
+namespace fastddpm {
+namespace FASTDDPM_VARIANT {
+namespace {
+
+typedef double vdouble __attribute__((vector_size(8 * kLanes)));
+
+void embed(double t, const TimestepEmbeddingArgs& args, float* row) {
+    const int64_t half = args.dim / 2;
+    float* sines = row + (args.flip_sin_to_cos ? half : 0);
+    float* cosines = row + (args.flip_sin_to_cos ? 0 : half);
+    for (int64_t k = 0; k < half; k += kLanes) {
+        const int count = half - k < kLanes ? static_cast<int>(half - k) : kLanes;
+        const vfloat high = load(args.freq_hi + k, count), low = load(args.freq_lo + k, count);
+        const vdouble turns =
+            t * (__builtin_convertvector(high, vdouble) + __builtin_convertvector(low, vdouble));
+        // Adding 1.5 * 2^50 rounds to quarters, and leaves their number in the low bits.
+        const double magic = 0x1.8p50;
+        const vdouble shifted = turns + magic;
+        const vdouble rest = (turns - (shifted - magic)) * 6.283185307179586;
+        typedef uint64_t vbits __attribute__((vector_size(8 * kLanes)));
+        const vuint quarters = __builtin_convertvector((vbits)shifted, vuint);
+        vfloat sine, cosine;
+        sine_cosine<VectorMath>(__builtin_convertvector(rest, vfloat), quarters << 30, sine, cosine);
+        store(sines + k, sine, count);
+        store(cosines + k, cosine, count);
+    }
+    if (args.dim % 2) row[args.dim - 1] = 0.0f;
+}
+
+}  // namespace
+
+void timestep_embedding(const TimestepEmbeddingArgs& args) {
+    const int64_t grain = (kParallelElements + args.dim - 1) / args.dim;
+    parallel_for(args.count, grain, args.threads, [&](int64_t i) {
+        embed(args.t_int ? static_cast<double>(args.t_int[i]) : static_cast<double>(args.t_float[i]), args,
+              args.out + i * args.dim);
+    });
+}
+
+}  // namespace FASTDDPM_VARIANT
+}  // namespace fastddpm

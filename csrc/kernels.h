@@ -1,0 +1,131 @@
+// The whole native surface. Kernels take raw pointers, sizes and layouts: no torch header, no Python.
+// bindings.cpp fills these structs from checked buffers; kernels trust them.
+//
+// Layouts: a tensor [samples, channels, pixels] is either channels outer (pixels contiguous, "NCHW") or
+// channels inner (channels contiguous, "NHWC"), always dense.
+#pragma once
+
+#include <cstdint>
+
+namespace fastddpm {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// Per-channel vector: [channels] (sample_stride = 0) or [samples, channels] (sample_stride = channels).
+struct ChannelVector {
+    const void* data = nullptr;  // null: absent
+    Dtype dtype = Dtype::float32;
+    int64_t sample_stride = 0;
+};
+
+// out[i, e] = the e-th standard normal of (seed, stream, t_i, sample_i); see common/philox.h.
+struct PhiloxNormalArgs {
+    float* out;             // [samples, elements], elements in C*H*W order
+    int64_t samples;
+    int64_t elements;
+    uint64_t seed;
+    uint32_t stream;
+    const int64_t* t;       // [samples], or null: t_all for every sample
+    int64_t t_all;
+    const int64_t* sample;  // [samples], or null: first + i
+    int64_t first;
+    int threads;
+};
+
+// One reverse step with the row that state points at (a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi):
+//   x0     = clamp(a*x + b*o, -clip, clip)            a NaN stays a NaN
+//   x_prev = c0*x0 + c1*x + c2*x0_last + d*o + sigma*exp((f*lv_hi + (1-f)*lv_lo)/2)*z,  f = (v+1)/2
+// v is the second half of o's channels; it is read only where o has 2*channels and (lv_lo, lv_hi) != (0, 0).
+// Terms whose coefficient is 0 are not read.
+struct DdpmStepArgs {
+    const float* x;          // [samples, channels, pixels]
+    float* x_prev;           // same; may be x itself (in place)
+    bool x_inner;            // layout of x, x_prev, x0, x0_last and noise
+    const void* o;           // [samples, o_channels, pixels]
+    Dtype o_dtype;
+    bool o_inner;
+    const float* x0_last;    // null where every row has c2 = 0; may be x0 itself
+    float* x0;               // null: not wanted
+    void* next_input;        // null: not wanted; x_prev in the network's dtype and layout
+    Dtype next_dtype;
+    bool next_inner;
+    const float* noise;      // null: drawn inside from Philox stream 1
+    int64_t samples;
+    int64_t channels;
+    int64_t o_channels;      // channels or 2*channels
+    int64_t pixels;
+    const float* rows;       // [S, 9]
+    const int64_t* timesteps;  // [S]
+    int64_t table_rows;      // S
+    int64_t* state;          // (seed's bits, first, row index, first bad row or -1); row index advances by one
+    bool clip;
+    float clip_bound;
+    int threads;
+};
+
+// y = act(((x + add - mean) * rstd * weight + bias) * (1 + scale) + shift), act = SiLU or identity.
+struct GroupNormSiluArgs {
+    const void* x;  // [samples, channels, pixels]
+    void* y;        // same layout
+    Dtype dtype;    // of x and y
+    bool inner;
+    int64_t samples;
+    int64_t channels;
+    int64_t pixels;
+    int64_t groups;
+    ChannelVector weight, bias;        // [channels]
+    ChannelVector add, scale, shift;   // optional
+    float eps;
+    bool silu;
+    float* mean;  // [samples, groups] of (x + add) minus its group's first element: so a large mean costs no accuracy
+    float* rstd;  // [samples, groups]
+    int threads;
+};
+
+// With z the value before the activation and g = dL/dz (SiLU recomputed from x):
+//   sum_g[n, c] = sum_p g,   sum_g_xhat[n, c] = sum_p g*xhat,   sum_dx[n, c] = sum_p dx
+// from which the caller forms the gradients of weight, bias, scale, shift and add. No atomics: reruns are bit-identical.
+struct GroupNormSiluBackwardArgs {
+    const void* dy;  // layout and dtype of x
+    const void* x;
+    void* dx;
+    Dtype dtype;
+    bool inner;
+    int64_t samples;
+    int64_t channels;
+    int64_t pixels;
+    int64_t groups;
+    ChannelVector weight, bias, add, scale, shift;
+    bool silu;
+    const float* mean;  // as the forward left it: relative to the group's first element
+    const float* rstd;
+    float* sum_g;       // [samples, channels]
+    float* sum_g_xhat;  // [samples, channels]
+    float* sum_dx;      // [samples, channels]
+    int threads;
+};
+
+// out[i, :] = [sin(t_i f), cos(t_i f), 0 if dim is odd] (cos first if flipped). Frequencies come in turns,
+// f_k / (2 pi) = freq_hi[k] + freq_lo[k], split from float64 on the host.
+struct TimestepEmbeddingArgs {
+    float* out;             // [count, dim]
+    const int64_t* t_int;   // [count], or null
+    const float* t_float;   // [count], or null
+    int64_t count;
+    int64_t dim;
+    const float* freq_hi;   // [dim / 2]
+    const float* freq_lo;
+    bool flip_sin_to_cos;
+    int threads;
+};
+
+void philox_normal_cpu(const PhiloxNormalArgs&);
+void ddpm_step_cpu(const DdpmStepArgs&);
+void group_norm_silu_cpu(const GroupNormSiluArgs&);
+void group_norm_silu_backward_cpu(const GroupNormSiluBackwardArgs&);
+void timestep_embedding_cpu(const TimestepEmbeddingArgs&);
+
+// The instruction set that the CPU kernels run on this machine: "avx512", "avx2" or "generic".
+const char* cpu_variant();
+
+}  // namespace fastddpm

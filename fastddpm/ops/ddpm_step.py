@@ -1,0 +1,299 @@
+"""One reverse step of any sampler, fused: prediction to x0, clip, mean, variance, noise.
+
+With o the network's output and a row (a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi):
+
+    x0     = clamp(a*x + b*o, -clip, clip)                          a NaN stays a NaN
+    x_prev = c0*x0 + c1*x + c2*x0_last + d*o + sigma*exp((f*lv_hi + (1-f)*lv_lo)/2)*z,    f = (v+1)/2
+
+For DDPM (Ho et al. 2020, eqs. 7, 11 and 15): c0*x0 + c1*x is the posterior mean, sigma*z the fresh noise. v is the second half
+of an output with 2C channels ("learned_range"); it is read only where (lv_lo, lv_hi) != (0, 0). Terms whose coefficient
+is 0 are not read. z is the `noise` argument, or Philox stream 1 of (seed, timestep, first + i).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import backend
+from ._library import as_int64_bits, check_first, check_seed, layout, native_layout, register, short
+from .philox_normal import Stream, normals_float64
+
+A, B, C0, C1, C2, D, SIGMA, LV_LO, LV_HI = range(9)
+O_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# ---------------------------------------------------------------------------------------------- reference
+
+
+def _term(coefficient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """coefficient * value, and exactly 0 where the coefficient is 0, whatever value holds."""
+    return torch.where(coefficient == 0, 0.0, coefficient * value)
+
+
+def _step(x, o, row, z, x0_last, clip):
+    """(x_prev, x0) for row [9] in x's dtype; nothing here waits for the device."""
+    c = x.shape[1]
+    eps, v = o[:, :c].to(x.dtype), o[:, c:].to(x.dtype)
+    x0 = _term(row[A], x) + _term(row[B], eps)
+    if clip is not None:
+        x0 = x0.clamp(-clip, clip)
+    x_prev = _term(row[C0], x0) + _term(row[C1], x) + _term(row[D], eps)
+    if x0_last is not None:
+        x_prev = x_prev + _term(row[C2], x0_last)
+    if z is not None:
+        sigma = row[SIGMA]
+        if v.shape[1]:
+            f = (v + 1) / 2
+            log_variance = _term(row[LV_HI], f) + _term(row[LV_LO], 1 - f)
+            sigma = torch.where(sigma == 0, 0.0, sigma * (log_variance / 2).exp())
+        x_prev = x_prev + torch.where(row[SIGMA] == 0, 0.0, sigma * z)
+    return x_prev, x0
+
+
+def _normals(x, seed, t, first):
+    """z of stream 1 in x's dtype, for seed's int64 bits, t and first as 0-d tensors or ints."""
+    n = x.shape[0]
+    sample = first + torch.arange(n, device=x.device)
+    t = torch.as_tensor(t, device=x.device).reshape(1)
+    z = normals_float64(x[0].numel() if n else 0, sample, t, seed, Stream.REVERSE)
+    return z.reshape(x.shape).to(x.dtype)
+
+
+def _bad(o, row, c):
+    """Whether what the step reads of o is not finite, a 0-d bool tensor."""
+    bad = ~o[:, :c].isfinite().all()
+    if o.shape[1] > c:
+        bad = bad | (~o[:, c:].isfinite().all() & ((row[LV_LO] != 0) | (row[LV_HI] != 0)))
+    return bad
+
+
+# ----------------------------------------------------------------------------------------- native calling
+
+
+def _launch(x, x_prev, o, x0_last, x0, next_input, noise, rows, timesteps, state, clip):
+    """The compiled kernel on prepared tensors: x, x_prev, x0, x0_last and noise share one native layout."""
+    b, (n, c) = backend.buffer, x.shape[:2]
+    backend.native.ddpm_step(
+        b(x), b(x_prev), layout(x) == "inner", b(o), layout(o) == "inner", b(x0_last), b(x0),
+        b(next_input), next_input is not None and layout(next_input) == "inner", b(noise),
+        b(rows), b(timesteps), b(state), n, c, o.shape[1], x[0, 0].numel() if n * c else 0,
+        clip, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _native(v: torch.Tensor, name: str) -> torch.Tensor:
+    return v.contiguous() if native_layout(v, name) == "dense" else v
+
+
+def _like(v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """v in x's strides (itself where they agree)."""
+    if v is None or layout(v) == layout(x):
+        return v
+    return torch.empty_like(x).copy_(v)
+
+
+# ------------------------------------------------------------------------------------------ registered ops
+
+
+def _functional(x, o, row, noise, seed, t, first, x0_last, clip):
+    if backend.choose(x.device, x.dtype if x.dtype == torch.float64 else o.dtype) == "cpu":
+        x, o = _native(x, "x"), _native(o, "o")
+        x_prev, x0 = torch.empty_like(x), torch.empty_like(x)
+        state = torch.tensor([seed, first, 0, -1])
+        _launch(
+            x, x_prev, o, _like(x0_last, x), x0, None, _like(noise, x),
+            row.float(), torch.tensor([t]), state, clip,
+        )  # fmt: skip
+        return x_prev, x0
+    z = noise
+    if z is None and float(row[SIGMA]) != 0:
+        z = _normals(x, seed, t, first)
+    return _step(x, o, row.to(x), z, x0_last, clip)
+
+
+def _functional_fake(x, o, row, noise, seed, t, first, x0_last, clip):
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+register(
+    "ddpm_step(Tensor x, Tensor o, Tensor row, Tensor? noise, int seed, int t, int first, Tensor? x0_last, "
+    "float? clip) -> (Tensor, Tensor)",
+    _functional,
+    _functional_fake,
+)
+
+
+def _in_place(x, o, rows, timesteps, state, x0, next_input, noise, clip):
+    if backend.choose(x.device, o.dtype) == "cpu":
+        _launch(x, x, _native(o, "o"), x0, x0, next_input, _like(noise, x), rows, timesteps, state, clip)
+        return
+    index = state[2:3]
+    row, t = rows.index_select(0, index)[0], timesteps.index_select(0, index)
+    z = _normals(x, state[0], t, state[1]) if noise is None else noise
+    x_prev, x0_new = _step(x, o, row, z, x0, clip)
+    state[3:4].copy_(torch.where((state[3] < 0) & _bad(o, row, x.shape[1]), state[2], state[3]))
+    state[2:3] += 1
+    x.copy_(x_prev)
+    if x0 is not None:
+        x0.copy_(x0_new)
+    if next_input is not None:
+        next_input.copy_(x_prev)
+
+
+def _in_place_fake(x, o, rows, timesteps, state, x0, next_input, noise, clip):
+    return None
+
+
+register(
+    "ddpm_step_(Tensor(a!) x, Tensor o, Tensor rows, Tensor timesteps, Tensor(b!) state, *, Tensor(c!)? x0=None, "
+    "Tensor(d!)? next_input=None, Tensor? noise=None, float? clip=1.0) -> ()",
+    lambda x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=None, clip=1.0: _in_place(
+        x, o, rows, timesteps, state, x0, next_input, noise, clip
+    ),
+    lambda x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=None, clip=1.0: _in_place_fake(
+        x, o, rows, timesteps, state, x0, next_input, noise, clip
+    ),
+)
+
+
+# ------------------------------------------------------------------------------------------------- public
+
+
+def _check_pair(x, o, clip):
+    allowed = (torch.float32, torch.float64)
+    if x.dim() < 3 or x.dtype not in allowed:
+        raise ValueError(f"x: got {short(x.dtype)} {list(x.shape)}; expected float32 [N, C, *spatial]")
+    n, c, *spatial = x.shape
+    if o.dtype not in (*O_DTYPES, x.dtype):
+        raise ValueError(f"o: got {short(o.dtype)}; expected float32, bfloat16 or float16")
+    if list(o.shape) not in ([n, c, *spatial], [n, 2 * c, *spatial]):
+        raise ValueError(
+            f"o: got shape {list(o.shape)}; expected {[n, c, *spatial]}, or {[n, 2 * c, *spatial]} with a learned variance"
+        )
+    if o.device != x.device:
+        raise ValueError(f"o: is on {o.device}, x is on {x.device}; move one of them")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: got {clip}; expected a positive bound or None")
+    if x.requires_grad or o.requires_grad:
+        raise ValueError("x, o: require grad, and the sampling step has no gradient; call it under torch.no_grad()")
+
+
+def _check_like(name, v, x):
+    if v is not None and (v.shape != x.shape or v.dtype != x.dtype or v.device != x.device):
+        raise ValueError(
+            f"{name}: got {short(v.dtype)} {list(v.shape)} on {v.device}; expected {short(x.dtype)} {list(x.shape)} "
+            f"on {x.device}, as x"
+        )
+
+
+def _prepared(x, o, row, noise, seed, t, first, x0_last, clip):
+    _check_pair(x, o, clip)
+    _check_like("noise", noise, x)
+    _check_like("x0_last", x0_last, x)
+    if not isinstance(row, torch.Tensor):
+        row = torch.tensor(row, dtype=torch.float64)
+    if tuple(row.shape) != (9,) or row.device.type != "cpu":
+        raise ValueError(f"row: got shape {list(row.shape)} on {row.device}; expected 9 coefficients on the CPU")
+    if noise is None and seed is None:
+        if float(row[SIGMA]) != 0:
+            raise ValueError("noise: missing, and no seed to draw it from; pass noise= or seed= and t=")
+        seed, t = 0, 0
+    if noise is None and (t is None or not 0 <= t < 1 << 20):
+        raise ValueError(f"t: got {t}; expected the timestep, an int in [0, 2^20), when the noise is drawn from seed")
+    if x0_last is None and float(row[C2]) != 0:
+        raise ValueError("x0_last: missing, and the row's coefficient c2 is not 0")
+    return row.double()
+
+
+def ddpm_step(
+    x: torch.Tensor,
+    o: torch.Tensor,
+    row: torch.Tensor | Sequence[float],
+    *,
+    noise: torch.Tensor | None = None,
+    seed: int | None = None,
+    t: int | None = None,
+    first: int = 0,
+    x0_last: torch.Tensor | None = None,
+    clip: float | None = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x_prev, x0), both like x, by the formula at the top of this file.
+
+    x: float32 [N, C, *spatial] (float64 goes to the reference). o: the network's output, float32, bfloat16 or float16,
+    [N, C, ...] or [N, 2C, ...]. row: 9 coefficients (see `fastddpm.samplers`), rounded to float32 by the kernels.
+    noise: z, like x; else z is drawn for (seed, t, first + i): seed in [0, 2^64), t the training timestep.
+    clip: bound on x0, None for none. Raises ValueError naming the argument that does not fit, also if x or o require grad.
+    """
+    row = _prepared(x, o, row, noise, seed, t, first, x0_last, clip)
+    return torch.ops.fastddpm.ddpm_step(
+        x, o, row, noise, as_int64_bits(check_seed(seed or 0)), t or 0, check_first(first), x0_last, clip
+    )
+
+
+def ddpm_step_ref(
+    x: torch.Tensor,
+    o: torch.Tensor,
+    row: torch.Tensor | Sequence[float],
+    *,
+    noise: torch.Tensor | None = None,
+    seed: int | None = None,
+    t: int | None = None,
+    first: int = 0,
+    x0_last: torch.Tensor | None = None,
+    clip: float | None = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ddpm_step` in plain PyTorch, in x's dtype: with float64 x and o, the truth."""
+    row = _prepared(x, o, row, noise, seed, t, first, x0_last, clip)
+    if noise is None and float(row[SIGMA]) != 0:
+        noise = _normals(x, as_int64_bits(check_seed(seed)), t, check_first(first))
+    return _step(x, o, row.to(x), noise, x0_last, clip)
+
+
+def ddpm_step_(
+    x: torch.Tensor,
+    o: torch.Tensor,
+    rows: torch.Tensor,
+    timesteps: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    x0: torch.Tensor | None = None,
+    next_input: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    clip: float | None = 1.0,
+) -> None:
+    """The step in place, everything it needs on x's device, so that a captured graph serves every seed and table.
+
+    x: float32 [N, C, *spatial], becomes x_prev. rows float32 [S, 9] and timesteps int64 [S]: the sampler's table.
+    state: int64 [4] = (seed's bits, first, row index, first bad row or -1). Row `state[2]` is taken and state[2] advances by
+    one; state[3] records the first row whose o was not finite. x0: like x, holds the last x0 and receives the new one.
+    next_input: x_prev once more, in the network's dtype and layout. The host is not waited for.
+    """
+    _check_pair(x, o, clip)
+    _check_like("x0", x0, x)
+    _check_like("noise", noise, x)
+    if x.dtype != torch.float32:
+        raise ValueError(f"x: got {short(x.dtype)}; expected float32")
+    for name, v, dtype, shape in (
+        ("rows", rows, torch.float32, [timesteps.numel(), 9]),
+        ("timesteps", timesteps, torch.int64, [timesteps.numel()]),
+        ("state", state, torch.int64, [4]),
+    ):
+        if v.dtype != dtype or list(v.shape) != shape or v.device != x.device or not v.is_contiguous():
+            raise ValueError(
+                f"{name}: got {short(v.dtype)} {list(v.shape)} on {v.device}; expected contiguous {short(dtype)} {shape} "
+                f"on {x.device}"
+            )
+    for name, v in (("x", x), ("x0", x0), ("next_input", next_input)):
+        if v is not None and native_layout(v, name) == "dense":
+            raise ValueError(f"{name}: strides {v.stride()}; expected contiguous or channels_last, as it is written in place")
+    if x0 is not None and layout(x0) != layout(x):
+        raise ValueError(f"x0: strides {x0.stride()}; expected x's memory layout, {x.stride()}")
+    if next_input is not None and (next_input.shape != x.shape or next_input.dtype not in O_DTYPES):
+        raise ValueError(
+            f"next_input: got {short(next_input.dtype)} {list(next_input.shape)}; expected {list(x.shape)} in float32, "
+            "bfloat16 or float16"
+        )
+    torch.ops.fastddpm.ddpm_step_(
+        x, o, rows, timesteps, state, x0=x0, next_input=next_input, noise=noise, clip=clip
+    )

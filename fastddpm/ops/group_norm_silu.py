@@ -1,0 +1,258 @@
+"""GroupNorm followed by SiLU, with what a diffusion U-Net has around it.
+
+    h    = x + add                                            (the projected time embedding)
+    xhat = (h - mean_group(h)) / sqrt(var_group(h) + eps)
+    y    = silu((xhat * weight + bias) * (1 + scale) + shift)
+
+Statistics are taken about the group's first element and in two passes, never as E[h^2] - E[h]^2.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backend
+from ._library import native_layout, register, short
+
+# ---------------------------------------------------------------------------------------------- reference
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _per_channel(v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[C] or [N, C] as something that broadcasts against [N, C, P]."""
+    return v.to(dtype)[..., None]
+
+
+def _grouped(x: torch.Tensor, num_groups: int, add: torch.Tensor | None) -> torch.Tensor:
+    """x + add, minus each group's first element: [N, G, C/G * P]."""
+    h = x.to(_compute_dtype(x)).flatten(2)
+    if add is not None:
+        h = h + _per_channel(add, h.dtype)
+    h = h.reshape(x.shape[0], num_groups, -1)
+    return h - h[..., :1].detach()  # the norm doesn't see a shift, so neither does its gradient
+
+
+def _affine(xhat, weight, bias, scale, shift):
+    """z = (xhat * weight + bias) * (1 + scale) + shift for xhat [N, C, P]."""
+    z = xhat * _per_channel(weight, xhat.dtype) + _per_channel(bias, xhat.dtype)
+    if scale is not None:
+        z = z * (1 + _per_channel(scale, xhat.dtype))
+    if shift is not None:
+        z = z + _per_channel(shift, xhat.dtype)
+    return z
+
+
+def _forward_reference(x, num_groups, weight, bias, eps, add, scale, shift, silu):
+    """(y, mean, rstd): mean [N, G] is relative to the group's first element, rstd = 1/sqrt(var + eps)."""
+    h = _grouped(x, num_groups, add)
+    mean = h.mean(-1, keepdim=True)
+    rstd = ((h - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
+    z = _affine(((h - mean) * rstd).reshape(*x.shape[:2], -1), weight, bias, scale, shift)
+    y = torch.nn.functional.silu(z) if silu else z
+    return y.reshape(x.shape).to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def _backward_reference(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu):
+    """(dx, sum_p g, sum_p g*xhat, sum_p dx) with g = dL/dz; the sums are [N, C]."""
+    n, c = x.shape[:2]
+    xhat = ((_grouped(x, num_groups, add) - mean[..., None]) * rstd[..., None]).reshape(n, c, -1)
+    g = dy.to(xhat.dtype).flatten(2)
+    if silu:
+        z = _affine(xhat, weight, bias, scale, shift)
+        s = z.sigmoid()
+        g = g * (s * (1 + z * (1 - s)))
+    gain = _per_channel(weight, xhat.dtype)
+    if scale is not None:
+        gain = gain * (1 + _per_channel(scale, xhat.dtype))
+    dxhat = (g * gain).reshape(n, num_groups, -1)
+    grouped = xhat.reshape(n, num_groups, -1)
+    mean_d = dxhat.mean(-1, keepdim=True)
+    mean_dx = (dxhat * grouped).mean(-1, keepdim=True)
+    dx = (rstd[..., None] * (dxhat - mean_d - grouped * mean_dx)).reshape(n, c, -1)
+    return dx.reshape(x.shape).to(x.dtype), g.sum(-1), (g * xhat).sum(-1), dx.sum(-1)
+
+
+# ------------------------------------------------------------------------------------------ registered op
+
+
+def _native(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """x in a native layout (itself where it has one) and whether that is channels inner."""
+    kind = native_layout(x, "x")
+    return (x.contiguous(), False) if kind == "dense" else (x, kind == "inner")
+
+
+def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
+    kind = backend.choose(x.device, x.dtype)
+    if kind == "cpu":
+        native, inner = _native(x)
+        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        y_native = y if native is x else torch.empty_like(native)
+        n, c = x.shape[:2]
+        mean, rstd = torch.empty(n, num_groups), torch.empty(n, num_groups)
+        b = backend.buffer
+        backend.native.group_norm_silu(
+            b(native), b(y_native), inner, b(mean), b(rstd),
+            b(weight), b(bias), b(add), b(scale), b(shift),
+            n, c, x[0, 0].numel() if n * c else 0, num_groups, eps, silu, torch.get_num_threads(),
+        )  # fmt: skip
+        if y_native is not y:
+            y.copy_(y_native)
+        return y, mean, rstd
+    native_layout(x, "x")
+    result, mean, rstd = _forward_reference(x, num_groups, weight, bias, eps, add, scale, shift, silu)
+    y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return y.copy_(result), mean, rstd
+
+
+def _forward_fake(x, num_groups, weight, bias, eps, add, scale, shift, silu):
+    statistics = x.new_empty((x.shape[0], num_groups), dtype=_compute_dtype(x))
+    y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return y, statistics, torch.empty_like(statistics)
+
+
+def _backward(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu, kind):
+    dx = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    if kind == "cpu":
+        native, inner = _native(x)
+        dx_native = dx if native is x else torch.empty_like(native)
+        dy_native = dy if dy.stride() == native.stride() else torch.empty_like(native).copy_(dy)
+        n, c = x.shape[:2]
+        sums = torch.empty(3, n, c)
+        b = backend.buffer
+        backend.native.group_norm_silu_backward(
+            b(dy_native), b(native), b(dx_native), inner, b(mean), b(rstd),
+            b(weight), b(bias), b(add), b(scale), b(shift), b(sums[0]), b(sums[1]), b(sums[2]),
+            n, c, x[0, 0].numel() if n * c else 0, num_groups, silu, torch.get_num_threads(),
+        )  # fmt: skip
+        if dx_native is not dx:
+            dx.copy_(dx_native)
+        return dx, *sums.unbind()
+    result, *sums = _backward_reference(
+        dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
+    )
+    return dx.copy_(result), *sums
+
+
+def _backward_fake(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu, kind):
+    dx = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return dx, *(x.new_empty(x.shape[:2], dtype=_compute_dtype(x)) for _ in range(3))
+
+
+register(
+    "group_norm_silu(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, Tensor? add, Tensor? scale, "
+    "Tensor? shift, bool silu) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+register(
+    "group_norm_silu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? add, Tensor? scale, "
+    "Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu, str kind) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, ctx.num_groups, weight, bias, _, add, scale, shift, ctx.silu = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, bias, add, scale, shift, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.kind = backend.choose(x.device, x.dtype)  # backward runs on another thread: remember
+
+
+def _autograd(ctx, dy, *_):
+    x, weight, bias, add, scale, shift, mean, rstd = ctx.saved_tensors
+    dx, sum_g, sum_gx, sum_dx = torch.ops.fastddpm.group_norm_silu_backward(
+        dy, x, weight, bias, add, scale, shift, mean, rstd, ctx.num_groups, ctx.silu, ctx.kind
+    )
+    w, b = weight.to(sum_g.dtype), bias.to(sum_g.dtype)
+    gain = 1 if scale is None else 1 + scale.to(sum_g.dtype)
+    d_weight, d_bias = (sum_gx * gain).sum(0), (sum_g * gain).sum(0)
+    d_scale = None if scale is None else w * sum_gx + b * sum_g
+
+    def like(grad, v):  # [N, C] gradients back to [C] where the input was [C]
+        return None if v is None else (grad.sum(0) if v.dim() == 1 else grad).to(v.dtype)
+
+    return (
+        dx, None, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None,
+        like(sum_dx, add), like(d_scale, scale), like(sum_g, shift), None,
+    )  # fmt: skip
+
+
+torch.library.register_autograd("fastddpm::group_norm_silu", _autograd, setup_context=_setup_context)
+
+
+# ------------------------------------------------------------------------------------------------- public
+
+
+def _check(x, num_groups, weight, bias, eps, add, scale, shift):
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(f"x: got {short(x.dtype)} {list(x.shape)}; expected a floating-point tensor [N, C, *spatial]")
+    n, c = x.shape[:2]
+    if num_groups < 1 or c % num_groups != 0:
+        raise ValueError(f"num_groups: {c} channels cannot be divided into {num_groups} groups")
+    if not eps >= 0:
+        raise ValueError(f"eps: got {eps}; expected a number >= 0")
+    for name, v in (("weight", weight), ("bias", bias), ("add", add), ("scale", scale), ("shift", shift)):
+        optional = name in ("add", "scale", "shift")
+        if v is None and optional:
+            continue
+        shapes = ([c], [n, c]) if optional else ([c],)
+        if list(v.shape) not in shapes:
+            raise ValueError(f"{name}: got shape {list(v.shape)}; expected {' or '.join(map(str, shapes))}")
+        if v.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{name}: got {short(v.dtype)}; expected x's dtype {short(x.dtype)} or float32")
+        if v.device != x.device:
+            raise ValueError(f"{name}: is on {v.device}, x is on {x.device}; move one of them")
+
+
+def _dense(v):
+    return None if v is None else v.contiguous()
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-5,
+    *,
+    add: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    silu: bool = True,
+) -> torch.Tensor:
+    """silu(group_norm(x + add) * (1 + scale) + shift), in x's dtype and with x's exact strides.
+
+    x: [N, C, *spatial], float32, bfloat16, float16 or float64; channels outer (contiguous) and channels inner
+    (channels_last) are native, other dense permutations are copied in and out, overlapping or gapped ones refused.
+    weight, bias: [C]; add, scale, shift: [C] or [N, C]; each in x's dtype or float32.
+    eps: torch's default; the paper's network uses 1e-6. silu=False leaves the activation out.
+    Differentiable once. Raises ValueError naming the argument that does not fit.
+    """
+    _check(x, num_groups, weight, bias, eps, add, scale, shift)
+    y, _, _ = torch.ops.fastddpm.group_norm_silu(
+        x, num_groups, weight.contiguous(), bias.contiguous(), float(eps),
+        _dense(add), _dense(scale), _dense(shift), silu,
+    )  # fmt: skip
+    return y
+
+
+def group_norm_silu_ref(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-5,
+    *,
+    add: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    silu: bool = True,
+) -> torch.Tensor:
+    """`group_norm_silu` in plain, differentiable PyTorch: float32 arithmetic (float64 for float64 x)."""
+    _check(x, num_groups, weight, bias, eps, add, scale, shift)
+    return _forward_reference(x, num_groups, weight, bias, eps, add, scale, shift, silu)[0]

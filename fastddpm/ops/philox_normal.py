@@ -1,0 +1,187 @@
+"""Counter-based noise: Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
+
+    key     = (seed low 32, seed high 32)
+    counter = (e // 4, t + (visit << 20), sample low 32, (sample high 32) xor (stream << 24))
+    u_k     = (w_k + 1/2) 2^-32
+    z       = (r01 cos 2 pi u1, r01 sin 2 pi u1, r23 cos 2 pi u3, r23 sin 2 pi u3),  r01 = sqrt(-2 ln u0), r23 = sqrt(-2 ln u2)
+
+e is the element's index in the sample's C*H*W order, whatever the memory layout. An element's noise depends on
+(seed, stream, t, sample, e) alone: not on the batch, the device, the process or the order of calls.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .. import backend
+from ._library import as_int64_bits, check_first, check_seed, register, short
+
+
+class Stream(enum.IntEnum):
+    """What a draw is for; streams never share a counter."""
+
+    X_T = 0  # the chain's start, t = 0
+    REVERSE = 1  # a reverse step's z
+    FORWARD = 2  # q(x_t | x_0)
+    TIMESTEP = 3  # training timestep, t = (w0 T) >> 32
+    FLIP = 4
+    DROPOUT = 5
+
+
+_MASK = 0xFFFFFFFF
+
+
+def philox_words_ref(
+    counter: Sequence[torch.Tensor | int], seed: torch.Tensor | int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The four 32-bit words of Philox4x32-10, as int64 tensors of the counters' broadcast shape.
+
+    seed: the int64 bit pattern of a seed in [0, 2^64), an int or a 0-d int64 tensor.
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) for c in counter))
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # The 64-bit products may wrap into the sign bit: the masks take the right words all the same.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def first_words(sample: torch.Tensor, *, seed: int, stream: Stream, t: int = 0) -> torch.Tensor:
+    """Word w0 of element 0 for each sample index, int64 [N] in [0, 2^32): for timesteps, flips and dropout seeds."""
+    high = ((sample >> 32) & _MASK) ^ (int(stream) << 24)
+    zero = torch.zeros_like(sample)
+    return philox_words_ref((zero, zero + t, sample & _MASK, high), as_int64_bits(seed))[0]
+
+
+def normals_float64(
+    elements: int, sample: torch.Tensor, t: torch.Tensor, seed: torch.Tensor | int, stream: int
+) -> torch.Tensor:
+    """float64 normals [N, elements] for sample int64 [N] and t int64 [N] or [1]."""
+    quad = torch.arange((elements + 3) // 4, device=sample.device)
+    high = ((sample >> 32) & _MASK) ^ (stream << 24)
+    words = philox_words_ref((quad, t[:, None], (sample & _MASK)[:, None], high[:, None]), seed)
+    u0, u1, u2, u3 = ((w.double() + 0.5) * 2.0**-32 for w in words)
+    r01, r23 = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()
+    a1, a3 = 2 * math.pi * u1, 2 * math.pi * u3
+    z = torch.stack((r01 * a1.cos(), r01 * a1.sin(), r23 * a3.cos(), r23 * a3.sin()), dim=-1)
+    return z.reshape(sample.shape[0], -1)[:, :elements]
+
+
+def _samples(n: int, first: int, sample: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    return torch.arange(first, first + n, device=device) if sample is None else sample
+
+
+def _implementation(
+    shape: Sequence[int],
+    seed: int,
+    stream: int,
+    t_all: int,
+    t: torch.Tensor | None,
+    first: int,
+    sample: torch.Tensor | None,
+    device: torch.device | None,
+) -> torch.Tensor:
+    device = torch.device("cpu") if device is None else device
+    n, elements = shape[0], math.prod(shape[1:])
+    if backend.choose(device) == "cpu":
+        out = torch.empty(shape, dtype=torch.float32)
+        b = backend.buffer
+        backend.native.philox_normal(
+            b(out), n, elements, seed % (1 << 64), stream, b(t), t_all, b(sample), first, torch.get_num_threads()
+        )
+        return out
+    t = torch.tensor([t_all], device=device) if t is None else t
+    z = normals_float64(elements, _samples(n, first, sample, device), t, seed, stream)
+    return z.float().reshape(shape)
+
+
+def _fake(shape, seed, stream, t_all, t, first, sample, device):
+    return torch.empty(shape, dtype=torch.float32, device="cpu" if device is None else device)
+
+
+register(
+    "philox_normal(SymInt[] shape, int seed, int stream, int t_all, Tensor? t, int first, Tensor? sample, "
+    "Device? device) -> Tensor",
+    _implementation,
+    _fake,
+)
+
+
+def _checked(shape, seed, t, stream, first, sample, device):
+    shape = tuple(shape)
+    if not shape or any(size < 0 for size in shape):
+        raise ValueError(f"shape: got {shape}; expected [N, ...] with sizes >= 0")
+    check_seed(seed)
+    check_first(first)
+    if not 0 <= int(stream) < 256:
+        raise ValueError(f"stream: got {stream!r}; expected an int in [0, 256)")
+    if device is None:
+        tensors = [v for v in (t, sample) if isinstance(v, torch.Tensor)]
+        device = tensors[0].device if tensors else torch.device("cpu")
+    device = torch.device(device)
+    for name, value in (("t", t), ("sample", sample)):
+        if isinstance(value, torch.Tensor):
+            if value.dtype != torch.int64 or tuple(value.shape) != (shape[0],):
+                raise ValueError(
+                    f"{name}: got {short(value.dtype)} {list(value.shape)}; expected int64 [{shape[0]}]"
+                )
+            if value.device.type != device.type:
+                raise ValueError(f"{name}: is on {value.device}, the noise is wanted on {device}")
+    if not isinstance(t, torch.Tensor) and not 0 <= t < 1 << 20:
+        raise ValueError(f"t: got {t}; expected an int in [0, 2^20)")
+    return shape, device
+
+
+def philox_normal(
+    shape: Sequence[int],
+    *,
+    seed: int,
+    t: int | torch.Tensor,
+    stream: int,
+    first: int = 0,
+    sample: torch.Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Standard normals, float32 [N, ...], within 4e-6 of the float64 formula at the top of this file.
+
+    seed: int in [0, 2^64). t: the timestep, an int in [0, 2^20) or int64 [N]. stream: see `Stream`.
+    first: row i is sample first + i, in [0, 2^56); `sample` int64 [N] replaces first + arange(N).
+    device: where the noise is wanted; default that of t or sample, else the CPU. Raises ValueError on values out of range.
+    """
+    shape, device = _checked(shape, seed, t, stream, first, sample, device)
+    per_sample = t.contiguous() if isinstance(t, torch.Tensor) else None
+    return torch.ops.fastddpm.philox_normal(
+        shape,
+        as_int64_bits(seed),
+        int(stream),
+        0 if per_sample is not None else t,
+        per_sample,
+        first,
+        None if sample is None else sample.contiguous(),
+        device,
+    )
+
+
+def philox_normal_ref(
+    shape: Sequence[int],
+    *,
+    seed: int,
+    t: int | torch.Tensor,
+    stream: int,
+    first: int = 0,
+    sample: torch.Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """`philox_normal` in plain PyTorch: float64 arithmetic, rounded once to float32."""
+    shape, device = _checked(shape, seed, t, stream, first, sample, device)
+    t = t if isinstance(t, torch.Tensor) else torch.tensor([t], device=device)
+    z = normals_float64(
+        math.prod(shape[1:]), _samples(shape[0], first, sample, device), t, as_int64_bits(seed), int(stream)
+    )
+    return z.float().reshape(shape)

@@ -1,0 +1,101 @@
+"""Sinusoidal timestep embedding (Ho et al. 2020, after Vaswani et al. 2017).
+
+    half = dim // 2,   f_k = exp(-ln(max_period) k / (half - freq_shift)),   [sin(t f), cos(t f)], zero-padded for odd dim
+
+Ho's constants are max_period 10000, freq_shift 1, sine first; the others are the conventions of later codebases.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from .. import backend
+from ._library import register, short
+
+
+@functools.cache
+def _frequencies(dim: int, max_period: float, freq_shift: float) -> torch.Tensor:
+    """f_k, float64 [dim // 2]."""
+    half = dim // 2
+    k = torch.arange(half, dtype=torch.float64)
+    return torch.exp(-math.log(max_period) * k / (half - freq_shift))
+
+
+@functools.cache
+def _turns(dim: int, max_period: float, freq_shift: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """f_k / (2 pi) as float32 hi + lo: a float32 product t*f alone would be wrong by 4.5e-5 at t = 999."""
+    turns = _frequencies(dim, max_period, freq_shift) / (2 * math.pi)
+    high = turns.float()
+    return high, (turns - high.double()).float()
+
+
+def _reference(t: torch.Tensor, dim: int, max_period: float, flip_sin_to_cos: bool, freq_shift: float) -> torch.Tensor:
+    angles = t.double()[:, None] * _frequencies(dim, max_period, freq_shift).to(t.device)
+    parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    return torch.nn.functional.pad(torch.cat(parts, dim=1), (0, dim % 2)).float()
+
+
+def _implementation(t, dim, max_period, flip_sin_to_cos, freq_shift):
+    if backend.choose(t.device) == "cpu":
+        high, low = _turns(dim, max_period, freq_shift)
+        out = torch.empty((t.shape[0], dim), dtype=torch.float32)
+        b = backend.buffer
+        backend.native.timestep_embedding(
+            b(out), b(t), b(high), b(low), t.shape[0], dim, flip_sin_to_cos, torch.get_num_threads()
+        )
+        return out
+    return _reference(t, dim, max_period, flip_sin_to_cos, freq_shift)
+
+
+def _fake(t, dim, max_period, flip_sin_to_cos, freq_shift):
+    return t.new_empty((t.shape[0], dim), dtype=torch.float32)
+
+
+register(
+    "timestep_embedding(Tensor t, int dim, float max_period, bool flip_sin_to_cos, float freq_shift) -> Tensor",
+    _implementation,
+    _fake,
+)
+
+
+def _check(t: torch.Tensor, dim: int, max_period: float, freq_shift: float) -> None:
+    if t.dim() != 1 or t.dtype not in (torch.int64, torch.float32):
+        raise ValueError(f"t: got {short(t.dtype)} {list(t.shape)}; expected int64 or float32 [N]")
+    if dim < 2 or dim // 2 == freq_shift:
+        raise ValueError(f"dim: got {dim} with freq_shift {freq_shift}; expected dim >= 2 and dim // 2 != freq_shift")
+    if not max_period > 0:
+        raise ValueError(f"max_period: got {max_period}; expected a positive number")
+
+
+def timestep_embedding(
+    t: torch.Tensor,
+    dim: int,
+    *,
+    max_period: float = 10000.0,
+    flip_sin_to_cos: bool = False,
+    freq_shift: float = 1,
+) -> torch.Tensor:
+    """Embed timesteps t, int64 or float32 [N] with |t| <= 10^6, as float32 [N, dim], within 2e-6 of float64.
+
+    flip_sin_to_cos puts the cosines first. Raises ValueError for dim < 2 and for dim // 2 == freq_shift (a division by 0).
+    """
+    _check(t, dim, max_period, freq_shift)
+    return torch.ops.fastddpm.timestep_embedding(
+        t.contiguous(), dim, float(max_period), flip_sin_to_cos, float(freq_shift)
+    )
+
+
+def timestep_embedding_ref(
+    t: torch.Tensor,
+    dim: int,
+    *,
+    max_period: float = 10000.0,
+    flip_sin_to_cos: bool = False,
+    freq_shift: float = 1,
+) -> torch.Tensor:
+    """`timestep_embedding` in plain PyTorch: float64 arithmetic, rounded once to float32."""
+    _check(t, dim, max_period, freq_shift)
+    return _reference(t, dim, float(max_period), flip_sin_to_cos, float(freq_shift))

@@ -1,0 +1,268 @@
+"""`sample`: the reverse process (Ho et al. 2020, algorithm 2) and the one loop that runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from . import ops, samplers
+from .diffusion import random_seed
+from .engine import network, table_embedding
+from .ops._library import as_int64_bits, check_first, check_seed
+from .ops.philox_normal import Stream
+from .schedule import Schedule
+from .unet import UNet
+
+__all__ = ["SamplingError", "StepState", "sample"]
+
+SEGMENT = 50  # steps between two looks at the device state: the bar moves and a bad output is noticed
+
+
+class SamplingError(RuntimeError):
+    """The chain cannot go on: what the model gave, at which step and timestep."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepState:
+    """What a callback sees after a step. x, x0: clones, float32 [B, C, H, W]; indices: the images' numbers in the sequence."""
+
+    step: int  # 0-based; S steps in all
+    timestep: int  # t of the step just taken
+    x: torch.Tensor  # x_{t-1}
+    x0: torch.Tensor  # the step's prediction of x_0, clipped
+    indices: range
+
+
+def sample(
+    model: nn.Module | Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    n: int,
+    *,
+    shape: tuple[int, int, int] | None = None,
+    schedule: Schedule | None = None,
+    prediction: str | None = None,
+    sampler: str = "ddpm",
+    variance: str | None = None,
+    clip: bool | float = True,
+    class_labels: torch.Tensor | int | None = None,
+    noise: torch.Tensor | None = None,
+    seed: int | torch.Generator | None = None,
+    first: int = 0,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+    callback: Callable[[StepState], None] | None = None,
+) -> torch.Tensor:
+    """Draw n images: float32 [n, C, H, W] on the model's device, in [-1, 1] where clipped.
+
+    model: a `UNet`, or any callable model(x, t) -> prediction with x [B, C, H, W] and t int64 [B] in 0..T-1. A bare callable
+        needs `shape` and gets float32 x; a module gets x in its parameters' dtype.
+    shape: (C, H, W); default the model's own.
+    schedule: default the model's own, else the paper's linear one. prediction: "epsilon", "sample", "v_prediction" or
+        "mean"; default the model's own, else "epsilon".
+    sampler: "ddpm", all T steps. variance: "fixed_large" (sigma^2 = beta), "fixed_small" (the posterior variance) or "none"
+        (no fresh noise, an ablation); default the model's own, else "fixed_large".
+    clip: bound on each step's x0; True is 1.0, False none.
+    class_labels: an int, or int64 [n], for a network with classes.
+    noise: x_T, float32 [n, C, H, W], in place of the seed's.
+    seed: an int in [0, 2^64), a torch.Generator, or None: 64 bits from torch's default generator. Image i is image
+        first + i of the seed's endless sequence: its noise depends on (seed, first + i, timestep) alone.
+    batch_size: images per forward; default what fits. A short last batch is padded and cut.
+    device: default the model's; otherwise a copy is moved. dtype: arithmetic of the network (float32, bfloat16 or float16),
+        through a cast copy; the chain's state is float32 always.
+    progress: True or False; None shows a bar on a terminal. callback: called with a `StepState` after every step.
+
+    Raises ValueError naming the argument that does not fit, before anything is drawn, and SamplingError where the
+    model's output has the wrong shape or is not finite, naming the step.
+    """
+    _check_count("n", n, 0)
+    if sampler not in samplers.SAMPLERS:
+        raise ValueError(f"sampler: got {sampler!r}; expected one of {', '.join(samplers.SAMPLERS)}")
+    shape = _shape(model, shape)
+    schedule = schedule or getattr(model, "schedule", None) or Schedule.linear()
+    prediction = _choice("prediction", prediction or getattr(model, "prediction", "epsilon"), samplers.PREDICTIONS)
+    variance = _choice("variance", variance or getattr(model, "variance", "fixed_large"), samplers.VARIANCES)
+    bound = _clip(clip)
+    seed, first = _seed(seed), check_first(first)
+    device = _device(model, device)
+    class_labels = _labels(class_labels, n, model)
+    if noise is not None and (tuple(noise.shape) != (n, *shape) or noise.dtype != torch.float32):
+        raise ValueError(f"noise: got {noise.dtype} {list(noise.shape)}; expected float32 {[n, *shape]}")
+    if batch_size is None:
+        batch_size = _fitting_batch(n, shape, device)
+    _check_count("batch_size", batch_size, 1)
+
+    out = torch.empty(n, *shape, device=device)
+    if n == 0:
+        return out
+    batch_size = min(batch_size, n)
+    table = samplers.ddpm(schedule, prediction=prediction, variance=variance)
+    steps = len(table.timesteps)
+    chunks = range(0, n, batch_size)
+    with (
+        torch.no_grad(),
+        network(model, device, dtype) as net,
+        tqdm(
+            total=steps * len(chunks),
+            unit="step",
+            disable=None if progress is None else not progress,
+            leave=progress is True,
+        ) as bar,
+    ):
+        chain = _Chain(net, table, (batch_size, *shape), bound, seed, device)
+        for start in chunks:
+            count = min(batch_size, n - start)
+            x_T = None if noise is None else _padded(noise[start : start + count], batch_size)  # noqa: N806
+            labels = None if class_labels is None else _padded(class_labels[start : start + count], batch_size)
+            out[start : start + count] = chain.run(first + start, count, x_T, labels, bar, callback)[:count]
+    return out
+
+
+class _Chain:
+    """The loop over one batch, with the buffers that all batches of a call share."""
+
+    def __init__(self, net, table, shape, bound, seed, device) -> None:
+        self.net, self.bound, self.seed, self.device = net, bound, seed, device
+        self.steps = len(table.timesteps)
+        self.host_timesteps = table.timesteps.tolist()
+        self.timesteps = table.timesteps.to(device)
+        self.rows = table.rows.float().to(device)
+        self.x = torch.empty(shape, device=device)
+        self.x0 = None
+        self.input = torch.empty(shape, device=device, dtype=net.dtype, memory_format=net.memory_format)
+        self.embedding = table_embedding(net, self.timesteps)
+        self.t = self.timesteps[:, None].expand(self.steps, shape[0]).contiguous() if self.embedding is None else None
+
+    def run(self, first, count, x_T, labels, bar, callback) -> torch.Tensor:  # noqa: N803
+        """The whole chain for images first.. of the sequence; the returned tensor is reused by the next call."""
+        x = self.x
+        if x_T is None:
+            x_T = ops.philox_normal(x.shape, seed=self.seed, t=0, stream=Stream.X_T, first=first, device=self.device)  # noqa: N806
+        x.copy_(x_T)
+        self.input.copy_(x)
+        state = torch.tensor([as_int64_bits(self.seed), first, 0, -1], device=self.device)
+        self.x0 = torch.empty_like(x) if callback is not None else None
+        segment = SEGMENT if callback is None else 1
+        labels = None if labels is None else labels.to(self.device)
+        for step in range(self.steps):
+            o = self._predict(step, labels)
+            ops.ddpm_step_(
+                x, o, self.rows, self.timesteps, state, x0=self.x0, next_input=self.input, clip=self.bound
+            )
+            if (step + 1) % segment == 0 or step + 1 == self.steps:
+                self._check(state)
+                bar.update(step + 1 - bar.n % self.steps if bar.n % self.steps else min(segment, step + 1))
+                if callback is not None:
+                    indices = range(first, first + count)
+                    callback(
+                        StepState(step, self.host_timesteps[step], x[:count].clone(), self.x0[:count].clone(), indices)
+                    )
+        return x
+
+    def _predict(self, step: int, labels: torch.Tensor | None) -> torch.Tensor:
+        if self.embedding is not None:
+            o = self.net.body(self.input, [table[step] for table in self.embedding])
+        else:
+            o = self.net(self.input, self.t[step], labels)
+        n, c, *spatial = self.x.shape
+        if list(o.shape) not in ([n, c, *spatial], [n, 2 * c, *spatial]):
+            raise SamplingError(
+                f"model: at step {step} (timestep {self.host_timesteps[step]}) its output has shape {list(o.shape)}; "
+                f"expected {[n, c, *spatial]}"
+            )
+        return o
+
+    def _check(self, state: torch.Tensor) -> None:
+        """Read the device state: the only place where the host waits for it."""
+        bad = int(state[3])
+        if bad >= 0:
+            raise SamplingError(
+                f"model: its output at step {bad} (timestep {self.host_timesteps[bad]}) holds a NaN or an infinity; "
+                "try dtype=torch.float32, and check the weights"
+            )
+
+
+def _padded(v: torch.Tensor, size: int) -> torch.Tensor:
+    return v if len(v) == size else torch.cat((v, v[-1:].expand(size - len(v), *v.shape[1:])))
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: got {value!r}; expected an int >= {least}")
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}; expected one of {', '.join(choices)}")
+    return value
+
+
+def _clip(clip: bool | float) -> float | None:
+    if clip is True:
+        return 1.0
+    if clip is False:
+        return None
+    if not isinstance(clip, (int, float)) or not clip > 0:
+        raise ValueError(f"clip: got {clip!r}; expected True, False or a positive bound")
+    return float(clip)
+
+
+def _seed(seed: int | torch.Generator | None) -> int:
+    if seed is None:
+        return random_seed()
+    if isinstance(seed, torch.Generator):
+        high, low = torch.randint(0, 1 << 32, (2,), generator=seed, device=seed.device).tolist()
+        return high << 32 | low
+    return check_seed(seed)
+
+
+def _shape(model: object, shape: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    if shape is None:
+        if not isinstance(model, UNet):
+            if not callable(model):
+                raise ValueError(f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)")
+            raise ValueError("shape: missing; a model that is not a fastddpm.UNet needs shape=(C, H, W)")
+        return model.shape
+    shape = tuple(shape)
+    if len(shape) != 3 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in shape):
+        raise ValueError(f"shape: got {shape}; expected (C, H, W), each an int >= 1")
+    if isinstance(model, UNet) and shape[0] != model.config.in_channels:
+        raise ValueError(f"shape: got {shape}; the network takes {model.config.in_channels} channels")
+    return shape
+
+
+def _device(model: object, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _labels(labels: torch.Tensor | int | None, n: int, model: object) -> torch.Tensor | None:
+    classes = model.config.classes if isinstance(model, UNet) else None
+    if labels is None:
+        if classes is not None:
+            raise ValueError(f"class_labels: missing; the network has {classes} classes: pass an int or int64 [{n}]")
+        return None
+    if isinstance(model, UNet) and classes is None:
+        raise ValueError("class_labels: given, but the network has no classes")
+    if isinstance(labels, int):
+        labels = torch.full((n,), labels)
+    if labels.dtype != torch.int64 or tuple(labels.shape) != (n,):
+        raise ValueError(f"class_labels: got {labels.dtype} {list(labels.shape)}; expected an int or int64 [{n}]")
+    if classes is not None and n and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+        raise ValueError(f"class_labels: got values from {int(labels.min())} to {int(labels.max())}; expected 0..{classes - 1}")
+    return labels
+
+
+def _fitting_batch(n: int, shape: tuple[int, int, int], device: torch.device) -> int:
+    """min(n, what fits): a quarter of the device's memory at 4 KiB a pixel, several times what a large U-Net's activations take."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = 8 << 30
+    return max(1, min(n, memory // 4 // (shape[1] * shape[2] * 4096)))

@@ -1,0 +1,354 @@
+"""Training by the paper's recipe (Ho et al. 2020, algorithm 1 and appendix B), resumable to the bit.
+
+A run is a folder: config.json and model.safetensors (the EMA weights, what `fastddpm.sample` loads), checkpoint.pt (all that
+is needed to go on), log.csv and samples/. Every draw follows the RNG contract: example number d of the run has its timestep,
+noise and flip from (seed, d) alone, and its image from epoch d // N's permutation, so an interrupted run goes on as if unbroken.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+from . import images
+from .checkpoints import native
+from .diffusion import training_loss
+from .files import whole
+from .ops.philox_normal import Stream, first_words
+from .sampling import sample
+from .unet import PRESETS, UNet, UNetConfig
+
+CHECKPOINT, LOG = "checkpoint.pt", "log.csv"
+COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds")
+
+
+class TrainingError(ValueError):
+    """A run that cannot start or go on: why, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train. Defaults are the paper's for CIFAR-10.
+
+    steps: optimizer steps; None: epochs * examples // batch_size. batch_size: examples per optimizer step, taken in
+    `accumulate` equal parts. warmup: steps of linear learning-rate growth. ema: decay of the averaged weights; with ema_warmup
+    min(ema, (1 + k) / (10 + k)) at step k, for short runs. dtype: "float32", or "bfloat16" for autocast arithmetic.
+    log_every, sample_every, save_every: in steps; sample_every 0 draws no grids.
+    """
+
+    steps: int | None = 800_000
+    epochs: float | None = None
+    batch_size: int = 128
+    accumulate: int = 1
+    lr: float = 2e-4
+    warmup: int = 5000
+    ema: float = 0.9999
+    ema_warmup: bool = False
+    grad_clip: float = 1.0
+    flips: bool = True
+    dtype: str = "float32"
+    seed: int = 0
+    log_every: int = 100
+    sample_every: int = 20_000
+    save_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name}: got {getattr(self, name)}; expected at least 1")
+        if self.batch_size % self.accumulate:
+            raise TrainingError(f"accumulate: batch_size {self.batch_size} cannot be taken in {self.accumulate} equal parts")
+        if (self.steps is None) == (self.epochs is None):
+            raise TrainingError(f"steps, epochs: got {self.steps} and {self.epochs}; expected exactly one of them")
+        if (self.steps or self.epochs) <= 0:
+            raise TrainingError(f"steps, epochs: got {self.steps or self.epochs}; expected a positive number")
+        if not self.lr > 0 or not 0 <= self.ema < 1 or not self.grad_clip > 0 or self.warmup < 0:
+            raise TrainingError(
+                f"lr {self.lr}, ema {self.ema}, grad_clip {self.grad_clip}, warmup {self.warmup}: expected lr > 0, "
+                "0 <= ema < 1, grad_clip > 0 and warmup >= 0"
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise TrainingError(f"dtype: got {self.dtype!r}; expected float32 or bfloat16")
+
+    def total_steps(self, examples: int) -> int:
+        return self.steps if self.steps is not None else max(1, int(self.epochs * examples) // self.batch_size)
+
+
+RECIPES = {
+    "digits": Recipe(
+        steps=None, epochs=16, batch_size=64, lr=4e-4, warmup=200, ema=0.9995, ema_warmup=True, flips=False, sample_every=3000, save_every=250,
+        log_every=50,
+    ),
+    "cifar10": Recipe(),
+}  # fmt: skip
+
+
+def bfloat16_helps(device: torch.device) -> bool:
+    """Whether the device multiplies matrices faster in bfloat16 than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and supported is not None and supported()
+
+
+class Draws(Sampler[list[int]]):
+    """Image indices of draws start, start+1, ... in lists of `size`: consecutive seeded permutations, without end."""
+
+    def __init__(self, examples: int, size: int, seed: int, start: int) -> None:
+        self.examples, self.size, self.seed, self.start = examples, size, seed, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, permutation, batch = -1, [], []
+        position = self.start
+        while True:
+            if position // self.examples != epoch:
+                epoch = position // self.examples
+                generator = torch.Generator().manual_seed((self.seed + epoch) % (1 << 63))
+                permutation = torch.randperm(self.examples, generator=generator).tolist()
+            batch.append(permutation[position % self.examples])
+            position += 1
+            if len(batch) == self.size:
+                yield batch
+                batch = []
+
+
+def network_for(preset: str, dataset: Dataset, *, classes: int | None = None) -> UNetConfig:
+    """The preset's network for the data set's channels and size (sides rounded up to what the levels can halve)."""
+    image = _image_of(dataset[0])
+    channels, height, width = image.shape
+    config = PRESETS[preset]
+    multiple = 1 << (len(config.multipliers) - 1)
+    side = math.ceil(max(height, width) / multiple) * multiple
+    # Attention stays at the same depth when the side differs from the preset's.
+    attention = tuple(a * side // config.sample_size for a in config.attention)
+    return dataclasses.replace(
+        config, in_channels=channels, out_channels=channels, sample_size=side, attention=attention, classes=classes
+    )
+
+
+def _image_of(item: object) -> torch.Tensor:
+    return item[0] if isinstance(item, (tuple, list)) else item
+
+
+class Trainer:
+    """One run: a network, its average, the optimizer and the number of steps taken."""
+
+    def __init__(self, dataset: Dataset, out: str | Path, config: UNetConfig, recipe: Recipe, device: torch.device) -> None:
+        if len(dataset) == 0:
+            raise TrainingError("data: the data set is empty")
+        self.dataset, self.out, self.recipe, self.device = dataset, Path(out), recipe, device
+        expected = [config.in_channels, config.sample_size, config.sample_size]
+        got = list(_image_of(dataset[0]).shape)
+        if got != expected:
+            raise TrainingError(f"data: images of shape {got}; the network takes {expected}")
+        torch.manual_seed(recipe.seed)
+        model = UNet(config).to(device, memory_format=torch.channels_last)
+        self.model = model.train()
+        self.ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, eps=1e-8)
+        self.step = 0
+        self.total = recipe.total_steps(len(dataset))
+        self.rows: list[dict[str, object]] = []
+        self._interrupted = False
+
+    # ---------------------------------------------------------------------------------- a run's folder
+
+    @classmethod
+    def resume(cls, dataset: Dataset, out: str | Path, device: torch.device, **changes: object) -> Trainer:
+        """The run in `out`, where its checkpoint left it. changes: of the recipe's length only (steps, epochs)."""
+        path = Path(out) / CHECKPOINT
+        if not path.is_file():
+            raise TrainingError(f"out: {path} does not exist; there is nothing to resume")
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            recipe = Recipe(**{**saved["recipe"], **changes})
+            config = UNetConfig(**saved["unet"])
+        except TrainingError:
+            raise
+        except Exception as error:  # torch.load raises many kinds
+            raise TrainingError(f"out: {path} is not a whole training checkpoint ({error})") from error
+        if saved["examples"] != len(dataset):
+            raise TrainingError(f"data: {len(dataset)} images, but the run in {out} began with {saved['examples']}")
+        self = cls(dataset, out, config, recipe, device)
+        native.load_state(self.model, saved["model"], path)
+        self.ema = saved["ema"]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step = saved["step"]
+        self.rows = _read_log(self.out / LOG, self.step)
+        return self
+
+    def save(self) -> None:
+        """The whole run to its folder; each file appears whole or not at all."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with whole(self.out / CHECKPOINT) as path:
+            torch.save(
+                {
+                    "step": self.step,
+                    "examples": len(self.dataset),
+                    "unet": dataclasses.asdict(self.model.config),
+                    "recipe": dataclasses.asdict(self.recipe),
+                    "model": self.model.state_dict(),
+                    "ema": self.ema,
+                    "optimizer": self.optimizer.state_dict(),
+                },
+                path,
+            )
+        training = {
+            "recipe": dataclasses.asdict(self.recipe),
+            "data": {"source": getattr(self.dataset, "source", type(self.dataset).__name__), "examples": len(self.dataset)},
+            "step": self.step,
+            "weights": "exponential moving average",
+        }
+        native.save(self.model, self.out, state=self.ema, extra={"training": training})
+        with whole(self.out / LOG) as path, path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def averaged(self) -> UNet:
+        """A copy of the network with the EMA weights, in eval mode."""
+        model = UNet(self.model.config).to(self.device, memory_format=torch.channels_last)
+        model.load_state_dict(self.ema)
+        return model.eval()
+
+    def draw_grid(self, progress: bool | None) -> None:
+        drawn = sample(self.averaged(), 16, seed=0, progress=progress)
+        folder = self.out / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        images.save(images.grid(drawn), folder / f"{self.step:07d}.png")
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, int]]:
+        """(x0, class labels, number of the first draw) from the next draw on, one item per forward pass."""
+        part = self.recipe.batch_size // self.recipe.accumulate
+        first = self.step * self.recipe.batch_size
+        loader = DataLoader(self.dataset, batch_sampler=Draws(len(self.dataset), part, self.recipe.seed, first))
+        for item in loader:
+            x0, labels = (item[0], item[1]) if isinstance(item, (tuple, list)) else (item, None)
+            x0 = x0.to(self.device, torch.float32)
+            if self.recipe.flips:
+                draws = torch.arange(first, first + part, device=self.device)
+                flip = first_words(draws, seed=self.recipe.seed, stream=Stream.FLIP) >> 31 == 1
+                x0 = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
+            if self.model.config.classes is None:
+                labels = None
+            yield x0, None if labels is None else labels.to(self.device), first
+            first += part
+
+    def _optimize(self, batches: Iterator) -> tuple[float, float]:
+        """One optimizer step: (loss, gradient norm before clipping)."""
+        recipe = self.recipe
+        rate = recipe.lr * min(1.0, (self.step + 1) / max(recipe.warmup, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = 0.0
+        for _ in range(recipe.accumulate):
+            x0, labels, first = next(batches)
+            if self.model.config.dropout:
+                word = first_words(torch.tensor([first]), seed=recipe.seed, stream=Stream.DROPOUT)
+                torch.manual_seed(int(word))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+                loss = training_loss(self.model, x0, class_labels=labels, seed=recipe.seed, first=first)
+            (loss / recipe.accumulate).backward()
+            total += loss.item() / recipe.accumulate
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip).item()
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise TrainingError(
+                f"step {self.step}: loss {total}, gradient norm {norm}; the checkpoint in {self.out} is from before. "
+                "Try a lower lr or float32"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        decay = recipe.ema
+        if recipe.ema_warmup:
+            decay = min(decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            average, current = list(self.ema.values()), list(self.model.state_dict().values())
+            torch._foreach_lerp_(average, current, 1 - decay)
+        self.step += 1
+        return total, norm
+
+    def run(self, progress: bool | None = None) -> bool:
+        """Train to the last step, saving as it goes; False if Ctrl-C ended it early (the state is saved then too)."""
+        recipe, batches = self.recipe, self.batches()
+        self.out.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(
+            total=self.total, initial=self.step, unit="step", disable=None if progress is None else not progress, smoothing=0.05
+        )
+        losses, norms, since = [], [], time.perf_counter()
+        with _stop_signals(self), bar:
+            while self.step < self.total and not self._interrupted:
+                loss, norm = self._optimize(batches)
+                losses.append(loss)
+                norms.append(norm)
+                bar.update()
+                if self.step % recipe.log_every == 0 or self.step == self.total:
+                    seconds = time.perf_counter() - since
+                    rate = len(losses) * recipe.batch_size / seconds
+                    mean = sum(losses) / len(losses)
+                    self._log(mean, sum(norms) / len(norms), rate, seconds)
+                    bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")
+                    losses, norms, since = [], [], time.perf_counter()
+                if self.step % recipe.save_every == 0 or self.step == self.total:
+                    self.save()
+                if recipe.sample_every and (self.step % recipe.sample_every == 0 or self.step == self.total):
+                    paused = time.perf_counter()
+                    self.draw_grid(progress)
+                    since += time.perf_counter() - paused
+        if self._interrupted:
+            self.save()
+        return not self._interrupted
+
+    def _log(self, loss: float, norm: float, rate: float, seconds: float) -> None:
+        self.rows.append(
+            {
+                "step": self.step,
+                "images": self.step * self.recipe.batch_size,
+                "loss": f"{loss:.9g}",
+                "grad_norm": f"{norm:.9g}",
+                "lr": f"{self.optimizer.param_groups[0]['lr']:.6g}",
+                "images_per_second": f"{rate:.1f}",
+                "seconds": f"{seconds:.2f}",
+            }
+        )
+
+
+def _read_log(path: Path, step: int) -> list[dict[str, object]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+
+
+class _stop_signals:  # noqa: N801 - a context manager
+    """Ctrl-C asks the run to stop after the current step, so that what is saved is whole; a second one stops at once."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.previous: dict[int, object] = {}
+
+    def _ask(self, number: int, _: object) -> None:
+        if self.trainer._interrupted:
+            raise KeyboardInterrupt
+        self.trainer._interrupted = True
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._ask)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
