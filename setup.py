@@ -6,6 +6,7 @@ fastddpm/_build_info.json says why; FASTDDPM_REQUIRE_NATIVE=1 makes that an erro
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,25 +26,24 @@ class CMakeBuild(build_ext):
             module = ROOT / "fastddpm" / Path(self.get_ext_filename(ext.name)).name
         else:
             module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        module.unlink(missing_ok=True)  # a module of an earlier build must not outlive a failed one
         module.parent.mkdir(parents=True, exist_ok=True)
         reason = None
         try:
-            self.build_native(module.parent)
-            if not module.exists():
-                raise RuntimeError(f"CMake finished without writing {module.name}")
+            os.replace(self.build_native(module.name), module)  # whole or not at all
         except Exception as error:
             if os.environ.get("FASTDDPM_REQUIRE_NATIVE") == "1":
                 raise
+            module.unlink(missing_ok=True)  # a module of an earlier build must not outlive a failed one
             reason = str(error)
             self.warn(f"fastddpm installs without its compiled module: {reason}")
         info = {"native": reason is None, "reason": reason}
         (module.parent / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
-    def build_native(self, output: Path):
+    def build_native(self, name: str) -> Path:
         import pybind11  # here, so that a missing one is one more reason to go on without
 
         build = Path(self.build_temp).resolve() / "cmake"
+        output = build / "output"
         # --fresh: an isolated build's tools live in a folder that is gone by the next build.
         configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [
@@ -54,6 +54,7 @@ class CMakeBuild(build_ext):
         ]
         self.call("configuring", configure)
         self.call("compiling", ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
+        return output / name
 
     def call(self, what: str, command: list[str]):
         try:
@@ -63,9 +64,10 @@ class CMakeBuild(build_ext):
         print(done.stdout, flush=True)
         if done.returncode:
             lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-            # The first error names the cause; what follows it is its consequences.
-            first = next((i for i, line in enumerate(lines) if "error" in line.lower() or "FAILED" in line), -5)
-            raise RuntimeError(f"{what} the native code failed: " + " ".join(lines[first:][:5]))
+            # The first error names the cause; what follows are its consequences.
+            first = next((i for i, line in enumerate(lines) if re.search(r"CMake Error|error:", line)), -4)
+            cause = re.sub(r"^CMake Error at .*?\): ", "", " ".join(lines[first:][:4]))
+            raise RuntimeError(f"{what} the native code failed: {cause}")
 
     def get_outputs(self):
         return [path for path in super().get_outputs() if os.path.exists(path)]

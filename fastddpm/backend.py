@@ -69,7 +69,7 @@ _chosen: str | None = None  # None: the tensor's device chooses
 _environment_read = False
 
 
-class use:  # noqa: N801 - reads as a verb: `with fastddpm.backend.use("reference"):`
+class use:
     """Choose the backend for the whole process: `use("cpu")`, or `with use("cpu"): ...` to restore afterwards.
 
     name: one of "reference", "cpu", "cuda", "triton"; None lets the tensor's device choose again.

@@ -61,7 +61,9 @@ def load(path: str | Path, *, labels: bool = False) -> ArrayImages:
         raise DataError(f"data: {path}: not a readable .npz or .npy file ({error})") from error
     pixels = _pick(arrays, ("x_train", "x", "images"), path)
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
-        raise DataError(f"data: {path}: got {pixels.dtype} {list(pixels.shape)}; expected uint8 [N, H, W] or [N, H, W, C]")
+        raise DataError(
+            f"data: {path}: got {pixels.dtype} {list(pixels.shape)}; expected uint8 [N, H, W] or [N, H, W, C]"
+        )
     y = _pick(arrays, ("y_train", "y", "labels"), path) if labels else None
     if y is not None and y.shape != pixels.shape[:1]:
         raise DataError(f"data: {path}: labels have shape {list(y.shape)}; expected [{len(pixels)}]")

@@ -14,7 +14,7 @@ from .schedule import Schedule
 __all__ = ["training_loss"]
 
 
-def draw_timesteps(n: int, T: int, *, seed: int, first: int = 0, device: torch.device | str = "cpu") -> torch.Tensor:  # noqa: N803
+def draw_timesteps(n: int, T: int, *, seed: int, first: int = 0, device: torch.device | str = "cpu") -> torch.Tensor:
     """Uniform timesteps int64 [n] in 0..T-1 for draws first..first+n-1: t = (w0 T) >> 32 of stream 3."""
     sample = torch.arange(first, first + n, device=device)
     return (first_words(sample, seed=seed, stream=Stream.TIMESTEP) * T) >> 32
@@ -25,7 +25,9 @@ def draw_noise(x0: torch.Tensor, t: torch.Tensor, *, seed: int, first: int = 0) 
     return ops.philox_normal(x0.shape, seed=seed, t=t, stream=Stream.FORWARD, first=first, device=x0.device)
 
 
-def target(prediction: str, schedule: Schedule, x0: torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor):
+def target(
+    prediction: str, schedule: Schedule, x0: torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+):
     """What the network should answer at (x_t, t)."""
     if prediction == "epsilon":
         return noise

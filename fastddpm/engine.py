@@ -51,7 +51,9 @@ def network(model: nn.Module | Callable, device: torch.device, dtype: torch.dtyp
     """The model ready for the loop on `device` in `dtype`; the caller's module is never changed, its mode restored."""
     if not isinstance(model, nn.Module):
         if dtype is not None:
-            raise ValueError(f"dtype: {dtype} was asked for, but a bare callable cannot be cast; cast it yourself and leave dtype")
+            raise ValueError(
+                f"dtype: {dtype} was asked for, but a bare callable cannot be cast; cast it yourself and leave dtype"
+            )
         yield Plain(model, torch.float32)
         return
     parameter = next(model.parameters(), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 
 import torch
@@ -116,7 +117,7 @@ def sample(
         chain = _Chain(net, table, (batch_size, *shape), bound, seed, device)
         for start in chunks:
             count = min(batch_size, n - start)
-            x_T = None if noise is None else _padded(noise[start : start + count], batch_size)  # noqa: N806
+            x_T = None if noise is None else _padded(noise[start : start + count], batch_size)
             labels = None if class_labels is None else _padded(class_labels[start : start + count], batch_size)
             out[start : start + count] = chain.run(first + start, count, x_T, labels, bar, callback)[:count]
     return out
@@ -137,25 +138,25 @@ class _Chain:
         self.embedding = table_embedding(net, self.timesteps)
         self.t = self.timesteps[:, None].expand(self.steps, shape[0]).contiguous() if self.embedding is None else None
 
-    def run(self, first, count, x_T, labels, bar, callback) -> torch.Tensor:  # noqa: N803
+    def run(self, first, count, x_T, labels, bar, callback) -> torch.Tensor:
         """The whole chain for images first.. of the sequence; the returned tensor is reused by the next call."""
         x = self.x
         if x_T is None:
-            x_T = ops.philox_normal(x.shape, seed=self.seed, t=0, stream=Stream.X_T, first=first, device=self.device)  # noqa: N806
+            x_T = ops.philox_normal(x.shape, seed=self.seed, t=0, stream=Stream.X_T, first=first, device=self.device)
         x.copy_(x_T)
         self.input.copy_(x)
         state = torch.tensor([as_int64_bits(self.seed), first, 0, -1], device=self.device)
         self.x0 = torch.empty_like(x) if callback is not None else None
         segment = SEGMENT if callback is None else 1
+        shown = 0
         labels = None if labels is None else labels.to(self.device)
         for step in range(self.steps):
             o = self._predict(step, labels)
-            ops.ddpm_step_(
-                x, o, self.rows, self.timesteps, state, x0=self.x0, next_input=self.input, clip=self.bound
-            )
+            ops.ddpm_step_(x, o, self.rows, self.timesteps, state, x0=self.x0, next_input=self.input, clip=self.bound)
             if (step + 1) % segment == 0 or step + 1 == self.steps:
                 self._check(state)
-                bar.update(step + 1 - bar.n % self.steps if bar.n % self.steps else min(segment, step + 1))
+                bar.update(step + 1 - shown)
+                shown = step + 1
                 if callback is not None:
                     indices = range(first, first + count)
                     callback(
@@ -224,7 +225,9 @@ def _shape(model: object, shape: tuple[int, int, int] | None) -> tuple[int, int,
     if shape is None:
         if not isinstance(model, UNet):
             if not callable(model):
-                raise ValueError(f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)")
+                raise ValueError(
+                    f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)"
+                )
             raise ValueError("shape: missing; a model that is not a fastddpm.UNet needs shape=(C, H, W)")
         return model.shape
     shape = tuple(shape)
@@ -255,14 +258,16 @@ def _labels(labels: torch.Tensor | int | None, n: int, model: object) -> torch.T
     if labels.dtype != torch.int64 or tuple(labels.shape) != (n,):
         raise ValueError(f"class_labels: got {labels.dtype} {list(labels.shape)}; expected an int or int64 [{n}]")
     if classes is not None and n and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-        raise ValueError(f"class_labels: got values from {int(labels.min())} to {int(labels.max())}; expected 0..{classes - 1}")
+        raise ValueError(
+            f"class_labels: got values from {int(labels.min())} to {int(labels.max())}; expected 0..{classes - 1}"
+        )
     return labels
 
 
 def _fitting_batch(n: int, shape: tuple[int, int, int], device: torch.device) -> int:
-    """min(n, what fits): a quarter of the device's memory at 4 KiB a pixel, several times what a large U-Net's activations take."""
+    """min(n, what fits): a quarter of the device's memory at 4 KiB a pixel, about what the paper's networks take in float32."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory = 8 << 30
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
     return max(1, min(n, memory // 4 // (shape[1] * shape[2] * 4096)))

@@ -31,19 +31,21 @@ class Schedule:
         self.betas = betas
         self.alphas = 1 - betas
         self.alphas_cumprod = self.alphas.cumprod(0)
-        self.alphas_cumprod_prev = torch.cat((torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]))
+        self.alphas_cumprod_prev = torch.cat(
+            (torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod[:-1])
+        )
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         self.posterior_mean_coef1 = self.alphas_cumprod_prev.sqrt() * betas / (1 - self.alphas_cumprod)
         self.posterior_mean_coef2 = self.alphas.sqrt() * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
     @classmethod
-    def linear(cls, T: int = 1000, start: float = 1e-4, end: float = 0.02) -> Schedule:  # noqa: N803
+    def linear(cls, T: int = 1000, start: float = 1e-4, end: float = 0.02) -> Schedule:
         """The paper's schedule: betas from `start` to `end` in T equal steps."""
         _check_count(T)
-        return cls(torch.linspace(start, end, T, dtype=torch.float64))
+        return cls(torch.linspace(start, end, T, dtype=torch.float64, device="cpu"))
 
     @classmethod
-    def cosine(cls, T: int = 1000) -> Schedule:  # noqa: N803
+    def cosine(cls, T: int = 1000) -> Schedule:
         """Nichol & Dhariwal 2021, eq. 17: alpha-bar(t) = cos^2((t/T + 0.008)/1.008 * pi/2), betas capped at 0.999."""
         _check_count(T)
         bar = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
@@ -72,7 +74,7 @@ class Schedule:
         return signal * x0 + _extract((1 - self.alphas_cumprod).sqrt(), t, x0) * noise
 
 
-def _check_count(T: int) -> None:  # noqa: N803
+def _check_count(T: int) -> None:
     if isinstance(T, bool) or not isinstance(T, int) or T < 1:
         raise ValueError(f"T: got {T!r}; expected a number of timesteps >= 1")
 
@@ -85,7 +87,9 @@ def _extract(values: torch.Tensor, t: int | torch.Tensor, like: torch.Tensor) ->
             raise ValueError(f"t: got {t}; expected 0..{steps - 1}")
         return values[t].to(like)
     if t.dtype != torch.int64 or t.shape != like.shape[:1]:
-        raise ValueError(f"t: got {str(t.dtype).removeprefix('torch.')} {list(t.shape)}; expected int64 [{like.shape[0]}]")
+        raise ValueError(
+            f"t: got {str(t.dtype).removeprefix('torch.')} {list(t.shape)}; expected int64 [{like.shape[0]}]"
+        )
     if t.device.type == "cpu" and t.numel() and not (0 <= int(t.min()) and int(t.max()) < steps):
         raise ValueError(f"t: got values from {int(t.min())} to {int(t.max())}; expected 0..{steps - 1}")
     chosen = values.to(like.device)[t.to(like.device)].to(like.dtype)

@@ -68,7 +68,9 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name}: got {getattr(self, name)}; expected at least 1")
         if self.batch_size % self.accumulate:
-            raise TrainingError(f"accumulate: batch_size {self.batch_size} cannot be taken in {self.accumulate} equal parts")
+            raise TrainingError(
+                f"accumulate: batch_size {self.batch_size} cannot be taken in {self.accumulate} equal parts"
+            )
         if (self.steps is None) == (self.epochs is None):
             raise TrainingError(f"steps, epochs: got {self.steps} and {self.epochs}; expected exactly one of them")
         if (self.steps or self.epochs) <= 0:
@@ -87,11 +89,20 @@ class Recipe:
 
 RECIPES = {
     "digits": Recipe(
-        steps=None, epochs=16, batch_size=64, lr=4e-4, warmup=200, ema=0.9995, ema_warmup=True, flips=False, sample_every=3000, save_every=250,
+        steps=None,
+        epochs=8,
+        batch_size=64,
+        lr=4e-4,
+        warmup=200,
+        ema=0.9995,
+        ema_warmup=True,
+        flips=False,
         log_every=50,
+        sample_every=2500,
+        save_every=250,
     ),
     "cifar10": Recipe(),
-}  # fmt: skip
+}
 
 
 def bfloat16_helps(device: torch.device) -> bool:
@@ -144,7 +155,9 @@ def _image_of(item: object) -> torch.Tensor:
 class Trainer:
     """One run: a network, its average, the optimizer and the number of steps taken."""
 
-    def __init__(self, dataset: Dataset, out: str | Path, config: UNetConfig, recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self, dataset: Dataset, out: str | Path, config: UNetConfig, recipe: Recipe, device: torch.device
+    ) -> None:
         if len(dataset) == 0:
             raise TrainingError("data: the data set is empty")
         self.dataset, self.out, self.recipe, self.device = dataset, Path(out), recipe, device
@@ -206,7 +219,10 @@ class Trainer:
             )
         training = {
             "recipe": dataclasses.asdict(self.recipe),
-            "data": {"source": getattr(self.dataset, "source", type(self.dataset).__name__), "examples": len(self.dataset)},
+            "data": {
+                "source": getattr(self.dataset, "source", type(self.dataset).__name__),
+                "examples": len(self.dataset),
+            },
             "step": self.step,
             "weights": "exponential moving average",
         }
@@ -236,15 +252,13 @@ class Trainer:
         first = self.step * self.recipe.batch_size
         loader = DataLoader(self.dataset, batch_sampler=Draws(len(self.dataset), part, self.recipe.seed, first))
         for item in loader:
-            x0, labels = (item[0], item[1]) if isinstance(item, (tuple, list)) else (item, None)
+            x0, *labels = item if isinstance(item, (tuple, list)) else (item,)
             x0 = x0.to(self.device, torch.float32)
             if self.recipe.flips:
                 draws = torch.arange(first, first + part, device=self.device)
                 flip = first_words(draws, seed=self.recipe.seed, stream=Stream.FLIP) >> 31 == 1
                 x0 = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
-            if self.model.config.classes is None:
-                labels = None
-            yield x0, None if labels is None else labels.to(self.device), first
+            yield x0, None if self.model.config.classes is None else labels[0].to(self.device), first
             first += part
 
     def _optimize(self, batches: Iterator) -> tuple[float, float]:
@@ -285,7 +299,11 @@ class Trainer:
         recipe, batches = self.recipe, self.batches()
         self.out.mkdir(parents=True, exist_ok=True)
         bar = tqdm(
-            total=self.total, initial=self.step, unit="step", disable=None if progress is None else not progress, smoothing=0.05
+            total=self.total,
+            initial=self.step,
+            unit="step",
+            disable=None if progress is None else not progress,
+            smoothing=0.05,
         )
         losses, norms, since = [], [], time.perf_counter()
         with _stop_signals(self), bar:
@@ -332,7 +350,7 @@ def _read_log(path: Path, step: int) -> list[dict[str, object]]:
         return [row for row in csv.DictReader(file) if int(row["step"]) <= step]
 
 
-class _stop_signals:  # noqa: N801 - a context manager
+class _stop_signals:
     """Ctrl-C asks the run to stop after the current step, so that what is saved is whole; a second one stops at once."""
 
     def __init__(self, trainer: Trainer) -> None:

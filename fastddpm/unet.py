@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import nn
 
 from . import ops
@@ -72,7 +72,7 @@ class UNetConfig:
 PRESETS = {
     "cifar10": UNetConfig(dropout=0.1),
     "lsun256": UNetConfig(sample_size=256, multipliers=(1, 1, 2, 2, 4, 4)),
-    "digits": UNetConfig(in_channels=1, channels=32, multipliers=(1, 2, 2), blocks=1, attention=(8,), groups=8),
+    "digits": UNetConfig(in_channels=1, channels=16, multipliers=(1, 2, 4, 4), blocks=1, attention=(8,), groups=8),
 }
 
 
@@ -117,7 +117,8 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = _linear(4 * channels, 4 * channels)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        sinusoids = ops.timestep_embedding(t, self.channels).to(self.linear_1.weight.dtype)
+        dtype = self.linear_1.weight.dtype
+        sinusoids = ops.timestep_embedding(t.double() if dtype == torch.float64 else t, self.channels).to(dtype)
         return self.linear_2(F.silu(self.linear_1(sinusoids)))
 
 

@@ -90,8 +90,8 @@ FASTDDPM_HD typename M::Float minus_log_uniform(typename M::Word w) {
     const Float v = (M::to_float(~w) + 0.5f) * 0x1p-32f;
     const Float r = f >= 2863311616.0f ? -v : m - 1.0f;  // 2/3 * 2^32: where k = 0
     // (log1p(r) - r) / r^2 on [-1/3, 1/3], minimax for the relative error of log1p
-    const float q[] = {0.14374099671840668f,  -0.1537274271249771f, 0.13920924067497253f,  -0.16419349610805511f,
-                       0.20016059279441833f,  -0.2500759959220886f, 0.33333104848861694f,  -0.49999940395355225f};
+    const float q[] = {0.14374099671840668f, -0.1537274271249771f, 0.13920924067497253f, -0.16419349610805511f,
+                       0.20016059279441833f, -0.2500759959220886f, 0.33333104848861694f, -0.49999940395355225f};
     Float p = M::broadcast(q[0]);
 #pragma GCC unroll 7
     for (int i = 1; i < 8; ++i) p = M::fma(p, r, M::broadcast(q[i]));

@@ -183,7 +183,8 @@ bool step_tile(const Problem& problem, int64_t i, int64_t c, int64_t p, int64_t 
     const DdpmStepArgs& args = problem.args;
     const int64_t total = channels * pixels;
     const bool whole = pixels == problem.pixels;
-    alignas(64) float o_buffer[kTile], v_buffer[kTile], next_buffer[kTile], z_buffer[kTile + 4], drawn_buffer[kTile + 4];
+    alignas(64) float o_buffer[kTile], v_buffer[kTile], next_buffer[kTile], z_buffer[kTile + 4],
+        drawn_buffer[kTile + 4];
 
     // In the buffers a tile is [channels, pixels] in the order of x.
     const Strides tile = problem.x_inner ? Strides{1, channels} : Strides{pixels, 1};
@@ -191,7 +192,8 @@ bool step_tile(const Problem& problem, int64_t i, int64_t c, int64_t p, int64_t 
     const Strides o_strides = problem.strides(problem.o_inner, problem.o_channels);
     const Strides next_strides = problem.strides(problem.next_inner, problem.channels);
     const int64_t x_offset = i * problem.channels * problem.pixels + c * x_strides.channel + p * x_strides.pixel;
-    const int64_t next_offset = i * problem.channels * problem.pixels + c * next_strides.channel + p * next_strides.pixel;
+    const int64_t next_offset =
+        i * problem.channels * problem.pixels + c * next_strides.channel + p * next_strides.pixel;
     const int64_t o_offset = i * problem.o_channels * problem.pixels + c * o_strides.channel + p * o_strides.pixel;
 
     // Channels outer: one run per channel, unless the channels follow each other without a gap.

@@ -10,20 +10,22 @@
 
 namespace fastddpm {
 
-#define FASTDDPM_DECLARE(variant)                                         \
-    namespace variant {                                                   \
-    void philox_normal(const PhiloxNormalArgs&);                          \
-    void ddpm_step(const DdpmStepArgs&);                                  \
-    void group_norm_silu(const GroupNormSiluArgs&);                       \
-    void group_norm_silu_backward(const GroupNormSiluBackwardArgs&);      \
-    void timestep_embedding(const TimestepEmbeddingArgs&);                \
+#define FASTDDPM_DECLARE(variant)                                    \
+    namespace variant {                                              \
+    void philox_normal(const PhiloxNormalArgs&);                     \
+    void ddpm_step(const DdpmStepArgs&);                             \
+    void group_norm_silu(const GroupNormSiluArgs&);                  \
+    void group_norm_silu_backward(const GroupNormSiluBackwardArgs&); \
+    void timestep_embedding(const TimestepEmbeddingArgs&);           \
     }
 
-#define FASTDDPM_KERNELS(variant)                                                                        \
-    {                                                                                                    \
-        #variant, variant::philox_normal, variant::ddpm_step, variant::group_norm_silu,                  \
-            variant::group_norm_silu_backward, variant::timestep_embedding                               \
-    }
+#define FASTDDPM_KERNELS(variant)       \
+    {#variant,                          \
+     variant::philox_normal,            \
+     variant::ddpm_step,                \
+     variant::group_norm_silu,          \
+     variant::group_norm_silu_backward, \
+     variant::timestep_embedding}
 
 FASTDDPM_DECLARE(generic)
 #ifdef FASTDDPM_X86_VARIANTS

@@ -22,8 +22,7 @@ void embed(double t, const TimestepEmbeddingArgs& args, float* row) {
     for (int64_t k = 0; k < half; k += kLanes) {
         const int count = half - k < kLanes ? static_cast<int>(half - k) : kLanes;
         const vfloat high = load(args.freq_hi + k, count), low = load(args.freq_lo + k, count);
-        const vdouble turns =
-            t * (__builtin_convertvector(high, vdouble) + __builtin_convertvector(low, vdouble));
+        const vdouble turns = t * (__builtin_convertvector(high, vdouble) + __builtin_convertvector(low, vdouble));
         // Adding 1.5 * 2^50 rounds to quarters, and leaves their number in the low bits.
         const double magic = 0x1.8p50;
         const vdouble shifted = turns + magic;

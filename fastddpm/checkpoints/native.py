@@ -39,7 +39,9 @@ def find(name: str | Path) -> Path:
     )
 
 
-def save(model: UNet, folder: str | Path, *, state: dict[str, torch.Tensor] | None = None, extra: dict | None = None) -> None:
+def save(
+    model: UNet, folder: str | Path, *, state: dict[str, torch.Tensor] | None = None, extra: dict | None = None
+) -> None:
     """Write `model` (with the weights of `state`, where given) and config.json with the entries of `extra` beside its own."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,9 @@ def load(name: str | Path) -> UNet:
     try:
         state = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); it may be truncated: copy it again") from error
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}); it may be truncated: copy it again"
+        ) from error
     load_state(model, state, path)
     return model.eval()
 
@@ -92,7 +96,9 @@ def load_state(model: UNet, state: dict[str, torch.Tensor], path: Path) -> None:
         raise CheckpointError(f"{path}: its tensors are not those of this network: {', '.join(parts)}")
     for key, value in own.items():
         if state[key].shape != value.shape:
-            raise CheckpointError(f"{path}: {key} has shape {list(state[key].shape)}; the config asks for {list(value.shape)}")
+            raise CheckpointError(
+                f"{path}: {key} has shape {list(state[key].shape)}; the config asks for {list(value.shape)}"
+            )
     model.load_state_dict(state)
 
 

@@ -62,10 +62,17 @@ def _normals(x, seed, t, first):
 
 def _bad(o, row, c):
     """Whether what the step reads of o is not finite, a 0-d bool tensor."""
-    bad = ~o[:, :c].isfinite().all()
+    bad = ~o[:, :c].isfinite().all() & ((row[B] != 0) | (row[D] != 0))
     if o.shape[1] > c:
-        bad = bad | (~o[:, c:].isfinite().all() & ((row[LV_LO] != 0) | (row[LV_HI] != 0)))
+        learned = (row[SIGMA] != 0) & ((row[LV_LO] != 0) | (row[LV_HI] != 0))
+        bad = bad | (~o[:, c:].isfinite().all() & learned)
     return bad
+
+
+def _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip):
+    if noise is None and float(row[SIGMA]) != 0:
+        noise = _normals(x, seed, t, first)
+    return _step(x, o, row.to(x), noise, x0_last, clip)
 
 
 # ----------------------------------------------------------------------------------------- native calling
@@ -97,19 +104,18 @@ def _like(v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
 
 
 def _functional(x, o, row, noise, seed, t, first, x0_last, clip):
+    _check_values(row, noise, seed, x0_last)
     if backend.choose(x.device, x.dtype if x.dtype == torch.float64 else o.dtype) == "cpu":
-        x, o = _native(x, "x"), _native(o, "o")
-        x_prev, x0 = torch.empty_like(x), torch.empty_like(x)
-        state = torch.tensor([seed, first, 0, -1])
+        native = _native(x, "x")
+        result = torch.empty_like(native), torch.empty_like(native)
         _launch(
-            x, x_prev, o, _like(x0_last, x), x0, None, _like(noise, x),
-            row.float(), torch.tensor([t]), state, clip,
+            native, result[0], _native(o, "o"), _like(x0_last, native), result[1], None, _like(noise, native),
+            row.float(), torch.tensor([t or 0]), torch.tensor([seed or 0, first, 0, -1]), clip,
         )  # fmt: skip
-        return x_prev, x0
-    z = noise
-    if z is None and float(row[SIGMA]) != 0:
-        z = _normals(x, seed, t, first)
-    return _step(x, o, row.to(x), z, x0_last, clip)
+    else:
+        result = _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip)
+    outputs = torch.empty_like(x), torch.empty_like(x)  # in x's exact strides, as the fake promises
+    return tuple(v if v.stride() == y.stride() else y.copy_(v) for v, y in zip(result, outputs, strict=True))
 
 
 def _functional_fake(x, o, row, noise, seed, t, first, x0_last, clip):
@@ -117,7 +123,7 @@ def _functional_fake(x, o, row, noise, seed, t, first, x0_last, clip):
 
 
 register(
-    "ddpm_step(Tensor x, Tensor o, Tensor row, Tensor? noise, int seed, int t, int first, Tensor? x0_last, "
+    "ddpm_step(Tensor x, Tensor o, Tensor row, Tensor? noise, SymInt? seed, SymInt? t, SymInt first, Tensor? x0_last, "
     "float? clip) -> (Tensor, Tensor)",
     _functional,
     _functional_fake,
@@ -125,7 +131,10 @@ register(
 
 
 def _in_place(x, o, rows, timesteps, state, x0, next_input, noise, clip):
-    if backend.choose(x.device, o.dtype) == "cpu":
+    kind = backend.choose(x.device, o.dtype)
+    if next_input is not None and kind == "cpu":
+        kind = backend.choose(x.device, next_input.dtype)
+    if kind == "cpu":
         _launch(x, x, _native(o, "o"), x0, x0, next_input, _like(noise, x), rows, timesteps, state, clip)
         return
     index = state[2:3]
@@ -173,6 +182,7 @@ def _check_pair(x, o, clip):
         )
     if o.device != x.device:
         raise ValueError(f"o: is on {o.device}, x is on {x.device}; move one of them")
+    native_layout(x, "x"), native_layout(o, "o")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}; expected a positive bound or None")
     if x.requires_grad or o.requires_grad:
@@ -195,15 +205,19 @@ def _prepared(x, o, row, noise, seed, t, first, x0_last, clip):
         row = torch.tensor(row, dtype=torch.float64)
     if tuple(row.shape) != (9,) or row.device.type != "cpu":
         raise ValueError(f"row: got shape {list(row.shape)} on {row.device}; expected 9 coefficients on the CPU")
-    if noise is None and seed is None:
-        if float(row[SIGMA]) != 0:
-            raise ValueError("noise: missing, and no seed to draw it from; pass noise= or seed= and t=")
-        seed, t = 0, 0
-    if noise is None and (t is None or not 0 <= t < 1 << 20):
-        raise ValueError(f"t: got {t}; expected the timestep, an int in [0, 2^20), when the noise is drawn from seed")
+    if seed is not None:
+        seed = as_int64_bits(check_seed(seed))
+        if noise is None and (t is None or not 0 <= t < 1 << 20):
+            raise ValueError(f"t: got {t}; expected the timestep, an int in [0, 2^20), to draw the noise for")
+    return x, o, row.double(), noise, seed, t, check_first(first), x0_last, clip
+
+
+def _check_values(row, noise, seed, x0_last):
+    """What depends on the row's values: not while torch.compile traces, but when the op runs."""
+    if noise is None and seed is None and float(row[SIGMA]) != 0:
+        raise ValueError("noise: missing, and no seed to draw it from; pass noise= or seed= and t=")
     if x0_last is None and float(row[C2]) != 0:
         raise ValueError("x0_last: missing, and the row's coefficient c2 is not 0")
-    return row.double()
 
 
 def ddpm_step(
@@ -225,10 +239,7 @@ def ddpm_step(
     noise: z, like x; else z is drawn for (seed, t, first + i): seed in [0, 2^64), t the training timestep.
     clip: bound on x0, None for none. Raises ValueError naming the argument that does not fit, also if x or o require grad.
     """
-    row = _prepared(x, o, row, noise, seed, t, first, x0_last, clip)
-    return torch.ops.fastddpm.ddpm_step(
-        x, o, row, noise, as_int64_bits(check_seed(seed or 0)), t or 0, check_first(first), x0_last, clip
-    )
+    return torch.ops.fastddpm.ddpm_step(*_prepared(x, o, row, noise, seed, t, first, x0_last, clip))
 
 
 def ddpm_step_ref(
@@ -244,10 +255,9 @@ def ddpm_step_ref(
     clip: float | None = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ddpm_step` in plain PyTorch, in x's dtype: with float64 x and o, the truth."""
-    row = _prepared(x, o, row, noise, seed, t, first, x0_last, clip)
-    if noise is None and float(row[SIGMA]) != 0:
-        noise = _normals(x, as_int64_bits(check_seed(seed)), t, check_first(first))
-    return _step(x, o, row.to(x), noise, x0_last, clip)
+    x, o, row, noise, seed, t, first, x0_last, clip = _prepared(x, o, row, noise, seed, t, first, x0_last, clip)
+    _check_values(row, noise, seed, x0_last)
+    return _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip)
 
 
 def ddpm_step_(
@@ -289,10 +299,12 @@ def ddpm_step_(
             raise ValueError(f"{name}: strides {v.stride()}; expected contiguous or channels_last, as it is written in place")
     if x0 is not None and layout(x0) != layout(x):
         raise ValueError(f"x0: strides {x0.stride()}; expected x's memory layout, {x.stride()}")
-    if next_input is not None and (next_input.shape != x.shape or next_input.dtype not in O_DTYPES):
+    if next_input is not None and (
+        next_input.shape != x.shape or next_input.dtype not in O_DTYPES or next_input.device != x.device
+    ):
         raise ValueError(
-            f"next_input: got {short(next_input.dtype)} {list(next_input.shape)}; expected {list(x.shape)} in float32, "
-            "bfloat16 or float16"
+            f"next_input: got {short(next_input.dtype)} {list(next_input.shape)} on {next_input.device}; expected "
+            f"{list(x.shape)} in float32, bfloat16 or float16 on {x.device}"
         )
     torch.ops.fastddpm.ddpm_step_(
         x, o, rows, timesteps, state, x0=x0, next_input=next_input, noise=noise, clip=clip

@@ -9,6 +9,8 @@ Statistics are taken about the group's first element and in two passes, never as
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import backend
@@ -26,13 +28,22 @@ def _per_channel(v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return v.to(dtype)[..., None]
 
 
-def _grouped(x: torch.Tensor, num_groups: int, add: torch.Tensor | None) -> torch.Tensor:
-    """x + add, minus each group's first element: [N, G, C/G * P]."""
-    h = x.to(_compute_dtype(x)).flatten(2)
+def _flat(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x as [N, C, P]; P is spelt out, for -1 is ambiguous where x is empty."""
+    return x.to(dtype).reshape(*x.shape[:2], math.prod(x.shape[2:]))
+
+
+def _grouped(
+    x: torch.Tensor, num_groups: int, add: torch.Tensor | None, mean: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x + add, minus each group's first element and, if given, the mean [N, G] relative to it: [N, G, C/G * P]."""
+    h = _flat(x, _compute_dtype(x))
     if add is not None:
         h = h + _per_channel(add, h.dtype)
-    h = h.reshape(x.shape[0], num_groups, -1)
-    return h - h[..., :1].detach()  # the norm doesn't see a shift, so neither does its gradient
+    n, c, pixels = h.shape
+    h = h.reshape(n, num_groups, c // num_groups * pixels)
+    pivot = h[..., :1].detach()  # the norm doesn't see a shift, so neither does its gradient
+    return h - (pivot if mean is None else pivot + mean[..., None])
 
 
 def _affine(xhat, weight, bias, scale, shift):
@@ -50,16 +61,18 @@ def _forward_reference(x, num_groups, weight, bias, eps, add, scale, shift, silu
     h = _grouped(x, num_groups, add)
     mean = h.mean(-1, keepdim=True)
     rstd = ((h - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
-    z = _affine(((h - mean) * rstd).reshape(*x.shape[:2], -1), weight, bias, scale, shift)
+    xhat = ((h - mean) * rstd).reshape(*x.shape[:2], math.prod(x.shape[2:]))
+    z = _affine(xhat, weight, bias, scale, shift)
     y = torch.nn.functional.silu(z) if silu else z
     return y.reshape(x.shape).to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
 def _backward_reference(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu):
     """(dx, sum_p g, sum_p g*xhat, sum_p dx) with g = dL/dz; the sums are [N, C]."""
-    n, c = x.shape[:2]
-    xhat = ((_grouped(x, num_groups, add) - mean[..., None]) * rstd[..., None]).reshape(n, c, -1)
-    g = dy.to(xhat.dtype).flatten(2)
+    h = _grouped(x, num_groups, add, mean)
+    grouped = (h - h.mean(-1, keepdim=True)) * rstd[..., None]  # the saved mean was rounded: centre once more
+    g = _flat(dy, grouped.dtype)
+    xhat = grouped.reshape(g.shape)
     if silu:
         z = _affine(xhat, weight, bias, scale, shift)
         s = z.sigmoid()
@@ -67,11 +80,10 @@ def _backward_reference(dy, x, weight, bias, add, scale, shift, mean, rstd, num_
     gain = _per_channel(weight, xhat.dtype)
     if scale is not None:
         gain = gain * (1 + _per_channel(scale, xhat.dtype))
-    dxhat = (g * gain).reshape(n, num_groups, -1)
-    grouped = xhat.reshape(n, num_groups, -1)
+    dxhat = (g * gain).reshape(grouped.shape)
     mean_d = dxhat.mean(-1, keepdim=True)
     mean_dx = (dxhat * grouped).mean(-1, keepdim=True)
-    dx = (rstd[..., None] * (dxhat - mean_d - grouped * mean_dx)).reshape(n, c, -1)
+    dx = (rstd[..., None] * (dxhat - mean_d - grouped * mean_dx)).reshape(g.shape)
     return dx.reshape(x.shape).to(x.dtype), g.sum(-1), (g * xhat).sum(-1), dx.sum(-1)
 
 
@@ -86,7 +98,7 @@ def _native(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
 
 def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
     kind = backend.choose(x.device, x.dtype)
-    if kind == "cpu":
+    if kind == "cpu" and x.numel():
         native, inner = _native(x)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
         y_native = y if native is x else torch.empty_like(native)
@@ -96,7 +108,7 @@ def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
         backend.native.group_norm_silu(
             b(native), b(y_native), inner, b(mean), b(rstd),
             b(weight), b(bias), b(add), b(scale), b(shift),
-            n, c, x[0, 0].numel() if n * c else 0, num_groups, eps, silu, torch.get_num_threads(),
+            n, c, x[0, 0].numel(), num_groups, eps, silu, torch.get_num_threads(),
         )  # fmt: skip
         if y_native is not y:
             y.copy_(y_native)
@@ -115,7 +127,7 @@ def _forward_fake(x, num_groups, weight, bias, eps, add, scale, shift, silu):
 
 def _backward(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu, kind):
     dx = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    if kind == "cpu":
+    if kind == "cpu" and x.numel():
         native, inner = _native(x)
         dx_native = dx if native is x else torch.empty_like(native)
         dy_native = dy if dy.stride() == native.stride() else torch.empty_like(native).copy_(dy)
@@ -125,7 +137,7 @@ def _backward(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, si
         backend.native.group_norm_silu_backward(
             b(dy_native), b(native), b(dx_native), inner, b(mean), b(rstd),
             b(weight), b(bias), b(add), b(scale), b(shift), b(sums[0]), b(sums[1]), b(sums[2]),
-            n, c, x[0, 0].numel() if n * c else 0, num_groups, silu, torch.get_num_threads(),
+            n, c, x[0, 0].numel(), num_groups, silu, torch.get_num_threads(),
         )  # fmt: skip
         if dx_native is not dx:
             dx.copy_(dx_native)

@@ -70,7 +70,7 @@ def normals_float64(
     r01, r23 = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()
     a1, a3 = 2 * math.pi * u1, 2 * math.pi * u3
     z = torch.stack((r01 * a1.cos(), r01 * a1.sin(), r23 * a3.cos(), r23 * a3.sin()), dim=-1)
-    return z.reshape(sample.shape[0], -1)[:, :elements]
+    return z.flatten(1)[:, :elements]
 
 
 def _samples(n: int, first: int, sample: torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -106,7 +106,7 @@ def _fake(shape, seed, stream, t_all, t, first, sample, device):
 
 
 register(
-    "philox_normal(SymInt[] shape, int seed, int stream, int t_all, Tensor? t, int first, Tensor? sample, "
+    "philox_normal(SymInt[] shape, SymInt seed, int stream, SymInt t_all, Tensor? t, SymInt first, Tensor? sample, "
     "Device? device) -> Tensor",
     _implementation,
     _fake,

@@ -32,14 +32,18 @@ def _turns(dim: int, max_period: float, freq_shift: float) -> tuple[torch.Tensor
     return high, (turns - high.double()).float()
 
 
+def _out_dtype(t: torch.Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 def _reference(t: torch.Tensor, dim: int, max_period: float, flip_sin_to_cos: bool, freq_shift: float) -> torch.Tensor:
     angles = t.double()[:, None] * _frequencies(dim, max_period, freq_shift).to(t.device)
     parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
-    return torch.nn.functional.pad(torch.cat(parts, dim=1), (0, dim % 2)).float()
+    return torch.nn.functional.pad(torch.cat(parts, dim=1), (0, dim % 2)).to(_out_dtype(t))
 
 
 def _implementation(t, dim, max_period, flip_sin_to_cos, freq_shift):
-    if backend.choose(t.device) == "cpu":
+    if backend.choose(t.device, _out_dtype(t)) == "cpu":
         high, low = _turns(dim, max_period, freq_shift)
         out = torch.empty((t.shape[0], dim), dtype=torch.float32)
         b = backend.buffer
@@ -51,7 +55,7 @@ def _implementation(t, dim, max_period, flip_sin_to_cos, freq_shift):
 
 
 def _fake(t, dim, max_period, flip_sin_to_cos, freq_shift):
-    return t.new_empty((t.shape[0], dim), dtype=torch.float32)
+    return t.new_empty((t.shape[0], dim), dtype=_out_dtype(t))
 
 
 register(
@@ -62,7 +66,7 @@ register(
 
 
 def _check(t: torch.Tensor, dim: int, max_period: float, freq_shift: float) -> None:
-    if t.dim() != 1 or t.dtype not in (torch.int64, torch.float32):
+    if t.dim() != 1 or t.dtype not in (torch.int64, torch.float32, torch.float64):
         raise ValueError(f"t: got {short(t.dtype)} {list(t.shape)}; expected int64 or float32 [N]")
     if dim < 2 or dim // 2 == freq_shift:
         raise ValueError(f"dim: got {dim} with freq_shift {freq_shift}; expected dim >= 2 and dim // 2 != freq_shift")
@@ -80,6 +84,7 @@ def timestep_embedding(
 ) -> torch.Tensor:
     """Embed timesteps t, int64 or float32 [N] with |t| <= 10^6, as float32 [N, dim], within 2e-6 of float64.
 
+    float64 t goes to the reference and gives float64, for networks in that dtype.
     flip_sin_to_cos puts the cosines first. Raises ValueError for dim < 2 and for dim // 2 == freq_shift (a division by 0).
     """
     _check(t, dim, max_period, freq_shift)

@@ -1,0 +1,294 @@
+"""What the benchmarks share: alternating timing, the machine's description, the load on it, tables and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+import fastddpm
+from fastddpm.files import whole
+
+BUSY = 0.3  # cores' worth of other processes beyond which a machine is not idle
+
+# ------------------------------------------------------------------------------------------------ timing
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, one entry for each round."""
+
+    seconds: list[float]
+
+    def quantile(self, q: float) -> float:
+        """Linear between the two nearest rounds."""
+        ordered = sorted(self.seconds)
+        place = q * (len(ordered) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def milliseconds(self) -> dict[str, float]:
+        return {
+            "ms": 1e3 * self.median,
+            "ms_p20": 1e3 * self.quantile(0.2),
+            "ms_p80": 1e3 * self.quantile(0.8),
+            "rounds": len(self.seconds),
+        }
+
+
+def _clock(call: Callable[[], object], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) / times
+
+
+def alternate(
+    contestants: dict[str, Callable[[], object]],
+    *,
+    rounds: int | None = None,
+    seconds: float = 2.0,
+    least: float = 2e-3,
+    label: str = "",
+) -> dict[str, Timing]:
+    """Time every contestant once in each round, in turn, so that whatever drifts on the machine meets them all.
+
+    Each round starts with another contestant, so that nobody is always first. A turn repeats a short call until it
+    lasts `least` seconds. rounds: default as many as fit into `seconds`, from 5 to 100.
+    """
+    repeats, one = {}, 0.0  # one: seconds of a round
+    for name, call in contestants.items():
+        call()  # caches, allocators and lazy initialisation
+        once = _clock(call, 1)
+        repeats[name] = max(1, math.ceil(least / once))
+        one += repeats[name] * once
+    if rounds is None:
+        rounds = max(5, min(100, int(seconds / one)))
+    names = list(contestants)
+    taken = {name: [] for name in names}
+    for r in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=None):
+        first = r % len(names)
+        for name in names[first:] + names[:first]:
+            taken[name].append(_clock(contestants[name], repeats[name]))
+    return {name: Timing(values) for name, values in taken.items()}
+
+
+class Rotation:
+    """Endless turns through `sets`: the next call, whoever makes it, gets the set that was used longest ago.
+
+    With more bytes in the sets than the caches hold, nobody is served from a cache.
+    """
+
+    def __init__(self, make: Callable[[], Sequence[torch.Tensor]], total_bytes: int) -> None:
+        self.sets = [make()]
+        size = sum(v.numel() * v.element_size() for v in self.sets[0])
+        self.sets += [make() for _ in range(math.ceil(total_bytes / size) - 1)]
+        self.turn = -1
+
+    def next(self) -> Sequence[torch.Tensor]:
+        self.turn = (self.turn + 1) % len(self.sets)
+        return self.sets[self.turn]
+
+
+# --------------------------------------------------------------------------------------------------- load
+
+
+def _cpu_seconds() -> tuple[float, float] | None:
+    """(all cores' busy seconds since boot, this process's own), or None where the system does not tell."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq, steal = (int(v) for v in fields)
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    times = os.times()
+    return busy, times.user + times.system + times.children_user + times.children_system
+
+
+class Load:
+    """How many cores' worth other processes use: measured for two seconds before the run, and then over the run.
+
+    The 1-minute load average alone would count the benchmark that ended half a minute ago; where /proc/stat is missing
+    it has to do. Time that a hypervisor gave to others counts as theirs.
+    """
+
+    def __init__(self, force: bool) -> None:
+        self.before = self._others(_cpu_seconds(), time.perf_counter(), sleep=2.0)
+        self.average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        self.forced = False
+        seen = self.average if self.before is None else self.before
+        if seen is not None and seen > BUSY:
+            message = f"other processes use {seen:.1f} of {os.cpu_count()} cores (load average {self.average:.1f})"
+            if not force:
+                sys.exit(f"{message}: timings would mean little. Wait for them to end, or pass --force.")
+            print(f"warning: {message}; go on, as --force was given", file=sys.stderr)
+            self.forced = True
+        self._start, self._clock = _cpu_seconds(), time.perf_counter()
+
+    @staticmethod
+    def _others(start: tuple[float, float] | None, clock: float, sleep: float = 0.0) -> float | None:
+        if start is None:
+            return None
+        time.sleep(sleep)
+        busy, own = (now - then for now, then in zip(_cpu_seconds(), start, strict=True))
+        return max(0.0, (busy - own) / (time.perf_counter() - clock))
+
+    def report(self) -> dict[str, object]:
+        during = self._others(self._start, self._clock)
+        if during is not None and during > BUSY:
+            print(f"warning: during the run other processes used {during:.1f} cores on average", file=sys.stderr)
+        return {
+            "others_cores_before": self.before,
+            "others_cores_during": during,
+            "load_average_before": self.average,
+            "forced_on_a_busy_machine": self.forced,
+        }
+
+
+# ----------------------------------------------------------------------------------------- what was measured
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, object]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "torch_threads": torch.get_num_threads(),
+        "torch_cpu": torch.backends.cpu.get_cpu_capability(),
+        "fastddpm_cpu_variant": fastddpm.backend.describe()["cpu_variant"],
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    return {"fastddpm": fastddpm.__version__, **{name: version(name) for name in ("torch", "diffusers", "numpy")}}
+
+
+def commit() -> str | None:
+    """The commit of the checkout this file lies in, with a + where tracked files differ from it."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def provenance(settings: argparse.Namespace) -> dict[str, object]:
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(),
+        "settings": given,
+    }
+
+
+# ------------------------------------------------------------------------------------- arguments and output
+
+
+def arguments(description: str, *, timed: bool = True) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write figures, machine and settings here")
+    if timed:
+        parser.add_argument("--plot", type=Path, metavar="PATH", help="draw a chart (needs matplotlib)")
+        parser.add_argument("--force", action="store_true", help="measure although other processes are busy")
+    return parser
+
+
+def check_outputs(settings: argparse.Namespace) -> None:
+    """Say before the measurement, not after it, that a result could not be written."""
+    for option in ("json", "plot"):
+        path = getattr(settings, option, None)
+        if path is not None and not path.parent.is_dir():
+            sys.exit(f"--{option}: the folder {path.parent} does not exist")
+    if getattr(settings, "plot", None) is not None and importlib.util.find_spec("matplotlib") is None:
+        sys.exit("--plot: needs matplotlib (pip install matplotlib)")
+
+
+def write_json(path: Path, content: dict[str, object]) -> None:
+    with whole(path) as aside:
+        aside.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they need to be, numbers to the right. A row of one cell is a heading with a line above it."""
+    full = [row for row in rows if len(row) == len(header)]
+    widths = [max(len(row[i]) for row in [header, *full]) for i in range(len(header))]
+    for row in [header, ["-" * w for w in widths], *rows]:
+        if len(row) == 1:
+            print(f"\n{row[0]}")
+            continue
+        name, *numbers = (
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([name, *numbers]).rstrip())
+
+
+def bar_chart(path: Path, title: str, unit: str, panels: dict[str, dict[str, float]]) -> None:
+    """One panel of horizontal bars for each entry of `panels`: name -> value."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    tallest = max(len(bars) for bars in panels.values())
+    figure, axes = plt.subplots(lines, columns, figsize=(6.5 * columns, lines * (0.8 + 0.35 * tallest)), squeeze=False)
+    for axis, (name, bars) in zip(axes.flat, panels.items(), strict=False):
+        colours = ["tab:blue" if label.startswith("fastddpm") else "tab:gray" for label in bars]
+        drawn = axis.barh(list(bars), list(bars.values()), color=colours)
+        axis.bar_label(drawn, fmt="%.3g", padding=3)
+        axis.margins(x=0.15)
+        axis.invert_yaxis()
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel(unit)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.suptitle(title)
+    figure.tight_layout()
+    with whole(path) as aside:
+        figure.savefig(aside, dpi=150)
+    plt.close(figure)
+    print(f"wrote {path}")

@@ -1,0 +1,267 @@
+"""The command line: fastddpm sample | train | check | info."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from . import __version__, backend, data, images, training
+from .checkpoints import native
+from .diffusion import random_seed
+from .files import whole
+from .ops import philox_normal
+from .ops.philox_normal import Stream
+from .sampling import SamplingError, sample
+from .schedule import Schedule
+from .unet import UNet
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RAW = (".npy", ".npz")
+FILM_FRAMES = 60
+FORWARD_COLUMNS = 10
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Denoising diffusion (DDPM), as fast as the hardware allows, exactly."""
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one line, not a traceback."""
+    try:
+        cli()
+    except (ValueError, SamplingError, backend.BackendError, OSError) as error:
+        click.echo(f"fastddpm: {error}", err=True)
+        sys.exit(1)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {name!r}; expected auto, cpu or cuda[:N]") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {name!r} was asked for, but torch sees no CUDA device")
+    return device
+
+
+def _writable(path: Path, suffixes: tuple[str, ...]) -> Path:
+    """An output path that can be written to, checked before the work and not after it."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"output: {path} ends in {path.suffix!r}; expected {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"output: the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise ValueError(f"output: {path} is a folder; expected a file name")
+    return path
+
+
+@cli.command("sample")
+@click.argument("model", default="digits")
+@click.option("-n", default=16, show_default=True, help="How many images.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="samples.png", show_default=True,
+              help="A picture (.png: a grid), or .npy / .npz for the raw float32 [n, C, H, W].")  # fmt: skip
+@click.option("--seed", type=int, help="In [0, 2^64); default a random one. The seed used is printed.")
+@click.option("--first", default=0, show_default=True, help="Start at this image of the seed's sequence.")
+@click.option("--variance", type=click.Choice(["fixed_large", "fixed_small", "none"]), help="Default the model's own.")
+@click.option("--batch-size", type=int, help="Images per forward pass; default what fits.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Arithmetic of the network; default the model's own.")
+@click.option("--label", type=int, help="Class to draw, for a network with classes.")
+@click.option("--gif", type=click.Path(path_type=Path), help="Also write the denoising film to this .gif.")
+@click.option("--forward", type=click.Path(path_type=Path),
+              help="Draw no images: show how the forward process destroys this picture.")  # fmt: skip
+def sample_command(model, n, output, seed, first, variance, batch_size, device, dtype, label, gif, forward) -> None:
+    """Draw images with MODEL: a bundled model's name or a run's folder (default: the bundled digits)."""
+    seed = random_seed() if seed is None else seed
+    if forward is not None:
+        _writable(output, (".png",))
+        folder_or_name = native.find(model)
+        images.save(_forward_strip(forward, native.load(folder_or_name).schedule, seed), output)
+        click.echo(f"{output}: {forward} from x_0 to x_T (seed {seed})")
+        return
+    _writable(output, (".png", *RAW))
+    if gif is not None:
+        _writable(gif, (".gif",))
+    if n < 1 and output.suffix.lower() not in RAW:
+        raise ValueError(f"n: got {n}; a picture needs at least 1 image")
+    network = UNet.from_pretrained(model).to(_device(device))
+    film = _Film(n, len(network.schedule)) if gif is not None else None
+    began = time.perf_counter()
+    drawn = sample(
+        network, n, seed=seed, first=first, variance=variance, batch_size=batch_size,
+        dtype=None if dtype is None else DTYPES[dtype], class_labels=label, callback=film,
+    ).cpu()  # fmt: skip
+    seconds = time.perf_counter() - began
+    _write(drawn, output)
+    if film is not None:
+        film.save(gif)
+    shape = "x".join(map(str, network.shape))
+    click.echo(f"{output}: {n} images {shape}, {len(network.schedule)} steps in {seconds:.1f} s (seed {seed})")
+
+
+def _write(drawn: torch.Tensor, path: Path) -> None:
+    if path.suffix.lower() not in RAW:
+        images.save(images.grid(drawn), path)
+        return
+    with whole(path) as aside:
+        if path.suffix.lower() == ".npy":
+            np.save(aside, drawn.numpy())
+        else:
+            np.savez(aside, images=drawn.numpy())
+
+
+class _Film:
+    """Collects x_t along the chain of the first batch; the last frame stays longer."""
+
+    def __init__(self, n: int, steps: int) -> None:
+        self.every, self.steps, self.frames = max(1, steps // FILM_FRAMES), steps, {}
+
+    def __call__(self, state) -> None:
+        if state.step % self.every == 0 or state.step + 1 == self.steps:
+            self.frames.setdefault(state.step, []).append(state.x.clamp(-1, 1).cpu())
+
+    def save(self, path: Path) -> None:
+        frames = [images.grid(torch.cat(parts)) for _, parts in sorted(self.frames.items())]
+        durations = [80] * (len(frames) - 1) + [2000]
+        images.save(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def _forward_strip(path: Path, schedule: Schedule, seed: int) -> Image.Image:
+    """x_0 and x_t at evenly spaced t, the same picture with fresh noise of the forward stream."""
+    try:
+        with Image.open(path) as picture:
+            pixels = np.array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
+    except (UnidentifiedImageError, FileNotFoundError) as error:
+        raise ValueError(f"forward: {path} is not a readable picture ({error})") from error
+    x0 = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    last = len(schedule) - 1
+    steps = torch.linspace(0, last, FORWARD_COLUMNS).round().long()
+    repeated = x0.expand(len(steps), *x0.shape[1:])
+    noise = philox_normal(repeated.shape, seed=seed, t=steps, stream=Stream.FORWARD)
+    strip = torch.cat((x0, schedule.add_noise(repeated, noise, steps)))
+    return images.grid(strip, columns=len(strip))
+
+
+def _recipe_options(command):
+    """One option for each field of the recipe that people change; None means the preset's value."""
+    for name, kind, text in reversed(
+        [
+            ("--steps", int, "Optimizer steps in all."),
+            ("--epochs", float, "Passes over the data in all, in place of --steps."),
+            ("--batch-size", int, "Examples per optimizer step."),
+            ("--accumulate", int, "Take each batch in this many parts."),
+            ("--lr", float, "Learning rate after warm-up."),
+            ("--warmup", int, "Steps of linear warm-up."),
+            ("--ema", float, "Decay of the averaged weights."),
+            ("--grad-clip", float, "Bound on the gradient's norm."),
+            ("--flips/--no-flips", bool, "Mirror half of the images."),
+            ("--seed", int, "Seed of weights, data order, timesteps and noise."),
+            ("--log-every", int, "Steps between rows of log.csv."),
+            ("--sample-every", int, "Steps between sample grids; 0 for none."),
+            ("--save-every", int, "Steps between checkpoints."),
+        ]
+    ):
+        command = click.option(name, default=None, help=text, type=None if kind is bool else kind)(command)
+    return command
+
+
+@cli.command("train")
+@click.option("--data", "source", type=click.Path(path_type=Path), required=True,
+              help=".npz or .npy with uint8 images, or a folder of pictures.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The run's folder.")
+@click.option("--preset", type=click.Choice(list(training.RECIPES)), default="digits", show_default=True,
+              help="Network and recipe; cifar10 is the paper's.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
+@click.option("--labels", is_flag=True, help="Train a class-conditional network on the data's labels.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
+              help="Arithmetic of the network; auto: bfloat16 where it is faster.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_recipe_options
+def train_command(source, out, preset, resume, labels, dtype, device, **options) -> None:
+    """Train a network on images, by the paper's objective and recipe; Ctrl-C saves, --resume goes on."""
+    device = _device(device)
+    changes = {name: value for name, value in options.items() if value is not None}
+    if "steps" in changes and "epochs" in changes:
+        raise ValueError("steps, epochs: both given; expected one of them")
+    if "steps" in changes or "epochs" in changes:
+        changes = {"steps": None, "epochs": None, **changes}
+    dataset = data.load(source, labels=labels)
+    if resume:
+        foreign = changes.keys() - {"steps", "epochs"}
+        if foreign:
+            raise ValueError(
+                f"{', '.join(sorted(foreign))}: a resumed run keeps its recipe; only --steps or --epochs may change"
+            )
+        side = native.read_config(native.find(out))["unet"]["sample_size"]
+        trainer = training.Trainer.resume(dataset.pad_to(side), out, device, **changes)
+    else:
+        if (out / training.CHECKPOINT).exists():
+            raise ValueError(f"out: {out} already holds a run; pass --resume to go on with it, or name another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        classes = int(dataset.labels.max()) + 1 if labels else None
+        config = training.network_for(preset, dataset, classes=classes)
+        if dtype == "auto":
+            dtype = "bfloat16" if training.bfloat16_helps(device) else "float32"
+        recipe = dataclasses.replace(training.RECIPES[preset], dtype=dtype, **changes)
+        trainer = training.Trainer(dataset.pad_to(config.sample_size), out, config, recipe, device)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    click.echo(
+        f"{len(dataset)} images of {'x'.join(map(str, trainer.model.shape))}; {parameters:,} parameters; "
+        f"steps {trainer.step} to {trainer.total} of batch {trainer.recipe.batch_size} in {trainer.recipe.dtype} on {device}"
+    )
+    if trainer.run():
+        click.echo(f"{out}: trained; draw with  fastddpm sample {out}")
+    else:
+        click.echo(
+            f"{out}: stopped and saved at step {trainer.step} of {trainer.total}; go on with  "
+            f"fastddpm train --data {source} --out {out} --resume"
+        )
+
+
+@cli.command("check")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+def check_command(device) -> None:
+    """Run every op on this machine's backends against float64 and print the parity table."""
+    from . import parity  # not needed by anything else
+
+    rows = parity.run(_device(device))
+    click.echo(parity.table(rows))
+    if any(not row.share <= 1 for row in rows):  # a NaN share fails too
+        raise ValueError("check: an error is larger than its bound; please report this table")
+
+
+@cli.command("info")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def info_command(as_json) -> None:
+    """What was built, what serves what, and why each missing backend is missing."""
+    facts = {
+        "fastddpm": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "models": native.bundled(),
+        **backend.describe(),
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            click.echo(f"{name}")
+            for key, entry in value.items():
+                click.echo(f"  {key:<12} {entry}")
+        else:
+            click.echo(f"{name:<14} {', '.join(value) if isinstance(value, list) else value}")

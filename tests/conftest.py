@@ -1,0 +1,91 @@
+"""What all tests share: devices and backends, dtypes, layouts, poisoned memory, and the last word on what was not run.
+
+Tolerances have one home, fastddpm/parity.py, as they are promises to users.
+"""
+
+from collections import Counter
+
+import hypothesis
+import pytest
+import torch
+
+from fastddpm import backend
+
+DTYPES = (torch.float32, torch.bfloat16)  # what every kernel takes; float16 goes to the reference on a CPU
+LAYOUTS = ("contiguous", "channels_last", "permuted")
+
+# Examples are the same in every run: a failure is there for everyone, and nobody's run fails by chance.
+hypothesis.settings.register_profile("fastddpm", deadline=None, derandomize=True, database=None, max_examples=60)
+hypothesis.settings.load_profile("fastddpm")
+
+
+def _server(device, name):
+    reason = backend.unavailable(name)
+    if device == "cuda" and not torch.cuda.is_available():
+        reason = "no CUDA device"
+    marks = [pytest.mark.skip(reason=f"{name} on {device}: {reason}")] if reason else []
+    return pytest.param((device, name), id=f"{device}-{name}", marks=marks)
+
+
+@pytest.fixture(params=[_server("cpu", "reference"), _server("cpu", "cpu"), _server("cuda", "reference")])
+def device(request):
+    """Each device with each backend that serves it, in use while the test runs."""
+    device, name = request.param
+    with backend.use(name):
+        yield device
+
+
+@pytest.fixture
+def kernels():
+    """The compiled CPU kernels, in use while the test runs."""
+    if backend.unavailable("cpu"):
+        pytest.skip(backend.unavailable("cpu"))
+    with backend.use("cpu"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned_and_seeded():
+    """torch.empty and its kin give NaN (for integers, the largest), so that an element that no kernel wrote shows."""
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture
+def with_threads():
+    """with_threads(n, f) calls f on n threads."""
+    before = torch.get_num_threads()
+
+    def call(n, f):
+        torch.set_num_threads(n)
+        return f()
+
+    yield call
+    torch.set_num_threads(before)
+
+
+def misaligned(x):
+    """The same values and strides, one element past where the allocator put them."""
+    storage = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return storage[1:].as_strided(x.shape, x.stride(), storage_offset=1).copy_(x)
+
+
+def same_bits(a, b):
+    """Equal in every bit, NaNs included."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What did not run, and why: a skipped test that nobody notices is worse than none."""
+    stats = terminalreporter.stats
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in stats.get("skipped", []))
+    reasons.update("left out by -m or -k (slow ones: make slow)" for _ in stats.get("deselected", []))
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"not run: {count} x {reason}")

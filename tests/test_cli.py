@@ -1,0 +1,139 @@
+"""The command line as a person meets it: what it writes, what it says, what it refuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastddpm import Schedule, UNet, UNetConfig, cli
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(0)
+    config = UNetConfig(sample_size=8, in_channels=1, channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4)
+    UNet(config, schedule=Schedule.linear(20, 1e-3, 0.3)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(capsys, monkeypatch, *arguments):
+    """(exit code, stdout, stderr) of `fastddpm ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["fastddpm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+def test_sample_writes_a_grid_and_says_its_seed(model, tmp_path, capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "sample", model, "-n", 4, "-o", tmp_path / "a.png")
+    assert code == 0 and Image.open(tmp_path / "a.png").size[0] > 16
+    seed = out.split("seed ")[1].split(")")[0]
+    for name in ("b.npy", "c.npz"):
+        assert run(capsys, monkeypatch, "sample", model, "-n", 4, "-o", tmp_path / name, "--seed", seed)[0] == 0
+    raw = np.load(tmp_path / "b.npy")
+    assert raw.shape == (4, 1, 8, 8) and raw.dtype == np.float32
+    assert np.array_equal(raw, np.load(tmp_path / "c.npz")["images"])
+    run(capsys, monkeypatch, "sample", model, "-n", 2, "--first", 2, "-o", tmp_path / "d.npy", "--seed", seed)
+    np.testing.assert_allclose(np.load(tmp_path / "d.npy"), raw[2:], atol=1e-4)
+
+
+def test_film_and_forward(model, tmp_path, capsys, monkeypatch):
+    arguments = ("sample", model, "-n", 3, "--batch-size", 2, "-o", tmp_path / "a.png", "--gif", tmp_path / "a.gif")
+    assert run(capsys, monkeypatch, *arguments)[0] == 0
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames > 10
+    Image.fromarray(np.full((6, 5, 3), 200, np.uint8)).save(tmp_path / "in.png")
+    code, out, _ = run(capsys, monkeypatch, "sample", model, "--forward", tmp_path / "in.png", "-o", tmp_path / "f.png")
+    assert code == 0 and "x_0 to x_T" in out
+    strip = Image.open(tmp_path / "f.png")
+    assert strip.mode == "RGB" and strip.width > 8 * strip.height
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("sample", "nothing"), "neither a folder nor a bundled model"),
+        (("sample", "MODEL", "-n", "-1"), "n: got -1"),
+        (("sample", "MODEL", "-o", "missing/a.png"), "folder missing does not exist"),
+        (("sample", "MODEL", "-o", "a.jpeg2"), "expected .png, .npy, .npz"),
+        (("sample", "MODEL", "--gif", "missing/a.gif"), "folder missing does not exist"),
+        (("sample", "MODEL", "--seed", str(2**64)), "seed: got"),
+        (("sample", "MODEL", "--first", "-1"), "first: got -1"),
+        (("sample", "MODEL", "--batch-size", "0"), "batch_size: got 0"),
+        (("sample", "MODEL", "--device", "abacus"), "device: got 'abacus'"),
+        (("sample", "MODEL", "--forward", "none.png"), "none.png is not a readable picture"),
+        (("sample", "MODEL", "--label", "1"), "no classes"),
+        (("train", "--data", "none.npz", "--out", "runs"), "none.npz: no such file"),
+        (("train", "--data", "x.npy", "--out", "MODEL", "--resume"), "nothing to resume"),
+        (("train", "--data", "x.npy", "--out", "o", "--resume", "--lr", "1"), "keeps its recipe"),
+        (("train", "--data", "x.npy", "--out", "o", "--steps", "1", "--epochs", "1"), "both given"),
+        (("train", "--data", "x.npy", "--out", "o", "--batch-size", "0"), "batch_size: got 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, says, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.zeros((4, 8, 8), np.uint8))
+    before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    code, _, err = run(capsys, monkeypatch, *(str(model) if a == "MODEL" else a for a in arguments))
+    assert code != 0 and says in err and "Traceback" not in err
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
+
+
+def test_train_interrupt_and_resume(tmp_path):
+    """The real process, a real Ctrl-C: it saves, says how to go on, and does."""
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
+    command = [sys.executable, "-m", "fastddpm", "train", "--data", "x.npz", "--out", "run"]
+    options = ["--batch-size", "2", "--log-every", "1", "--save-every", "1", "--sample-every", "0", "--steps", "100000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([*command, *options], cwd=tmp_path, env=environment, **pipes) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "log.csv").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "fastddpm train --data x.npz --out run --resume" in said, said
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    resumed = subprocess.run(
+        [*command, "--resume", "--steps", str(saved["step"] + 2)],
+        cwd=tmp_path,
+        env=environment,
+        timeout=120,
+        check=False,
+        **pipes,
+    )
+    assert resumed.returncode == 0 and f"steps {saved['step']} to {saved['step'] + 2}" in resumed.stdout, resumed.stdout
+    again = subprocess.run([*command, *options], cwd=tmp_path, env=environment, timeout=120, check=False, **pipes)
+    assert again.returncode == 1 and "already holds a run; pass --resume" in again.stdout
+
+
+def test_info_and_check(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "info")
+    assert code == 0 and "reference" in out and "no CUDA kernels yet" in out
+    code, out, _ = run(capsys, monkeypatch, "check")
+    assert code == 0 and "group_norm_silu" in out
+
+
+def test_a_bundled_model_draws(tmp_path, capsys, monkeypatch):
+    """`fastddpm sample` with nothing else said, one image of it."""
+    assert run(capsys, monkeypatch, "sample", "-n", 1, "-o", tmp_path / "a.npy", "--seed", 0)[0] == 0
+    x = np.load(tmp_path / "a.npy")
+    assert x.shape == (1, 1, 32, 32) and np.abs(x).max() <= 1
+    assert (x < -0.9).mean() > 0.5 and (x > 0.5).any()  # a bright stroke on black
+
+
+def test_import_is_light():
+    """What `import fastddpm` adds to `import torch`: no heavy library, and little time."""
+    code = "import sys, torch, time; s = time.perf_counter(); import fastddpm; print(time.perf_counter() - s, *sys.modules)"
+    seconds, *modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"diffusers", "matplotlib", "sklearn", "click"} & set(modules)
+    assert float(seconds) < 2  # the bar is 0.3 s on an idle machine; tests may run on a loaded one

@@ -1,0 +1,271 @@
+"""The chain: exact statistics for Gaussian data, seeds, batching, every prediction type, and what is refused."""
+
+import math
+
+import pytest
+import torch
+
+import fastddpm
+from fastddpm import Schedule, UNet, UNetConfig, backend, ops, samplers
+from fastddpm.ops.philox_normal import Stream
+from fastddpm.sampling import SamplingError
+
+SHAPE = (3, 4, 5)
+SHORT = Schedule.linear(20, 1e-3, 0.3)
+MEAN, STD = 0.3, 0.5
+
+
+def ideal(schedule, prediction="epsilon", mean=MEAN, std=STD):
+    """The best possible network for pixels ~ N(mean, std^2): only + and x, so that no element's place matters."""
+    bar = schedule.alphas_cumprod
+    gain = bar.sqrt() * std**2 / (bar * std**2 + 1 - bar)  # E[x0 | x_t] = mean + gain (x_t - sqrt(bar) mean)
+    offset = mean * (1 - gain * bar.sqrt())
+    if prediction == "epsilon":
+        slope, shift = (1 - bar.sqrt() * gain) / (1 - bar).sqrt(), -bar.sqrt() * offset / (1 - bar).sqrt()
+    elif prediction == "sample":
+        slope, shift = gain, offset
+    elif prediction == "v_prediction":
+        slope, shift = (bar.sqrt() - gain) / (1 - bar).sqrt(), -offset / (1 - bar).sqrt()
+    else:
+        slope = schedule.posterior_mean_coef1 * gain + schedule.posterior_mean_coef2
+        shift = schedule.posterior_mean_coef1 * offset
+
+    def model(x, t):
+        return slope[t].float()[:, None, None, None] * x + shift[t].float()[:, None, None, None]
+
+    model.slope, model.shift = slope, shift
+    return model
+
+
+def exact_moments(schedule, variance):
+    """Mean and variance of the chain's x_0, by carrying them through its affine steps in float64."""
+    model, table = ideal(schedule), samplers.ddpm(schedule, variance=variance)
+    m, v = 0.0, 1.0
+    for t, (a, b, c0, c1, _, _, sigma, _, _) in zip(table.timesteps.tolist(), table.rows.tolist(), strict=True):
+        slope, shift = float(model.slope[t]), float(model.shift[t])
+        gain = c0 * (a + b * slope) + c1
+        m, v = gain * m + c0 * b * shift, gain**2 * v + sigma**2
+    return m, v
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "none"])
+def test_gaussian_data_has_its_exact_mean_and_variance(variance):
+    """The whole 1000-step chain with the ideal network, against what its distribution is known to be."""
+    schedule = Schedule.linear()
+    x = fastddpm.sample(
+        ideal(schedule), 64, shape=(3, 32, 32), schedule=schedule, variance=variance, clip=False, seed=0, progress=False
+    ).double()
+    mean, var = exact_moments(schedule, variance)
+    count = x.numel()
+    assert abs(x.mean().item() - mean) <= 5 * math.sqrt(var / count) + 1e-5
+    assert abs(x.var().item() - var) <= 5 * var * math.sqrt(2 / count) + 1e-6 * var + 1e-9
+    if variance != "none":
+        assert var == pytest.approx(STD**2, rel=0.02)  # the chain ends at the data's distribution
+    else:
+        assert var < 1e-4 * STD**2  # without fresh noise it collapses to an average
+
+
+@pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
+def test_prediction_types_give_the_same_chain(prediction):
+    expected = fastddpm.sample(ideal(SHORT), 2, shape=SHAPE, schedule=SHORT, clip=False, seed=3)
+    got = fastddpm.sample(
+        ideal(SHORT, prediction), 2, shape=SHAPE, schedule=SHORT, prediction=prediction, clip=False, seed=3
+    )
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
+@pytest.mark.parametrize("clip", [True, False, 0.4])
+def test_equals_the_loop_written_out(variance, clip):
+    """Algorithm 2 in float64 with the seed's noise."""
+    model, s, n = ideal(SHORT, std=2.0), SHORT, 3
+    x = ops.philox_normal((n, *SHAPE), seed=9, t=0, stream=Stream.X_T, first=4).double()
+    for t in reversed(range(len(s))):
+        eps = float(model.slope[t]) * x + float(model.shift[t])
+        bar = s.alphas_cumprod[t]
+        x0 = (x - (1 - bar).sqrt() * eps) / bar.sqrt()
+        if clip is not False:
+            x0 = x0.clamp(-1.0 * clip, 1.0 * clip)
+        mean = s.posterior_mean_coef1[t] * x0 + s.posterior_mean_coef2[t] * x
+        sigma = (s.betas if variance == "fixed_large" else s.posterior_variance)[t].sqrt()
+        z = ops.philox_normal((n, *SHAPE), seed=9, t=t, stream=Stream.REVERSE, first=4).double()
+        x = mean + (sigma * z if t > 0 else 0)
+    got = fastddpm.sample(model, n, shape=SHAPE, schedule=s, variance=variance, clip=clip, seed=9, first=4)
+    assert (got - x).abs().max() <= 2e-5
+
+
+def test_bits_do_not_depend_on_the_batch():
+    def draw(n, **options):
+        return fastddpm.sample(ideal(SHORT), n, shape=SHAPE, schedule=SHORT, seed=1, **options)
+
+    whole = draw(7)
+    for batch_size in (1, 3, 7, 100):
+        assert torch.equal(draw(7, batch_size=batch_size), whole)
+    assert torch.equal(draw(3, first=4), whole[4:])
+    assert torch.equal(draw(1, first=6, batch_size=5), whole[6:])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(draw(7), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_seeds():
+    def draw(seed):
+        return fastddpm.sample(ideal(SHORT), 1, shape=SHAPE, schedule=SHORT, seed=seed)
+
+    assert torch.equal(draw(2**64 - 1), draw(2**64 - 1))
+    assert not torch.equal(draw(0), draw(2**63))
+    before = torch.get_rng_state()
+    draw(5)
+    assert torch.equal(torch.get_rng_state(), before)  # an int touches no global state
+    torch.manual_seed(1)
+    x, y = draw(None), draw(None)
+    torch.manual_seed(1)
+    assert torch.equal(draw(None), x) and not torch.equal(x, y)
+    assert torch.equal(draw(torch.Generator().manual_seed(4)), draw(torch.Generator().manual_seed(4)))
+
+
+def small_unet(**options):
+    torch.manual_seed(0)
+    config = UNetConfig(
+        sample_size=8, in_channels=1, channels=8, multipliers=(1, 2), attention=(4,), groups=4, **options
+    )
+    model = UNet(config, schedule=SHORT)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def test_unet_chain_equals_the_plain_callable():
+    """The engine's copy (channels_last, timestep part out of the loop) draws what model(x, t) in a plain loop draws."""
+    model = small_unet().eval()
+    got = fastddpm.sample(model, 3, seed=0, batch_size=2)
+    plain = fastddpm.sample(lambda x, t: model(x, t), 3, shape=(1, 8, 8), schedule=SHORT, seed=0)
+    torch.testing.assert_close(got, plain, rtol=0, atol=1e-4)
+    with backend.use("reference"):
+        torch.testing.assert_close(fastddpm.sample(model, 3, seed=0), plain, rtol=0, atol=1e-4)
+
+
+def test_unet_low_precision_stays_near():
+    model = small_unet().eval()
+    x, y = (fastddpm.sample(model, 4, seed=0, dtype=d) for d in (torch.float32, torch.bfloat16))
+    assert y.dtype == torch.float32 and (x - y).square().mean().sqrt() <= 0.05
+
+
+def test_the_callers_module_is_left_alone():
+    model = small_unet(dropout=0.5).train()
+    weights = {k: (v.clone(), v.stride()) for k, v in model.state_dict().items()}
+    x = fastddpm.sample(model, 2, seed=0, dtype=torch.bfloat16)
+    assert model.training and all(m.training for m in model.modules())
+    assert torch.equal(x, fastddpm.sample(model, 2, seed=0, dtype=torch.bfloat16))  # dropout was off
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, weights[k][0]) and v.stride() == weights[k][1] and v.dtype == torch.float32
+    assert not x.is_inference() and not x.requires_grad
+
+
+def test_any_module_works_and_gets_its_dtype():
+    class Half(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.5))
+            self.seen = set()
+
+        def forward(self, x, t):
+            assert not self.training and t.dtype == torch.int64 and t.shape == x.shape[:1]
+            self.seen.add(x.dtype)
+            return x * self.scale
+
+    model = Half()
+    fastddpm.sample(model, 1, shape=SHAPE, schedule=SHORT, seed=0)
+    assert model.seen == {torch.float32} and model.training
+    fastddpm.sample(model.bfloat16(), 1, shape=SHAPE, schedule=SHORT, seed=0)
+    assert torch.bfloat16 in model.seen
+
+
+def test_class_labels_reach_the_network():
+    model = small_unet(classes=3)
+    x = fastddpm.sample(model, 3, seed=0, class_labels=torch.tensor([0, 1, 2]), batch_size=2)
+    assert torch.allclose(x[1:2], fastddpm.sample(model, 1, seed=0, first=1, class_labels=1), atol=1e-5)
+    assert not torch.allclose(x[1:2], fastddpm.sample(model, 1, seed=0, first=1, class_labels=2), atol=1e-3)
+    for labels, says in [(None, "missing"), (3, "expected 0..2"), (torch.zeros(2), "class_labels: got")]:
+        with pytest.raises(ValueError, match=says):
+            fastddpm.sample(model, 3, class_labels=labels)
+
+
+def test_noise_replaces_x_T():
+    noise = ops.philox_normal((3, *SHAPE), seed=8, t=0, stream=Stream.X_T)
+    expected = fastddpm.sample(ideal(SHORT), 3, shape=SHAPE, schedule=SHORT, seed=8)
+    got = fastddpm.sample(ideal(SHORT), 3, shape=SHAPE, schedule=SHORT, seed=8, noise=noise, batch_size=2)
+    assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match="noise: got"):
+        fastddpm.sample(ideal(SHORT), 2, shape=SHAPE, noise=noise)
+
+
+def test_callback_sees_every_step():
+    seen = []
+    x = fastddpm.sample(
+        ideal(SHORT), 3, shape=SHAPE, schedule=SHORT, seed=0, batch_size=2, first=10, callback=seen.append
+    )
+    assert [s.step for s in seen] == 2 * list(range(20)) and [s.timestep for s in seen] == 2 * list(range(19, -1, -1))
+    assert list(seen[0].indices) == [10, 11] and list(seen[-1].indices) == [12]
+    assert torch.equal(torch.cat((seen[19].x, seen[39].x)), x)
+    assert torch.equal(seen[19].x, seen[19].x0)  # the last step returns its x0
+    assert seen[0].x0.abs().max() <= 1
+
+
+def test_empty():
+    x = fastddpm.sample(ideal(SHORT), 0, shape=SHAPE)
+    assert x.shape == (0, *SHAPE) and x.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"n": -1}, "n: got -1"),
+        ({"n": 1.5}, "n: got 1.5"),
+        ({"shape": None}, "shape: missing"),
+        ({"shape": (3, 4)}, r"shape: got \(3, 4\)"),
+        ({"sampler": "euler"}, "sampler: got 'euler'; expected one of ddpm"),
+        ({"prediction": "noise"}, "prediction: got 'noise'; expected one of epsilon"),
+        ({"variance": "big"}, "variance: got 'big'"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"seed": 2**64}, "seed: got 18446744073709551616"),
+        ({"seed": 1.0}, "seed: got 1.0"),
+        ({"first": -1}, "first: got -1"),
+        ({"first": 2**56}, "first: got"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"clip": -1.0}, "clip: got -1.0"),
+        ({"dtype": torch.bfloat16}, "dtype: .* bare callable"),
+        ({"class_labels": torch.zeros(3, dtype=torch.int64)}, "class_labels: got"),
+    ],
+)
+def test_bad_arguments(options, says):
+    arguments = {"n": 2, "shape": SHAPE, "schedule": SHORT, "seed": 0, **options}
+    called = []
+    model = ideal(SHORT)
+
+    def counted(x, t):
+        called.append(1)
+        return model(x, t)
+
+    with pytest.raises(ValueError, match=says):
+        fastddpm.sample(counted, arguments.pop("n"), **arguments)
+    assert not called  # refused before anything was drawn
+
+
+def test_bad_models():
+    with pytest.raises(ValueError, match="model: got int"):
+        fastddpm.sample(3, 1)
+    with pytest.raises(SamplingError, match=r"step 0 \(timestep 19\) its output has shape \[1, 1, 4, 5\]"):
+        fastddpm.sample(lambda x, t: x[:, :1], 1, shape=SHAPE, schedule=SHORT)
+
+    def at_step_7(x, t):
+        return torch.where(t[:, None, None, None] == 12, float("nan"), x)
+
+    with pytest.raises(SamplingError, match=r"step 7 \(timestep 12\) holds a NaN"):
+        fastddpm.sample(at_step_7, 1, shape=SHAPE, schedule=SHORT)
+    with backend.use("reference"), pytest.raises(SamplingError, match=r"step 7 \(timestep 12\)"):
+        fastddpm.sample(at_step_7, 1, shape=SHAPE, schedule=SHORT)

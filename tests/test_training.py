@@ -1,0 +1,269 @@
+"""The objective, the recipe, and runs that go on as if unbroken."""
+
+import csv
+import dataclasses
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import fastddpm
+from fastddpm import Schedule, UNet, UNetConfig, data, ops, training
+from fastddpm.diffusion import draw_timesteps
+from fastddpm.ops.philox_normal import Stream, philox_words_ref
+from fastddpm.training import Draws, Recipe, Trainer, TrainingError
+
+TINY = UNetConfig(
+    sample_size=8, in_channels=1, channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4, dropout=0.1
+)
+SHORT = Recipe(
+    steps=6,
+    batch_size=4,
+    accumulate=2,
+    lr=1e-3,
+    warmup=3,
+    ema=0.9,
+    flips=True,
+    log_every=1,
+    save_every=2,
+    sample_every=0,
+)
+
+
+def images(n=10):
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 1, 8, 8), dtype=np.uint8)
+    return data.ArrayImages(pixels, None, "noise")
+
+
+def trainer(out, recipe=SHORT, dataset=None, config=TINY):
+    return Trainer(images() if dataset is None else dataset, out, config, recipe, torch.device("cpu"))
+
+
+def log(out):
+    with (out / "log.csv").open() as file:
+        return [(row["step"], row["loss"], row["grad_norm"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "mean"])
+def test_training_loss_is_equation_14(prediction):
+    schedule, x0 = Schedule.linear(50, 1e-3, 0.1), torch.rand(6, 2, 4, 4) * 2 - 1
+    t = draw_timesteps(6, 50, seed=3, first=100)
+    eps = ops.philox_normal(x0.shape, seed=3, t=t, stream=Stream.FORWARD, first=100)
+    bar = schedule.alphas_cumprod[t][:, None, None, None]
+    x_t = bar.sqrt() * x0 + (1 - bar).sqrt() * eps
+    one, two = (c[t][:, None, None, None] for c in (schedule.posterior_mean_coef1, schedule.posterior_mean_coef2))
+    wanted = {
+        "epsilon": eps,
+        "sample": x0,
+        "v_prediction": bar.sqrt() * eps - (1 - bar).sqrt() * x0,
+        "mean": one * x0 + two * x_t,
+    }[prediction]
+
+    def model(x, steps):
+        assert torch.equal(steps, t)
+        torch.testing.assert_close(x.double(), x_t, rtol=0, atol=1e-5)
+        return 0.5 * x
+
+    loss = fastddpm.training_loss(model, x0, schedule=schedule, prediction=prediction, seed=3, first=100)
+    assert float(loss) == pytest.approx(float((0.5 * x_t - wanted).square().mean()), rel=1e-5)
+
+
+def test_timesteps_are_uniform_and_follow_the_contract():
+    t = draw_timesteps(100_000, 10, seed=1)
+    counts = torch.bincount(t, minlength=10)
+    assert counts.numel() == 10 and (counts - 10_000).abs().max() < 5 * 9000**0.5
+    sample = 2**40 + 3  # w0 of counter (0, 0, sample low, sample high ^ 3 << 24), times T, over 2^32
+    word = philox_words_ref((0, 0, sample & 0xFFFFFFFF, (sample >> 32) ^ (3 << 24)), 7)[0]
+    assert int(draw_timesteps(1, 1000, seed=7, first=sample)) == int(word) * 1000 >> 32
+
+
+def test_a_loss_of_ones_own():
+    """training_loss in a plain loop with given t and noise, and gradients that reach every parameter but dead ends."""
+    model, x0 = UNet(TINY), torch.rand(2, 1, 8, 8)
+    loss = fastddpm.training_loss(model, x0, t=torch.tensor([0, 999]), noise=torch.randn_like(x0))
+    assert loss.dtype == torch.float32 and loss.dim() == 0
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    torch.manual_seed(0)
+    first = fastddpm.training_loss(model.eval(), x0)
+    torch.manual_seed(0)
+    assert torch.equal(first, fastddpm.training_loss(model, x0))
+
+
+def test_draws_are_permutations_and_can_start_anywhere():
+    stream = iter(Draws(10, 4, seed=2, start=0))
+    flat = [i for _ in range(10) for i in next(stream)]
+    for epoch in range(4):
+        assert sorted(flat[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+    assert flat[:10] != flat[10:20]
+    later = iter(Draws(10, 4, seed=2, start=12))
+    assert [i for _ in range(7) for i in next(later)] == flat[12:]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path, dtype):
+    recipe = dataclasses.replace(SHORT, dtype=dtype)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    one = trainer(whole, recipe)
+    assert one.run(progress=False)
+    assert trainer(broken, dataclasses.replace(recipe, steps=3)).run(progress=False)
+    two = Trainer.resume(images(), broken, torch.device("cpu"), steps=6)
+    assert two.step == 3 and two.run(progress=False)
+    assert log(whole) == log(broken) and len(log(whole)) == 6
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, two.model.state_dict()[name]), name
+        assert torch.equal(one.ema[name], two.ema[name]), name
+    drawn = UNet.from_pretrained(broken)  # a run's folder is a model's folder
+    assert all(torch.equal(v, two.ema[k]) for k, v in drawn.state_dict().items())
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
+    class Interrupting(data.ArrayImages):
+        seen = 0
+
+        def __getitem__(self, i):
+            Interrupting.seen += 1
+            if Interrupting.seen == 10:  # in the third step
+                signal.raise_signal(signal.SIGINT)
+            return super().__getitem__(i)
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    trainer(whole).run(progress=False)
+    plain = images()
+    stopped = trainer(broken, dataset=Interrupting(plain.pixels.numpy(), None, "noise"))
+    handler = signal.getsignal(signal.SIGINT)
+    assert not stopped.run(progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert 0 < stopped.step < 6
+    resumed = Trainer.resume(plain, broken, torch.device("cpu"))
+    assert resumed.step == stopped.step and resumed.run(progress=False)
+    assert log(whole) == log(broken)
+
+
+def test_a_loss_that_is_not_finite_stops_and_loses_nothing(tmp_path):
+    x = torch.rand(10, 1, 8, 8)
+    x[9] = float("nan")
+    run = trainer(tmp_path, dataclasses.replace(SHORT, steps=50, save_every=1, flips=False), TensorDataset(x))
+    with pytest.raises(TrainingError, match=r"step \d: loss nan"):
+        run.run(progress=False)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == run.step
+    assert all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_recipe_is_followed(tmp_path):
+    recipe = dataclasses.replace(SHORT, ema=0.9995, ema_warmup=True, accumulate=1)
+    run = trainer(tmp_path, recipe)
+    start = {k: v.clone() for k, v in run.model.state_dict().items()}
+    batches, rates = run.batches(), []
+    for step in range(3):
+        before = {k: v.clone() for k, v in run.ema.items()}
+        run._optimize(batches)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        decay = (1 + step) / (10 + step)
+        for k, v in run.model.state_dict().items():
+            torch.testing.assert_close(run.ema[k], decay * before[k] + (1 - decay) * v)
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    # Adam's first step moves every parameter by at most lr, whatever the gradient: the first rate was lr / 3.
+    again = trainer(tmp_path / "again", recipe)
+    again._optimize(again.batches())
+    for k, v in again.model.state_dict().items():
+        assert (v - start[k]).abs().max() <= 1e-3 / 3 * 1.001
+
+
+def test_accumulated_parts_are_the_same_step(tmp_path):
+    config = dataclasses.replace(TINY, dropout=0.0)
+    losses = []
+    for accumulate in (1, 2):
+        run = trainer(tmp_path, dataclasses.replace(SHORT, accumulate=accumulate), config=config)
+        losses.append([run._optimize(b) for b in [run.batches()] for _ in range(3)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_gradients_are_clipped(tmp_path):
+    run = trainer(tmp_path, dataclasses.replace(SHORT, grad_clip=1e-3))
+    _, norm = run._optimize(run.batches())
+    assert norm > 1e-3  # what is logged is the norm before clipping
+    state = run.optimizer.state
+    squared = sum((state[p]["exp_avg"] / 0.1).square().sum() for p in run.model.parameters())
+    assert float(squared.sqrt()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_flips_mirror_about_half(tmp_path):
+    pixels = np.tile(np.arange(8, dtype=np.uint8) * 30, (64, 1, 8, 1))
+    dataset = data.ArrayImages(pixels, None, "ramps")
+    run = trainer(tmp_path, dataclasses.replace(SHORT, batch_size=64, accumulate=1), dataset)
+    x0, labels, first = next(run.batches())
+    rising = x0[:, 0, 0, 7] > x0[:, 0, 0, 0]
+    assert 16 < rising.sum() < 48 and labels is None and first == 0
+    expected = pixels / 127.5 - 1
+    np.testing.assert_allclose(torch.where(rising[:, None, None, None], x0, x0.flip(-1)).numpy(), expected, atol=1e-6)
+
+
+def test_learns(tmp_path):
+    """A few dozen steps on one picture: far below the loss of answering 0, which is 1."""
+    pixels = np.repeat(np.random.default_rng(0).integers(0, 2, (1, 1, 8, 8), dtype=np.uint8) * 255, 4, 0)
+    recipe = dataclasses.replace(SHORT, steps=80, batch_size=8, accumulate=1, lr=2e-3, flips=False, log_every=50)
+    run = trainer(tmp_path, recipe, data.ArrayImages(pixels, None, "one"), dataclasses.replace(TINY, dropout=0.0))
+    run.run(progress=False)
+    assert float(log(tmp_path)[-1][1]) < 0.5
+
+
+def test_any_dataset_and_labels(tmp_path):
+    dataset = TensorDataset(torch.rand(10, 1, 8, 8), torch.arange(10) % 3)
+    config = dataclasses.replace(TINY, classes=3)
+    run = trainer(tmp_path, SHORT, dataset, config)
+    _, labels, _ = next(run.batches())
+    assert labels.dtype == torch.int64 and labels.shape == (2,)
+    assert run.run(progress=False)
+    trainer(tmp_path / "unlabelled", SHORT, dataset).run(progress=False)  # labels are left out
+
+
+def test_network_for_other_images():
+    def shape_for(height, width, channels, preset):
+        dataset = TensorDataset(torch.zeros(1, channels, height, width))
+        return training.network_for(preset, dataset)
+
+    assert shape_for(28, 28, 1, "digits") == dataclasses.replace(UNet.from_preset("digits").config)
+    assert shape_for(32, 32, 3, "cifar10") == UNet.from_preset("cifar10").config
+    wide = shape_for(50, 64, 3, "cifar10")
+    assert (wide.sample_size, wide.attention, wide.in_channels) == (64, (32,), 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"accumulate": 3}, "accumulate: batch_size 4 cannot be taken in 3"),
+        ({"epochs": 2}, "steps, epochs: got 6 and 2"),
+        ({"steps": None}, "steps, epochs: got None and None"),
+        ({"steps": -1}, "steps, epochs: got -1"),
+        ({"lr": 0.0}, "lr 0.0"),
+        ({"dtype": "float8"}, "dtype: got 'float8'"),
+    ],
+)
+def test_bad_recipe(change, says):
+    with pytest.raises(TrainingError, match=says):
+        dataclasses.replace(SHORT, **change)
+
+
+def test_bad_runs(tmp_path):
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        Trainer.resume(images(), tmp_path, torch.device("cpu"))
+    with pytest.raises(TrainingError, match=r"images of shape \[3, 8, 8\]; the network takes \[1, 8, 8\]"):
+        trainer(tmp_path, dataset=TensorDataset(torch.zeros(1, 3, 8, 8)))
+    with pytest.raises(TrainingError, match="empty"):
+        trainer(tmp_path, dataset=TensorDataset(torch.zeros(0, 1, 8, 8)))
+    trainer(tmp_path, dataclasses.replace(SHORT, steps=1)).run(progress=False)
+    with pytest.raises(TrainingError, match="11 images, but the run in .* began with 10"):
+        Trainer.resume(images(11), tmp_path, torch.device("cpu"))
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match="not a whole training checkpoint"):
+        Trainer.resume(images(), tmp_path, torch.device("cpu"))
+    with pytest.raises(ValueError, match="prediction: got 'x'"):
+        fastddpm.training_loss(UNet(TINY), torch.zeros(1, 1, 8, 8), prediction="x")
+    with pytest.raises(ValueError, match="x0: got"):
+        fastddpm.training_loss(UNet(TINY), torch.zeros(1, 1, 8, 8, dtype=torch.uint8))

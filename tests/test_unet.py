@@ -1,0 +1,212 @@
+"""The network: parameter counts, diffusers' UNet2DModel with the same weights, initialisation, body(x, embed(t)), checkpoints."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from fastddpm import UNet, UNetConfig, backend
+from fastddpm.checkpoints.native import CheckpointError
+
+SMALL = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4)
+
+
+def randomised(config: UNetConfig, seed: int = 0) -> UNet:
+    """A network whose every parameter matters: the near-zero layers and the biases of a fresh one would hide mistakes."""
+    torch.manual_seed(seed)
+    model = UNet(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() < 2 or "conv2" in name or "to_out" in name or "conv_out" in name:
+                p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def as_diffusers(config: UNetConfig):
+    diffusers = pytest.importorskip("diffusers")
+    sides = [config.sample_size >> i for i in range(len(config.multipliers))]
+    return diffusers.UNet2DModel(
+        sample_size=config.sample_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=tuple(config.channels * m for m in config.multipliers),
+        down_block_types=tuple("AttnDownBlock2D" if s in config.attention else "DownBlock2D" for s in sides),
+        up_block_types=tuple("AttnUpBlock2D" if s in config.attention else "UpBlock2D" for s in reversed(sides)),
+        layers_per_block=config.blocks,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_num_groups=config.groups,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+        num_class_embeds=config.classes,
+    ).eval()
+
+
+def embedding_float64(timesteps, dim, **_):
+    k = torch.arange(dim // 2, dtype=torch.float64)
+    angles = timesteps.double()[:, None] * torch.exp(-math.log(10000) * k / (dim // 2 - 1))
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+@pytest.mark.parametrize(("preset", "count"), [("cifar10", 35_746_307), ("lsun256", 113_673_219)])
+def test_parameter_count(preset, count):
+    with torch.device("meta"):
+        model = UNet.from_preset(preset)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        dataclasses.replace(SMALL, blocks=1, attention=(), in_channels=1, out_channels=2),  # a learned variance
+        dataclasses.replace(SMALL, multipliers=(1, 1, 2), attention=(8, 2)),
+        dataclasses.replace(SMALL, classes=5),
+    ],
+)
+def test_equals_diffusers_in_float64(config, monkeypatch):
+    peer = as_diffusers(config).double()
+    monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", embedding_float64)
+    model = randomised(config).double()
+    peer.load_state_dict(model.state_dict())  # strict: the names and shapes are diffusers' own
+    x = torch.randn(3, config.in_channels, config.sample_size, config.sample_size, dtype=torch.float64)
+    labels = torch.tensor([0, 4, 2]) if config.classes else None
+    for t in ([0, 1, 2], [17, 500, 999]):
+        t = torch.tensor(t)
+        with torch.no_grad():
+            ours, theirs = model(x, t, labels), peer(x, t, class_labels=labels).sample
+        assert (ours - theirs).abs().max() <= 1e-10 * max(1, theirs.abs().max())
+
+
+@pytest.mark.slow
+def test_cifar10_equals_diffusers_at_every_t(monkeypatch):
+    """The embedding at all 1000 timesteps, and the whole 35.7M network at a few."""
+    config = dataclasses.replace(UNet.from_preset("cifar10").config, dropout=0.0)
+    peer = as_diffusers(config).double()
+    monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", embedding_float64)
+    model = randomised(config).double()
+    peer.load_state_dict(model.state_dict())
+    t = torch.arange(1000)
+    with torch.no_grad():
+        assert (model.time_embedding(t) - peer.time_embedding(peer.time_proj(t))).abs().max() <= 1e-10
+        x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+        for t in ([0, 1, 2, 3], [250, 500, 998, 999]):
+            theirs = peer(x, torch.tensor(t)).sample
+            assert (model(x, torch.tensor(t)) - theirs).abs().max() <= 1e-10 * max(1, theirs.abs().max())
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backends_agree_with_float64(name, dtype):
+    if backend.unavailable(name):
+        pytest.skip(backend.unavailable(name))
+    model, x, t = randomised(SMALL), torch.randn(2, 3, 8, 8), torch.tensor([3, 999])
+    with torch.no_grad():
+        truth = model.double()(x.double(), t)
+        model = model.to(dtype)
+        with backend.use(name):
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                got = model(x.to(dtype).contiguous(memory_format=memory_format), t)
+                bound = 1e-5 if dtype == torch.float32 else 0.1
+                assert (got.double() - truth).abs().max() <= bound * truth.abs().max()
+
+
+def test_gradients_agree_with_float64():
+    model, x, t = randomised(SMALL), torch.randn(2, 3, 8, 8), torch.tensor([3, 999])
+    model(x, t).square().sum().backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.double()(x.double(), t).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert (got[name] - p.grad).abs().max() <= 1e-4 * p.grad.abs().max() + 1e-5, name
+
+
+def test_initialisation_is_the_papers():
+    torch.manual_seed(0)
+    model = UNet.from_preset("digits")
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            fan_in, fan_out = torch.nn.init._calculate_fan_in_and_fan_out(module.weight)
+            bound = math.sqrt(6 / (fan_in + fan_out))  # Xavier uniform
+            if name.endswith(("conv2", "conv_out", "to_out.0")):
+                bound *= 1e-5
+            assert 0.8 * bound < module.weight.abs().max() <= bound, name
+            assert not module.bias.any(), name
+
+
+def test_body_takes_a_row_of_the_table():
+    """What the sampling loop relies on: embed(all t)[i] as [width] does what embed(t_i) as [N, width] does."""
+    model, x = randomised(SMALL), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        table = model.embed(torch.tensor([5, 700]))
+        torch.testing.assert_close(model.body(x, [v[1] for v in table]), model(x, torch.tensor([700, 700])))
+
+
+def test_save_and_load(tmp_path):
+    model = randomised(SMALL)
+    model.save_pretrained(tmp_path / "new" / "folder")
+    loaded = UNet.from_pretrained(tmp_path / "new" / "folder")
+    assert loaded.config == model.config and loaded.schedule == model.schedule and not loaded.training
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:1000]), "truncated"),
+        (lambda d: (d / "model.safetensors").unlink(), "missing"),
+        (lambda d: (d / "config.json").unlink(), "missing"),
+        (lambda d: (d / "config.json").write_text("{"), "not JSON"),
+        (lambda d: (d / "config.json").write_text('{"_class_name": "UNet2DModel"}'), "another library"),
+        (lambda d: _edit(d, lambda c: c["unet"].update(channels=16)), "shape"),
+        (lambda d: _edit(d, lambda c: c["unet"].update(blocks=3)), "tensors are not those of this network"),
+        (lambda d: _edit(d, lambda c: c["unet"].update(wings=2)), "unet: .*wings"),
+        (lambda d: _edit(d, lambda c: c.update(prediction="future")), "prediction: got 'future'"),
+        (lambda d: _edit(d, lambda c: c["schedule"].update(start=2.0)), "schedule: betas"),
+    ],
+)
+def test_bad_checkpoints(tmp_path, spoil, says):
+    randomised(SMALL).save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(CheckpointError, match=says):
+        UNet.from_pretrained(tmp_path)
+
+
+def _edit(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_unknown_names():
+    with pytest.raises(CheckpointError, match="'numbers' is neither a folder nor a bundled model"):
+        UNet.from_pretrained("numbers")
+    with pytest.raises(ValueError, match="preset: unknown name 'x'"):
+        UNet.from_preset("x")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"groups": 5}, "groups: 8 channels cannot be divided into 5 groups"),
+        ({"sample_size": 9}, "sample_size: 9 cannot be halved"),
+        ({"dropout": 1.5}, "dropout: got 1.5"),
+        ({"multipliers": ()}, "multipliers"),
+        ({"classes": 0}, "classes"),
+        ({"channels": 0}, "channels: got 0"),
+    ],
+)
+def test_bad_config(change, says):
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_bad_inputs():
+    model = UNet(SMALL)
+    with pytest.raises(ValueError, match=r"x: got shape \[1, 1, 8, 8\]"):
+        model(torch.zeros(1, 1, 8, 8), torch.tensor([0]))
+    with pytest.raises(ValueError, match="class_labels: .* no classes"):
+        model(torch.zeros(1, 3, 8, 8), torch.tensor([0]), torch.tensor([0]))
