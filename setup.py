@@ -7,6 +7,7 @@ fastddpm/_build_info.json says why; FASTDDPM_REQUIRE_NATIVE=1 makes that an erro
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,9 @@ class CMakeBuild(build_ext):
         module.parent.mkdir(parents=True, exist_ok=True)
         reason = None
         try:
-            os.replace(self.build_native(module.name), module)  # whole or not at all
+            staged = module.with_name(module.name + ".new")
+            shutil.copy2(self.build_native(module.name), staged)
+            os.replace(staged, module)  # whole or not at all: a running process may have the old one mapped
         except Exception as error:
             if os.environ.get("FASTDDPM_REQUIRE_NATIVE") == "1":
                 raise

@@ -212,7 +212,12 @@ def commit() -> str | None:
 
 
 def provenance(settings: argparse.Namespace) -> dict[str, object]:
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
+    # Results are passed on: where somebody keeps their files is left out.
+    given = {
+        name: Path(value).name if isinstance(value, (str, Path)) else value
+        for name, value in vars(settings).items()
+        if name not in ("json", "plot")
+    }
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),

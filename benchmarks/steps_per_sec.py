@@ -64,14 +64,14 @@ class Contestant:
 def the_network() -> UNet:
     """The paper's CIFAR-10 network, with weights that let every layer count: a fresh one has layers close to zero."""
     torch.manual_seed(0)
-    model = UNet.from_preset("cifar10").eval()
+    model = UNet.from_preset("cifar10").eval().requires_grad_(False)
     for name, layer in model.named_modules():
         if name.endswith(("conv2", "conv_out", "to_out.0")):
             nn.init.xavier_uniform_(layer.weight, 0.5)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
-    return model.requires_grad_(False)
+    return model
 
 
 def weight_bytes(model: nn.Module) -> int:

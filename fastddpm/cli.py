@@ -182,8 +182,8 @@ def _recipe_options(command):
 @click.option("--data", "source", type=click.Path(path_type=Path), required=True,
               help=".npz or .npy with uint8 images, or a folder of pictures.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The run's folder.")
-@click.option("--preset", type=click.Choice(list(training.RECIPES)), default="digits", show_default=True,
-              help="Network and recipe; cifar10 is the paper's.")  # fmt: skip
+@click.option("--preset", type=click.Choice(list(training.RECIPES)),
+              help="Network and recipe: digits (the default), or cifar10, the paper's.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
 @click.option("--labels", is_flag=True, help="Train a class-conditional network on the data's labels.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
@@ -200,23 +200,23 @@ def train_command(source, out, preset, resume, labels, dtype, device, **options)
         changes = {"steps": None, "epochs": None, **changes}
     dataset = data.load(source, labels=labels)
     if resume:
-        foreign = changes.keys() - {"steps", "epochs"}
+        kept = {"preset": preset, "dtype": None if dtype == "auto" else dtype}
+        foreign = {k for k, v in {**changes, **kept}.items() if v is not None} - {"steps", "epochs"}
         if foreign:
             raise ValueError(
                 f"{', '.join(sorted(foreign))}: a resumed run keeps its recipe; only --steps or --epochs may change"
             )
-        side = native.read_config(native.find(out))["unet"]["sample_size"]
-        trainer = training.Trainer.resume(dataset.pad_to(side), out, device, **changes)
+        trainer = training.Trainer.resume(dataset, out, device, **changes)
     else:
         if (out / training.CHECKPOINT).exists():
             raise ValueError(f"out: {out} already holds a run; pass --resume to go on with it, or name another folder")
-        out.mkdir(parents=True, exist_ok=True)
         classes = int(dataset.labels.max()) + 1 if labels else None
+        preset = preset or "digits"
         config = training.network_for(preset, dataset, classes=classes)
         if dtype == "auto":
             dtype = "bfloat16" if training.bfloat16_helps(device) else "float32"
         recipe = dataclasses.replace(training.RECIPES[preset], dtype=dtype, **changes)
-        trainer = training.Trainer(dataset.pad_to(config.sample_size), out, config, recipe, device)
+        trainer = training.Trainer(dataset, out, config, recipe, device)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     click.echo(
         f"{len(dataset)} images of {'x'.join(map(str, trainer.model.shape))}; {parameters:,} parameters; "

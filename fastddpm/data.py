@@ -33,8 +33,10 @@ class ArrayImages(Dataset):
         return image if self.labels is None else (image, self.labels[i])
 
     def pad_to(self, side: int) -> ArrayImages:
-        """The same images in the middle of a black square."""
+        """The same images in the middle of a black square; those that are larger stay as they are."""
         height, width = self.pixels.shape[2:]
+        if max(height, width) > side or height == width == side:
+            return self
         top, left = (side - height) // 2, (side - width) // 2
         margins = (left, side - width - left, top, side - height - top)
         padded = torch.nn.functional.pad(self.pixels, margins)

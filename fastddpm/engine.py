@@ -1,4 +1,4 @@
-"""The network as the machine wants it, for inference: same weights, another memory layout and dtype, t taken out of the loop."""
+"""The network as the machine wants it, for inference: same weights, another layout and dtype, t taken out of the loop."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ def network(model: nn.Module | Callable, device: torch.device, dtype: torch.dtyp
         return
     moved = dtype != own or (parameter is not None and parameter.device.type != device.type)
     used = copy.deepcopy(model).to(device, dtype) if moved else model
-    training = used.training
+    modes = [(module, module.training) for module in used.modules()]
     used.eval()
     try:
         yield Plain(used, dtype)
     finally:
-        used.train(training)
+        for module, training in modes:
+            module.training = training

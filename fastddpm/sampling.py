@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from . import ops, samplers
 from .diffusion import random_seed
 from .engine import network, table_embedding
 from .ops._library import as_int64_bits, check_first, check_seed
 from .ops.philox_normal import Stream
+from .progress import bar as progress_bar
 from .schedule import Schedule
 from .unet import UNet
 
@@ -97,23 +97,19 @@ def sample(
         batch_size = _fitting_batch(n, shape, device)
     _check_count("batch_size", batch_size, 1)
 
-    out = torch.empty(n, *shape, device=device)
     if n == 0:
-        return out
+        return torch.empty(0, *shape, device=device)
     batch_size = min(batch_size, n)
     table = samplers.ddpm(schedule, prediction=prediction, variance=variance)
     steps = len(table.timesteps)
     chunks = range(0, n, batch_size)
     with (
+        torch.inference_mode(False),  # the result is an ordinary tensor even where the caller is in inference mode
         torch.no_grad(),
         network(model, device, dtype) as net,
-        tqdm(
-            total=steps * len(chunks),
-            unit="step",
-            disable=None if progress is None else not progress,
-            leave=progress is True,
-        ) as bar,
+        progress_bar(progress, total=steps * len(chunks), unit="step", leave=progress is True) as bar,
     ):
+        out = torch.empty(n, *shape, device=device)
         chain = _Chain(net, table, (batch_size, *shape), bound, seed, device)
         for start in chunks:
             count = min(batch_size, n - start)
@@ -170,6 +166,10 @@ class _Chain:
         else:
             o = self.net(self.input, self.t[step], labels)
         n, c, *spatial = self.x.shape
+        if not isinstance(o, torch.Tensor):
+            raise SamplingError(
+                f"model: it returned {type(o).__name__}; expected a tensor. Wrap it, e.g. lambda x, t: model(x, t).sample"
+            )
         if list(o.shape) not in ([n, c, *spatial], [n, 2 * c, *spatial]):
             raise SamplingError(
                 f"model: at step {step} (timestep {self.host_timesteps[step]}) its output has shape {list(o.shape)}; "

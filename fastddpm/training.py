@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm.auto import tqdm
 
 from . import images
 from .checkpoints import native
+from .data import ArrayImages
 from .diffusion import training_loss
 from .files import whole
 from .ops.philox_normal import Stream, first_words
+from .progress import bar as progress_bar
 from .sampling import sample
 from .unet import PRESETS, UNet, UNetConfig
 
@@ -160,11 +161,17 @@ class Trainer:
     ) -> None:
         if len(dataset) == 0:
             raise TrainingError("data: the data set is empty")
+        if isinstance(dataset, ArrayImages):
+            dataset = dataset.pad_to(config.sample_size)
         self.dataset, self.out, self.recipe, self.device = dataset, Path(out), recipe, device
         expected = [config.in_channels, config.sample_size, config.sample_size]
         got = list(_image_of(dataset[0]).shape)
         if got != expected:
             raise TrainingError(f"data: images of shape {got}; the network takes {expected}")
+        if config.classes is not None and not isinstance(dataset[0], (tuple, list)):
+            raise TrainingError(
+                f"data: no labels in it, and the network has {config.classes} classes (--labels reads them)"
+            )
         torch.manual_seed(recipe.seed)
         model = UNet(config).to(device, memory_format=torch.channels_last)
         self.model = model.train()
@@ -298,13 +305,7 @@ class Trainer:
         """Train to the last step, saving as it goes; False if Ctrl-C ended it early (the state is saved then too)."""
         recipe, batches = self.recipe, self.batches()
         self.out.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(
-            total=self.total,
-            initial=self.step,
-            unit="step",
-            disable=None if progress is None else not progress,
-            smoothing=0.05,
-        )
+        bar = progress_bar(progress, total=self.total, initial=self.step, unit="step", smoothing=0.05)
         losses, norms, since = [], [], time.perf_counter()
         with _stop_signals(self), bar:
             while self.step < self.total and not self._interrupted:

@@ -73,6 +73,8 @@ def test_film_and_forward(model, tmp_path, capsys, monkeypatch):
         (("train", "--data", "none.npz", "--out", "runs"), "none.npz: no such file"),
         (("train", "--data", "x.npy", "--out", "MODEL", "--resume"), "nothing to resume"),
         (("train", "--data", "x.npy", "--out", "o", "--resume", "--lr", "1"), "keeps its recipe"),
+        (("train", "--data", "x.npy", "--out", "o", "--resume", "--preset", "cifar10"), "preset: a resumed run keeps"),
+        (("train", "--data", "x.npy", "--out", "o", "--resume"), "nothing to resume"),
         (("train", "--data", "x.npy", "--out", "o", "--steps", "1", "--epochs", "1"), "both given"),
         (("train", "--data", "x.npy", "--out", "o", "--batch-size", "0"), "batch_size: got 0"),
     ],

@@ -182,7 +182,7 @@ def test_t_per_sample(device):
 
 
 def test_an_elements_place_does_not_matter(kernels):
-    """Tails take the same arithmetic: shorter samples are prefixes of longer ones, whatever is left of the last vector."""
+    """Tails take the same arithmetic: a shorter sample is the beginning of a longer one, wherever its last vector ends."""
     whole = draw(2, 150)
     for elements in range(151):
         assert same_bits(draw(2, elements), whole[:, :elements])

@@ -56,7 +56,7 @@ def save(
     }
     with whole(folder / WEIGHTS) as path:
         dense = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        safetensors.torch.save_file(dense, path)
+        path.write_bytes(safetensors.torch.save(dense))  # save_file would leave a file that only its owner can read
     with whole(folder / CONFIG) as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

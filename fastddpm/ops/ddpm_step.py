@@ -296,7 +296,9 @@ def ddpm_step_(
             )
     for name, v in (("x", x), ("x0", x0), ("next_input", next_input)):
         if v is not None and native_layout(v, name) == "dense":
-            raise ValueError(f"{name}: strides {v.stride()}; expected contiguous or channels_last, as it is written in place")
+            raise ValueError(
+                f"{name}: strides {v.stride()}; expected contiguous or channels_last, as it is written in place"
+            )
     if x0 is not None and layout(x0) != layout(x):
         raise ValueError(f"x0: strides {x0.stride()}; expected x's memory layout, {x.stride()}")
     if next_input is not None and (
@@ -306,6 +308,4 @@ def ddpm_step_(
             f"next_input: got {short(next_input.dtype)} {list(next_input.shape)} on {next_input.device}; expected "
             f"{list(x.shape)} in float32, bfloat16 or float16 on {x.device}"
         )
-    torch.ops.fastddpm.ddpm_step_(
-        x, o, rows, timesteps, state, x0=x0, next_input=next_input, noise=noise, clip=clip
-    )
+    torch.ops.fastddpm.ddpm_step_(x, o, rows, timesteps, state, x0=x0, next_input=next_input, noise=noise, clip=clip)

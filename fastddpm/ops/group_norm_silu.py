@@ -142,9 +142,7 @@ def _backward(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, si
         if dx_native is not dx:
             dx.copy_(dx_native)
         return dx, *sums.unbind()
-    result, *sums = _backward_reference(
-        dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
-    )
+    result, *sums = _backward_reference(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu)
     return dx.copy_(result), *sums
 
 

@@ -128,9 +128,7 @@ def _checked(shape, seed, t, stream, first, sample, device):
     for name, value in (("t", t), ("sample", sample)):
         if isinstance(value, torch.Tensor):
             if value.dtype != torch.int64 or tuple(value.shape) != (shape[0],):
-                raise ValueError(
-                    f"{name}: got {short(value.dtype)} {list(value.shape)}; expected int64 [{shape[0]}]"
-                )
+                raise ValueError(f"{name}: got {short(value.dtype)} {list(value.shape)}; expected int64 [{shape[0]}]")
             if value.device.type != device.type:
                 raise ValueError(f"{name}: is on {value.device}, the noise is wanted on {device}")
     if not isinstance(t, torch.Tensor) and not 0 <= t < 1 << 20:
