@@ -165,6 +165,7 @@ def _recipe_options(command):
             ("--accumulate", int, "Take each batch in this many parts."),
             ("--lr", float, "Learning rate after warm-up."),
             ("--warmup", int, "Steps of linear warm-up."),
+            ("--cooldown", int, "Steps of linear decay to 0 at the end."),
             ("--ema", float, "Decay of the averaged weights."),
             ("--grad-clip", float, "Bound on the gradient's norm."),
             ("--flips/--no-flips", bool, "Mirror half of the images."),

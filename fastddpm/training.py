@@ -43,7 +43,8 @@ class Recipe:
     """How to train. Defaults are the paper's for CIFAR-10.
 
     steps: optimizer steps; None: epochs * examples // batch_size. batch_size: examples per optimizer step, taken in
-    `accumulate` equal parts. warmup: steps of linear learning-rate growth. ema: decay of the averaged weights; with ema_warmup
+    `accumulate` equal parts. warmup: steps of linear learning-rate growth at the start; cooldown: of linear decay to 0 at the
+    end (0: none, as in the paper). ema: decay of the averaged weights; with ema_warmup
     min(ema, (1 + k) / (10 + k)) at step k, for short runs. dtype: "float32", or "bfloat16" for autocast arithmetic.
     log_every, sample_every, save_every: in steps; sample_every 0 draws no grids.
     """
@@ -54,6 +55,7 @@ class Recipe:
     accumulate: int = 1
     lr: float = 2e-4
     warmup: int = 5000
+    cooldown: int = 0
     ema: float = 0.9999
     ema_warmup: bool = False
     grad_clip: float = 1.0
@@ -76,10 +78,10 @@ class Recipe:
             raise TrainingError(f"steps, epochs: got {self.steps} and {self.epochs}; expected exactly one of them")
         if (self.steps or self.epochs) <= 0:
             raise TrainingError(f"steps, epochs: got {self.steps or self.epochs}; expected a positive number")
-        if not self.lr > 0 or not 0 <= self.ema < 1 or not self.grad_clip > 0 or self.warmup < 0:
+        if not self.lr > 0 or not 0 <= self.ema < 1 or not self.grad_clip > 0 or min(self.warmup, self.cooldown) < 0:
             raise TrainingError(
-                f"lr {self.lr}, ema {self.ema}, grad_clip {self.grad_clip}, warmup {self.warmup}: expected lr > 0, "
-                "0 <= ema < 1, grad_clip > 0 and warmup >= 0"
+                f"lr {self.lr}, ema {self.ema}, grad_clip {self.grad_clip}, warmup {self.warmup}, cooldown {self.cooldown}: "
+                "expected lr > 0, 0 <= ema < 1, grad_clip > 0 and the others >= 0"
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise TrainingError(f"dtype: got {self.dtype!r}; expected float32 or bfloat16")
@@ -91,15 +93,16 @@ class Recipe:
 RECIPES = {
     "digits": Recipe(
         steps=None,
-        epochs=8,
+        epochs=10,
         batch_size=64,
         lr=4e-4,
         warmup=200,
+        cooldown=3000,
         ema=0.9995,
         ema_warmup=True,
         flips=False,
         log_every=50,
-        sample_every=2500,
+        sample_every=3000,
         save_every=250,
     ),
     "cifar10": Recipe(),
@@ -271,7 +274,9 @@ class Trainer:
     def _optimize(self, batches: Iterator) -> tuple[float, float]:
         """One optimizer step: (loss, gradient norm before clipping)."""
         recipe = self.recipe
-        rate = recipe.lr * min(1.0, (self.step + 1) / max(recipe.warmup, 1))
+        rate = recipe.lr * min(
+            1.0, (self.step + 1) / max(recipe.warmup, 1), (self.total - self.step) / max(recipe.cooldown, 1)
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total = 0.0

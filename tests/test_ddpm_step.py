@@ -10,7 +10,7 @@ from diffusers.schedulers import scheduling_ddpm
 from hypothesis import strategies as st
 
 from fastddpm import Schedule, backend, ops, parity, samplers
-from fastddpm.ops.ddpm_step import C0, C1, C2, LV_HI, LV_LO, SIGMA, A, B, D
+from fastddpm.ops.ddpm_step import C1, C2, LV_HI, LV_LO, SIGMA, A, B, D
 from fastddpm.ops.philox_normal import Stream
 
 SCHEDULE = Schedule.linear()
@@ -451,7 +451,7 @@ def test_empty(device, shape):
 # ----------------------------------------------------------------------------------------- within PyTorch
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["channels_last", "permuted"])
 def test_opcheck(device, layout):
     x, z = (parity.arranged(randn(2, 3, 4, 5, device=device), layout) for _ in range(2))
     o = randn(2, 6, 4, 5, device=device, dtype=torch.bfloat16)
@@ -460,9 +460,8 @@ def test_opcheck(device, layout):
     torch.library.opcheck(ddpm_step, (x, o, LEARNED, None, -5, 3, 7, None, None))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck_in_place(device, layout):
-    x, x0, z = (parity.arranged(randn(2, 3, 4, 5, device=device), layout) for _ in range(3))
+def test_opcheck_in_place(device):
+    x, x0, z = (parity.arranged(randn(2, 3, 4, 5, device=device), "channels_last") for _ in range(3))
     o = randn(2, 6, 4, 5, device=device, dtype=torch.bfloat16)
     rows, timesteps = LEARNED.float().reshape(1, 9).to(device), torch.tensor([3], device=device)
     state = torch.tensor([7, 0, 0, -1], device=device)
@@ -597,7 +596,7 @@ def test_bad_input_in_place(arguments, message):
         **arguments,
     }
     with pytest.raises(ValueError, match=message):
-        ops.ddpm_step_(*(given.pop(name) for name in ("x", "o", "rows", "timesteps", "state")), **given)
+        ops.ddpm_step_(*[given.pop(name) for name in ("x", "o", "rows", "timesteps", "state")], **given)
 
 
 def test_an_explicit_backend_that_cannot_serve(kernels):

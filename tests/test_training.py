@@ -166,6 +166,12 @@ def test_recipe_is_followed(tmp_path):
         for k, v in run.model.state_dict().items():
             torch.testing.assert_close(run.ema[k], decay * before[k] + (1 - decay) * v)
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    cooling = trainer(tmp_path, dataclasses.replace(recipe, warmup=0, cooldown=4))
+    batches, rates = cooling.batches(), []
+    for _ in range(6):
+        cooling._optimize(batches)
+        rates.append(cooling.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
     # Adam's first step moves every parameter by at most lr, whatever the gradient: the first rate was lr / 3.
     again = trainer(tmp_path / "again", recipe)
     again._optimize(again.batches())

@@ -84,7 +84,7 @@ def _launch(x, x_prev, o, x0_last, x0, next_input, noise, rows, timesteps, state
     backend.native.ddpm_step(
         b(x), b(x_prev), layout(x) == "inner", b(o), layout(o) == "inner", b(x0_last), b(x0),
         b(next_input), next_input is not None and layout(next_input) == "inner", b(noise),
-        b(rows), b(timesteps), b(state), n, c, o.shape[1], x[0, 0].numel() if n * c else 0,
+        b(rows), b(timesteps), b(state), n, c, o.shape[1], x[0, 0].numel(),
         clip, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -105,7 +105,7 @@ def _like(v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
 
 def _functional(x, o, row, noise, seed, t, first, x0_last, clip):
     _check_values(row, noise, seed, x0_last)
-    if backend.choose(x.device, x.dtype if x.dtype == torch.float64 else o.dtype) == "cpu":
+    if backend.choose(x.device, x.dtype if x.dtype == torch.float64 else o.dtype) == "cpu" and x.numel():
         native = _native(x, "x")
         result = torch.empty_like(native), torch.empty_like(native)
         _launch(
@@ -134,7 +134,7 @@ def _in_place(x, o, rows, timesteps, state, x0, next_input, noise, clip):
     kind = backend.choose(x.device, o.dtype)
     if next_input is not None and kind == "cpu":
         kind = backend.choose(x.device, next_input.dtype)
-    if kind == "cpu":
+    if kind == "cpu" and x.numel():
         _launch(x, x, _native(o, "o"), x0, x0, next_input, _like(noise, x), rows, timesteps, state, clip)
         return
     index = state[2:3]
