@@ -161,7 +161,7 @@ def theirs(model: UNet, batch: int, dtype: torch.dtype, tuned: bool, compiled: b
     scheduler.set_timesteps(T)
     x_T = torch.randn(batch, *model.shape)
 
-    def predict(x: torch.Tensor, t: torch.Tensor | int = PROBE) -> torch.Tensor:
+    def predict(x: torch.Tensor, t: torch.Tensor = scheduler.timesteps[T - 1 - PROBE]) -> torch.Tensor:
         if tuned:
             return call(x.to(dtype, memory_format=torch.channels_last), t).sample.float()
         return call(x, t).sample

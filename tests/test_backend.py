@@ -1,0 +1,178 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastddpm import backend, ops
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def norm(dtype=torch.float32):
+    return ops.group_norm_silu(
+        torch.ones(1, 2, 3, dtype=dtype), 1, torch.ones(2, dtype=dtype), torch.zeros(2, dtype=dtype)
+    )
+
+
+def python(code, tmp_path, **environment):
+    """The code's output and errors in a Python of its own, where the installed package is what imports."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the kernels that have run."""
+    ran = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            def call(*arguments):
+                ran.append(name)
+                return getattr(native, name)(*arguments)
+
+            return call
+
+    native = backend.native
+    if native is not None:
+        monkeypatch.setattr(backend, "native", Recorder())
+    return ran
+
+
+def call_every_op():
+    x = torch.zeros(1, 2, 3, requires_grad=True)
+    ops.group_norm_silu(x, 1, torch.ones(2), torch.zeros(2)).sum().backward()
+    ops.timestep_embedding(torch.zeros(1), 4)
+    ops.philox_normal((1, 2), seed=0, t=0, stream=0)
+    ops.ddpm_step(x.detach(), x.detach(), [0.0] * 9)
+    ops.ddpm_step_(x.detach(), x.detach(), torch.zeros(1, 9), torch.tensor([0]), torch.tensor([0, 0, 0, -1]))
+
+
+def test_the_chosen_backend_is_what_runs(kernels, calls):
+    call_every_op()
+    assert set(calls) == {
+        "group_norm_silu", "group_norm_silu_backward", "timestep_embedding", "philox_normal", "ddpm_step"
+    }  # fmt: skip
+    calls.clear()
+    with backend.use("reference"):
+        call_every_op()
+    assert calls == []
+    with backend.use(None):  # the device chooses
+        call_every_op()
+    assert len(calls) == 6
+
+
+def test_the_device_chooses():
+    with backend.use(None):
+        assert backend.choose(CPU) == backend.choose(CPU, torch.bfloat16) == ("cpu" if backend.native else "reference")
+        assert backend.choose(CPU, torch.float16) == backend.choose(CPU, torch.float64) == "reference"
+        assert backend.choose(CUDA) == "reference"
+        assert backend.choose(torch.device("meta")) == "reference"
+
+
+def test_use_restores_what_was_before():
+    with backend.use("reference"):
+        with backend.use(None):
+            assert backend.describe()["chosen"] == "by the tensor's device"
+        assert backend.describe()["chosen"] == "reference"
+        with pytest.raises(KeyError), backend.use(None):
+            raise KeyError
+        assert backend.describe()["chosen"] == "reference"
+    before = backend.use("reference")
+    assert backend.describe()["chosen"] == "reference"  # a plain call lasts
+    with before:
+        pass
+    assert backend.describe()["chosen"] == "by the tensor's device"
+
+
+def test_a_refused_choice_changes_nothing():
+    for name, error in (("gpu", ValueError), ("", ValueError), ("cuda", backend.BackendError)):
+        with pytest.raises(error):
+            backend.use(name)
+        assert backend.describe()["chosen"] == "by the tensor's device"
+
+
+def test_errors_say_what_and_why(kernels):
+    with pytest.raises(ValueError, match="backend: unknown name 'gpu'; expected one of reference, cpu, cuda, triton"):
+        backend.use("gpu")
+    with pytest.raises(
+        backend.BackendError, match="'cuda' was asked for, but this version of fastddpm has no CUDA kernels"
+    ):
+        backend.use("cuda")
+    with pytest.raises(backend.BackendError, match="'triton' was asked for, but .* no Triton kernels"):
+        backend.use("triton")
+    with pytest.raises(backend.BackendError, match="it serves CPU tensors and this one is on cuda; move or cast"):
+        backend.choose(CUDA)
+    with pytest.raises(
+        backend.BackendError, match="it serves float32 and bfloat16 and this tensor is float16; move or cast"
+    ):
+        norm(torch.float16)
+    with backend.use("reference"):
+        norm(torch.float16)
+
+
+def test_environment_variable(monkeypatch, calls):
+    def read(value):
+        monkeypatch.setattr(backend, "_environment_read", False)
+        monkeypatch.setattr(backend, "_chosen", None)
+        monkeypatch.setenv("FASTDDPM_BACKEND", value)
+
+    read("reference")
+    norm()
+    assert calls == []
+    assert backend.describe()["chosen"] == "reference"
+    with backend.use(None):  # in the program counts for more than around it
+        assert backend.describe()["chosen"] == "by the tensor's device"
+    assert backend.describe()["chosen"] == "reference"
+    for value, message in (("gpu", "unknown name 'gpu'"), ("triton", "no Triton kernels")):
+        read(value)
+        for _ in range(2):  # and again at each use
+            with pytest.raises((ValueError, backend.BackendError), match=message):
+                norm()
+    read("")
+    norm()
+
+
+def test_describe(kernels):
+    facts = backend.describe()
+    assert facts["backends"].keys() == set(backend.NAMES)
+    assert facts["backends"]["reference"] == facts["backends"]["cpu"] == "available"
+    assert facts["serves"]["cpu"] == "cpu"
+    assert facts["cpu_variant"] in facts["build"]["cpu_variants"]
+    assert facts["threads"] == torch.get_num_threads()
+    with backend.use("reference"):
+        assert backend.describe()["serves"]["cpu"] == "reference"
+
+
+WITHOUT_COMPILED_MODULE = """
+import sys
+sys.modules["fastddpm._C"] = None  # what `import` finds where there is none
+import torch
+from fastddpm import backend, ops
+x = torch.zeros(1, 2, 3, requires_grad=True)
+ops.group_norm_silu(x, 1, torch.ones(2), torch.zeros(2)).sum().backward()
+assert ops.philox_normal((1, 2), seed=0, t=0, stream=0).shape == (1, 2)
+assert ops.timestep_embedding(torch.zeros(1), 4).shape == (1, 4)
+assert len(ops.ddpm_step(x.detach(), x.detach(), [0.0] * 9)) == 2
+facts = backend.describe()
+assert facts["serves"]["cpu"] == "reference" and facts["build"] is None, facts
+assert "fastddpm._C does not import" in facts["backends"]["cpu"], facts
+backend.use("cpu")
+"""
+
+
+def test_without_the_compiled_module(tmp_path):
+    """Everything works by the reference, and who asks for the kernels hears why there are none."""
+    result = python(WITHOUT_COMPILED_MODULE, tmp_path)
+    assert result.stderr.splitlines()[-1].startswith(
+        "fastddpm.backend.BackendError: backend 'cpu' was asked for, but the compiled module fastddpm._C does not import"
+    )
+    assert "reinstall with a C++ compiler" in result.stderr
+
+
+def test_unknown_cpu_variant(kernels, tmp_path):
+    result = python("from fastddpm import backend; backend.describe()", tmp_path, FASTDDPM_CPU_VARIANT="sse9")
+    assert "FASTDDPM_CPU_VARIANT=sse9 cannot run here; this machine runs " in result.stderr
