@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="images at once")
     parser.add_argument("--steps", type=int, help="steps in one turn; default 1, or 4 at batches below 8")
     parser.add_argument("--rounds", type=int, help="turns of each contestant; default what fits into --seconds")
-    parser.add_argument("--seconds", type=float, default=35.0, help="time spent on each batch size, after the warm-up")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time spent on each batch size, after the warm-up")
     parser.add_argument("--device", choices=("cpu",), default="cpu", help="where to measure")
     parser.add_argument("--compile", action="store_true", help="diffusers under torch.compile as well (takes minutes)")
     settings = parser.parse_args()

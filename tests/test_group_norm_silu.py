@@ -24,14 +24,15 @@ def composed(x, groups, weight, bias, eps=EPS, *, add=None, scale=None, shift=No
         return v.reshape(*v.shape, *[1] * (x.dim() - 2))
 
     h = x if add is None else x + broadcast(add)
-    h = F.group_norm(h, groups, weight, bias, eps)
+    h = torch.group_norm(h, groups, weight, bias, eps)  # as F.group_norm, but for single elements too
     h = h if scale is None else h * (1 + broadcast(scale))
     h = h if shift is None else h + broadcast(shift)
     return F.silu(h) if silu else h
 
 
 def double(v):
-    return v.detach().cpu().double() if isinstance(v, torch.Tensor) else v
+    # Contiguous, as torch's own channels_last group_norm takes E[x^2] - E[x]^2, which is poor even in float64.
+    return v.detach().cpu().double().contiguous() if isinstance(v, torch.Tensor) else v
 
 
 def in_float64(function, *arguments, **optional):
@@ -214,7 +215,8 @@ def test_a_constant_gives_the_bias_exactly(device, value, dtype, layout):
         assert same_bits(ops.group_norm_silu(x, 3, weight, bias, eps, silu=False), expected)
     got = ops.group_norm_silu(x, 3, weight, bias, EPS)
     assert same_bits(got, got[:1, :, :1, :1].expand_as(got))
-    assert_close(got, x, 3, weight, bias)
+    truth = F.silu(bias.cpu().double())
+    assert parity.share(got[0, :, 0, 0], truth, 4 * parity.ulp(truth, dtype)) <= 1
 
 
 def test_silu_far_out(device):
@@ -259,8 +261,9 @@ def test_any_arguments(n, groups, width, spatial, dtype, layout, names, per_samp
     got = ops.group_norm_silu(x, groups, weight, bias, EPS, silu=silu, **optional)
     assert got.stride() == x.stride()
     assert_close(got, x, groups, weight, bias, silu=silu, **optional)
-    # With a single element in each group, rstd is 1/sqrt(eps): float32 can tell a gradient only where there is one.
-    if width * math.prod(spatial) > 1 and "add" not in names:
+    # In groups of few elements dx is all but 0, a difference that float32 cannot tell; nor can the reference make up for
+    # x + add being rounded where both are large.
+    if width * math.prod(spatial) >= 16 and "add" not in names:
         dy = parity.arranged(randn(*shape, dtype=dtype), layout)
         truth, bound = parity.norm_gradients(dy, x, groups, weight, bias, EPS, silu=silu, **optional)
         got = parity.norm_backward(dy, x, groups, weight, bias, EPS, silu=silu, **optional)
@@ -283,9 +286,10 @@ def test_gradients(device, shape, groups, per_sample, dtype, layout):
         composed, double(dy), *map(double, (x, groups, weight, bias)), **{k: double(v) for k, v in optional.items()}
     )
     assert got[0].stride() == x.stride()
-    for value, truth in zip(got, expected, strict=True):
-        # Relative to the largest, a gradient gathers the same few roundings as parity's sums; bf16's dx is rounded too.
-        bound = 4 * parity.GRADIENT * truth.abs().max()
+    for name, value, truth in zip(("x", "weight", "bias", *optional), got, expected, strict=True):
+        # A gradient gathers the same few roundings as parity's sums. That of add sums dx, to 0 where group = channel.
+        size = expected[0].flatten(2).abs().sum(-1) if name == "add" else truth.abs()
+        bound = 4 * parity.GRADIENT * size.max()
         if value.dtype == torch.bfloat16:
             bound = bound + parity.ulp(truth, dtype)
         assert parity.share(value, truth, bound) <= 1
@@ -341,7 +345,7 @@ def test_no_second_derivative(device):
     x, weight, bias, _ = inputs((2, 4, 3, 3), device=device)
     x.requires_grad_()
     (dx,) = torch.autograd.grad(ops.group_norm_silu(x, 2, weight, bias).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="group_norm_silu: differentiable once"):
         dx.sum().backward()
 
 
@@ -357,9 +361,9 @@ def everything(x, groups, weight, bias, optional, dy):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spatial", [(5, 7), (37, 41)])  # on one thread, and on all
-def test_the_batch_split_does_not_matter(device, spatial, dtype, layout):
+def test_the_batch_split_does_not_matter(kernels, spatial, dtype, layout):
     shape = (5, 24, *spatial)
-    x, weight, bias, optional = inputs(shape, dtype=dtype, device=device, layout=layout)
+    x, weight, bias, optional = inputs(shape, dtype=dtype, layout=layout)
     dy = torch.randn_like(x)
     whole = everything(x, 4, weight, bias, optional, dy)
     for part in (slice(0, 1), slice(1, 3), slice(3, 5)):
@@ -392,10 +396,10 @@ def test_misaligned_memory(device, dtype, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_channels_place_does_not_matter(device, dtype, layout):
+def test_a_channels_place_does_not_matter(kernels, dtype, layout):
     """Tails take the same arithmetic: channels that are their own groups may trade places."""
-    x, weight, bias, optional = inputs((2, 45, 9, 11), dtype=dtype, device=device, layout=layout)
-    dy, order = torch.randn_like(x), torch.randperm(45, device=device)
+    x, weight, bias, optional = inputs((2, 45, 9, 11), dtype=dtype, layout=layout)
+    dy, order = torch.randn_like(x), torch.randperm(45)
 
     def moved(v):
         return parity.arranged(

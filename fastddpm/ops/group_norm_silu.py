@@ -132,7 +132,7 @@ def _backward(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, si
         dx_native = dx if native is x else torch.empty_like(native)
         dy_native = dy if dy.stride() == native.stride() else torch.empty_like(native).copy_(dy)
         n, c = x.shape[:2]
-        sums = torch.empty(3, n, c)
+        sums = [torch.empty(n, c) for _ in range(3)]  # each its own memory: outputs must not alias
         b = backend.buffer
         backend.native.group_norm_silu_backward(
             b(dy_native), b(native), b(dx_native), inner, b(mean), b(rstd),
@@ -141,7 +141,7 @@ def _backward(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, si
         )  # fmt: skip
         if dx_native is not dx:
             dx.copy_(dx_native)
-        return dx, *sums.unbind()
+        return dx, *sums
     result, *sums = _backward_reference(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu)
     return dx.copy_(result), *sums
 
@@ -192,7 +192,12 @@ def _autograd(ctx, dy, *_):
     )  # fmt: skip
 
 
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError("group_norm_silu: differentiable once; group_norm_silu_ref has every derivative")
+
+
 torch.library.register_autograd("fastddpm::group_norm_silu", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("fastddpm::group_norm_silu_backward", _no_second_derivative)
 
 
 # ------------------------------------------------------------------------------------------------- public
