@@ -78,11 +78,13 @@ inline vfloat max(vfloat a, vfloat b) {
 #endif
 }
 
-// Lanes added one by one, in order.
-inline double sum_lanes(vfloat v) {
-    double sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += v[i];
-    return sum;
+// The lanes' sum, halves added to halves.
+inline float sum_lanes(vfloat v) {
+    float lanes[kLanes];
+    __builtin_memcpy(lanes, &v, sizeof v);
+    for (int n = kLanes / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+    return lanes[0];
 }
 
 // ---- memory: load(p), load(p, count), store(p, v), store(p, v, count) ----
@@ -120,14 +122,28 @@ inline void store(float* p, vfloat v, int count) {
 #endif
 }
 
-inline vfloat from_bfloat16(vhalf h) { return (vfloat)(__builtin_convertvector(h, vuint) << 16); }
+// GCC's own conversions between 16 and 32 bits go through shuffles.
+inline vfloat from_bfloat16(vhalf h) {
+#if defined(FASTDDPM_VEC_AVX512)
+    vuint u = (vuint)_mm512_maskz_cvtepu16_epi32(kAllLanes, (__m256i)h);
+#elif defined(FASTDDPM_VEC_AVX2)
+    vuint u = (vuint)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    vuint u = __builtin_convertvector(h, vuint);
+#endif
+    return (vfloat)(u << 16);
+}
 
 // Round to nearest even; a NaN stays one (its payload could otherwise round to infinity).
 inline vhalf to_bfloat16(vfloat v) {
     vuint u = (vuint)v;
     vuint rounded = u + 0x7fff + ((u >> 16) & 1);
     vuint kept = v == v ? rounded : u | 0x400000;
+#if defined(FASTDDPM_VEC_AVX512)
+    return (vhalf)_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)(kept >> 16));
+#else
     return __builtin_convertvector(kept >> 16, vhalf);
+#endif
 }
 
 inline vfloat load(const bfloat16* p) {
@@ -175,7 +191,12 @@ inline ExpMinus exp_minus(vfloat x) {
     const vfloat magic = splat(12582912.0f + 127.0f);
     vfloat shifted = fma(x, splat(-1.44269504f), magic);
     vfloat n = shifted - magic;
+#if defined(FASTDDPM_VEC_AVX512) || defined(FASTDDPM_VEC_AVX2)
     vfloat r = fma(n, splat(0.693147182f), x);  // off by n times ln 2's rounding, 2e-9
+#else
+    // Unfused, ln 2 comes in two parts: n times the first is exact (8 bits and 15).
+    vfloat r = fma(n, splat(1.42860677e-6f), fma(n, splat(0.693145752f), x));
+#endif
     // e^-r = 1 - r + r^2 p(r), p minimax on |r| <= ln(2) / 2.
     vfloat p = splat(0.00138144672f);
     p = fma(p, r, splat(-0.00836878084f));

@@ -75,7 +75,7 @@ inline __attribute__((always_inline)) void step_vector(const Row& row, bool clip
     if (run.o.data) {
         o = run.o.vector(i, count);
         poison = fma(o, zero, poison);  // an infinity or a NaN becomes a NaN and stays one
-        x0 = row.b * o;
+        if (row.b != 0.0f) x0 = row.b * o;
     }
     if (row.a != 0.0f) x0 = fma(splat(row.a), x, x0);
     if (clip) {

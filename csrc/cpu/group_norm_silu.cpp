@@ -28,26 +28,42 @@ namespace fastddpm {
 namespace FASTDDPM_VARIANT {
 namespace {
 
-constexpr int64_t kRun = 32;         // terms that a float32 accumulator takes
-constexpr int64_t kPilot = 16;       // pixels that tell the pivot, channels inner
-constexpr int64_t kSmall = 1 << 15;  // elements below which threads cost more than they bring
+constexpr int64_t kRun = 32;    // terms that a float32 accumulator takes
+constexpr int64_t kPilot = 16;  // pixels that tell the pivot, channels inner
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Zeroed scratch. Not std::vector, whose weak symbols the variants would share.
-template <class T>
-class Buffer {
-  public:
-    explicit Buffer(int64_t size) : data_(static_cast<T*>(std::calloc(size, sizeof(T)))) {
-        if (!data_) std::abort();
+// Values per channel or per group, with room for the largest slice that a thread meets. (Not std::vectors, whose weak
+// symbols the variants would share.)
+struct Scratch {
+    double *mean, *rstd, *lo;
+    double *sum, *square;            // of t, for the statistics
+    double *sum_g, *sum_gt, *sum_t;  // for the gradient
+    float *weight, *bias, *add, *scale, *shift;
+    float *hi, *a, *b;  // t = x + hi, z = t * a + b
+    float *k1, *k0;
+    float* run;
+
+    explicit Scratch(int64_t size) {
+        double** doubles[] = {&mean, &rstd, &lo, &sum, &square, &sum_g, &sum_gt, &sum_t};
+        float** floats[] = {&weight, &bias, &add, &scale, &shift, &hi, &a, &b, &k1, &k0};
+        size_t run_size = 3 * kLanes * size_t(size);
+        memory_ = std::malloc(size * (sizeof doubles / sizeof *doubles * sizeof(double) +
+                                      sizeof floats / sizeof *floats * sizeof(float)) +
+                              run_size * sizeof(float));
+        if (!memory_) std::abort();
+        double* d = static_cast<double*>(memory_);
+        for (double** p : doubles) *p = d, d += size;
+        float* f = reinterpret_cast<float*>(d);
+        for (float** p : floats) *p = f, f += size;
+        run = f;
     }
-    ~Buffer() { std::free(data_); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    operator T*() const { return data_; }
+    ~Scratch() { std::free(memory_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
 
   private:
-    T* data_;
+    void* memory_;
 };
 
 inline float float_of_bits(uint32_t bits) {
@@ -196,35 +212,35 @@ void moments(const T* x, const Slice& at, const float* hi, double* sum, double* 
                     s[0] += t;
                     q[0] = fma(t, t, q[0]);
                 });
-                for (int v = 0; v < kChains; ++v) {
-                    sum[c] += sum_lanes(s[v]);
-                    square[c] += sum_lanes(q[v]);
-                }
+                sum[c] += sum_lanes((s[0] + s[1]) + (s[2] + s[3]));
+                square[c] += sum_lanes((q[0] + q[1]) + (q[2] + q[3]));
             }
         }
     }
 }
 
 // hi + lo = add - mean
-void split_offsets(const Slice& at, const float* add, const double* mean, float* hi, double* lo) {
+void split_offsets(const Slice& at, Scratch& k) {
     for (int64_t g = 0, c = 0; g < at.groups(); ++g) {
         for (int64_t end = c + at.width; c < end; ++c) {
-            double offset = add[c] - mean[g];
-            hi[c] = float(offset);
-            lo[c] = offset - hi[c];
+            double offset = k.add[c] - k.mean[g];
+            k.hi[c] = float(offset);
+            k.lo[c] = offset - k.hi[c];
         }
     }
 }
 
-// Mean and variance of x + add, per group.
+// Mean of x + add per group, and variance (in k.rstd).
 template <class T, bool kInner>
-void statistics(const T* x, const Slice& at, const float* add, double* mean, double* variance) {
-    Buffer<float> hi(at.channels);
-    Buffer<double> lo(at.channels), sum(at.channels), square(at.channels);
-    Buffer<bool> done(at.groups());
+void statistics(const T* x, Slice at, bool has_add, Scratch& k) {
+    if (!kInner && !has_add) {  // a group is one run of memory
+        at.pixels *= at.width;
+        at.channels = at.width = 1;
+    }
     for (int64_t g = 0; g < at.groups(); ++g) {
         int64_t c = g * at.width;
-        mean[g] = double(scalar(x + at.base + c * at.channel_stride)) + add[c];
+        k.mean[g] = double(scalar(x + at.base + c * at.channel_stride)) + k.add[c];
+        k.rstd[g] = -1;  // not known yet
     }
     // A few pixels from all over the image; channels outer, where a group is small, all of it.
     Slice pilot = at;
@@ -235,82 +251,77 @@ void statistics(const T* x, const Slice& at, const float* add, double* mean, dou
     bool again = true;
     for (int pass = 0; again; ++pass) {
         const Slice& part = pass == 0 ? pilot : at;
-        split_offsets(at, add, mean, hi, lo);
-        moments<T, kInner>(x, part, hi, sum, square);
+        split_offsets(at, k);
+        moments<T, kInner>(x, part, k.hi, k.sum, k.square);
         again = pass == 0;
         for (int64_t g = 0; g < at.groups(); ++g) {
-            if (done[g]) continue;
+            if (k.rstd[g] >= 0) continue;
             double s = 0, q = 0;
             for (int64_t c = g * at.width; c < (g + 1) * at.width; ++c) {
-                s += sum[c] + part.pixels * lo[c];
-                q += square[c] + lo[c] * (2 * sum[c] + part.pixels * lo[c]);
+                s += k.sum[c] + part.pixels * k.lo[c];
+                q += k.square[c] + k.lo[c] * (2 * k.sum[c] + part.pixels * k.lo[c]);
             }
-            double shift = s / part.group_size(), v = q / part.group_size() - shift * shift;
-            mean[g] += shift;
-            variance[g] = v < 0 ? 0 : v;
+            double shift = s / part.group_size(), variance = q / part.group_size() - shift * shift;
+            k.mean[g] += shift;
             // Within sqrt(3) deviations of the mean, a pivot costs two bits to cancellation at most.
-            done[g] = pass > 1 || (pass == 1 && !(shift * shift > 3 * v));
-            again |= !done[g];
+            if (pass == 1 && shift * shift > 3 * variance)
+                again = true;
+            else if (pass > 0)
+                k.rstd[g] = variance < 0 ? 0 : variance;
         }
     }
 }
 
 // ---- coefficients of the normalisation ----
 
-struct Coefficients {
-    Buffer<float> add, hi, a, b;  // t = x + hi, z = t * a + b
-    Buffer<double> lo;
+template <class Args>
+void load_vectors(const Args& args, const Slice& at, Scratch& k) {
+    load_channels(args.weight, at, 1, k.weight);
+    load_channels(args.bias, at, 0, k.bias);
+    load_channels(args.add, at, 0, k.add);
+    load_channels(args.scale, at, 0, k.scale);
+    load_channels(args.shift, at, 0, k.shift);
+}
 
-    template <class Args>
-    Coefficients(const Args& args, const Slice& at)
-        : add(at.channels), hi(at.channels), a(at.channels), b(at.channels), lo(at.channels) {
-        load_channels(args.add, at, 0, add);
-    }
-
-    template <class Args>
-    void set(const Args& args, const Slice& at, const double* mean, const double* rstd) {
-        Buffer<float> weight(at.channels), bias(at.channels), scale(at.channels), shift(at.channels);
-        load_channels(args.weight, at, 1, weight);
-        load_channels(args.bias, at, 0, bias);
-        load_channels(args.scale, at, 0, scale);
-        load_channels(args.shift, at, 0, shift);
-        split_offsets(at, add, mean, hi, lo);
-        for (int64_t g = 0, c = 0; g < at.groups(); ++g) {
-            for (int64_t end = c + at.width; c < end; ++c) {
-                double gain = 1.0 + scale[c], slope = rstd[g] * weight[c] * gain;
-                a[c] = float(slope);
-                b[c] = float(lo[c] * slope + bias[c] * gain + shift[c]);
-            }
+void set_coefficients(const Slice& at, Scratch& k) {
+    split_offsets(at, k);
+    for (int64_t g = 0, c = 0; g < at.groups(); ++g) {
+        for (int64_t end = c + at.width; c < end; ++c) {
+            double gain = 1.0 + k.scale[c], slope = k.rstd[g] * k.weight[c] * gain;
+            k.a[c] = float(slope);
+            k.b[c] = float(k.lo[c] * slope + k.bias[c] * gain + k.shift[c]);
         }
     }
-};
+}
 
 // ---- forward ----
 
 template <class T, bool kInner, bool kSilu>
-void apply(const T* x, T* y, const Slice& at, const Coefficients& k) {
+void apply(const T* x, T* y, const Slice& at, const Scratch& k) {
+    // Pointers in locals: after a store, those in memory would be read anew.
+    const float *hi = k.hi, *a = k.a, *b = k.b;
+    const T* next = x + at.ahead;
     for_elements<kInner>(at, 0, at.pixels, [&](int64_t i, int64_t c, int lanes) {
-        __builtin_prefetch(x + i + at.ahead, 0, 2);
-        vfloat t = load(x + i, lanes) + of_channel<kInner>(k.hi, c, lanes);
-        vfloat z = fma(t, of_channel<kInner>(k.a, c, lanes), of_channel<kInner>(k.b, c, lanes));
+        __builtin_prefetch(next + i);
+        vfloat t = load(x + i, lanes) + of_channel<kInner>(hi, c, lanes);
+        vfloat z = fma(t, of_channel<kInner>(a, c, lanes), of_channel<kInner>(b, c, lanes));
         store(y + i, kSilu ? silu(z) : z, lanes);
     });
 }
 
 template <class T, bool kInner>
-void forward_slice(const GroupNormSiluArgs& args, const Slice& at) {
+void forward_slice(const GroupNormSiluArgs& args, const Slice& at, Scratch& k) {
     const T* x = static_cast<const T*>(args.x);
     T* y = static_cast<T*>(args.y);
-    Buffer<double> mean(at.groups()), rstd(at.groups());
-    Coefficients k(args, at);
-    statistics<T, kInner>(x, at, k.add, mean, rstd);  // rstd holds the variance at first
+    load_vectors(args, at, k);
+    statistics<T, kInner>(x, at, args.add.data, k);
     int64_t out = at.sample * args.groups + at.begin / at.width;
     for (int64_t g = 0; g < at.groups(); ++g) {
-        rstd[g] = 1 / std::sqrt(rstd[g] + args.eps);
-        args.mean[out + g] = float(mean[g]);
-        args.rstd[out + g] = float(rstd[g]);
+        k.rstd[g] = 1 / std::sqrt(k.rstd[g] + args.eps);
+        args.mean[out + g] = float(k.mean[g]);
+        args.rstd[out + g] = float(k.rstd[g]);
     }
-    k.set(args, at, mean, rstd);
+    set_coefficients(at, k);
     if (args.silu)
         apply<T, kInner, true>(x, y, at, k);
     else
@@ -326,131 +337,132 @@ void forward_slice(const GroupNormSiluArgs& args, const Slice& at) {
 template <class T>
 constexpr bool kKeepsG = sizeof(T) == sizeof(float);
 
-struct GradientSums {
-    Buffer<double> g, gt, t;
-    explicit GradientSums(int64_t channels) : g(channels), gt(channels), t(channels) {}
-};
-
-template <class T, bool kInner, bool kSilu>
-inline vfloat gradient_of_z(const T* dy, vfloat t, int64_t i, int64_t c, int lanes, const Coefficients& k) {
-    vfloat g = load(dy + i, lanes);
-    if (!kSilu) return g;
-    return g * silu_grad(fma(t, of_channel<kInner>(k.a, c, lanes), of_channel<kInner>(k.b, c, lanes)));
+template <bool kSilu>
+inline vfloat gradient_of_z(vfloat dy, vfloat z) {
+    return kSilu ? dy * silu_grad(z) : dy;
 }
 
 template <class T, bool kInner, bool kSilu>
-void sum_gradients(const T* dy, const T* x, T* dx, const Slice& at, const Coefficients& k, GradientSums& sums) {
-    // Accumulators in memory (in practice the nearest cache), hidden behind the arithmetic: per channel one lane, or
-    // channels outer one vector.
-    constexpr int64_t kStep = kInner ? 1 : kLanes;
-    Buffer<float> g_run(at.channels * kStep), gt_run(at.channels * kStep), t_run(at.channels * kStep);
+void sum_gradients(const T* dy, const T* x, T* dx, const Slice& at, Scratch& k) {
+    for (int64_t c = 0; c < at.channels; ++c) k.sum_g[c] = k.sum_gt[c] = k.sum_t[c] = 0;
+    const float *hi = k.hi, *a = k.a, *b = k.b;
+    // A run's sums are in memory (in practice the nearest cache), which hides behind the arithmetic. The three vectors
+    // lie side by side: 4096 bytes apart, loading one would wait for storing another.
+    float* run = k.run;
+    constexpr int64_t kStep = kInner ? 1 : kLanes;  // channels outer, a vector holds one channel
+    int64_t run_size = 3 * kStep * (kInner ? (at.channels + kLanes - 1) / kLanes * kLanes : at.channels);
     for (int64_t p = 0; p < at.pixels; p += kRun * kStep) {
+        for (int64_t i = 0; i < run_size; ++i) run[i] = 0;
         for_elements<kInner>(at, p, smaller(at.pixels, p + kRun * kStep), [&](int64_t i, int64_t c, int lanes) {
-            vfloat t = load(x + i, lanes) + of_channel<kInner>(k.hi, c, lanes);
-            vfloat g = gradient_of_z<T, kInner, kSilu>(dy, t, i, c, lanes, k);
+            vfloat t = load(x + i, lanes) + of_channel<kInner>(hi, c, lanes);
+            vfloat z = fma(t, of_channel<kInner>(a, c, lanes), of_channel<kInner>(b, c, lanes));
+            vfloat g = gradient_of_z<kSilu>(load(dy + i, lanes), z);
             if constexpr (kKeepsG<T>) store(dx + i, g, lanes);
             if (!kInner) t = first_lanes(lanes) ? t : vfloat{};  // g is 0 there, as dy is
-            int64_t j = c * kStep;
-            int used = kInner ? lanes : kLanes;
-            store(g_run + j, load(g_run + j, used) + g, used);
-            store(gt_run + j, fma(g, t, load(gt_run + j, used)), used);
-            store(t_run + j, load(t_run + j, used) + t, used);
+            float* sums = run + 3 * kStep * c;
+            store(sums, load(sums) + g);
+            store(sums + kLanes, fma(g, t, load(sums + kLanes)));
+            store(sums + 2 * kLanes, load(sums + 2 * kLanes) + t);
         });
-        for (int64_t c = 0; c < at.channels; ++c) {
-            for (int64_t j = c * kStep; j < (c + 1) * kStep; ++j) {
-                sums.g[c] += g_run[j];
-                sums.gt[c] += gt_run[j];
-                sums.t[c] += t_run[j];
-                g_run[j] = gt_run[j] = t_run[j] = 0;
+        if constexpr (kInner) {
+            for_vectors(at.channels, [&](int64_t c, int lanes) {
+                for (int i = 0; i < lanes; ++i) {
+                    k.sum_g[c + i] += run[3 * c + i];
+                    k.sum_gt[c + i] += run[3 * c + kLanes + i];
+                    k.sum_t[c + i] += run[3 * c + 2 * kLanes + i];
+                }
+            });
+        } else {
+            for (int64_t c = 0; c < at.channels; ++c) {
+                const float* sums = run + 3 * kLanes * c;
+                k.sum_g[c] += sum_lanes(load(sums));
+                k.sum_gt[c] += sum_lanes(load(sums + kLanes));
+                k.sum_t[c] += sum_lanes(load(sums + 2 * kLanes));
             }
         }
     }
 }
 
 template <class T, bool kInner, bool kSilu>
-void apply_gradients(const T* dy, const T* x, T* dx, const Slice& at, const Coefficients& k, const float* k1,
-                     const float* k0) {
+void apply_gradients(const T* dy, const T* x, T* dx, const Slice& at, const Scratch& k) {
+    const float *hi = k.hi, *a = k.a, *b = k.b, *k1 = k.k1, *k0 = k.k0;
+    const T *next_x = x + at.ahead, *next_dy = dy + at.ahead;
     for_elements<kInner>(at, 0, at.pixels, [&](int64_t i, int64_t c, int lanes) {
-        __builtin_prefetch(x + i + at.ahead, 0, 2);
-        __builtin_prefetch(dy + i + at.ahead, 0, 2);
-        vfloat t = load(x + i, lanes) + of_channel<kInner>(k.hi, c, lanes), g;
+        __builtin_prefetch(next_x + i);
+        __builtin_prefetch(next_dy + i);
+        vfloat t = load(x + i, lanes) + of_channel<kInner>(hi, c, lanes);
+        vfloat slope = of_channel<kInner>(a, c, lanes), g;
         if constexpr (kKeepsG<T>)
             g = load(dx + i, lanes);
         else
-            g = gradient_of_z<T, kInner, kSilu>(dy, t, i, c, lanes, k);
+            g = gradient_of_z<kSilu>(load(dy + i, lanes), fma(t, slope, of_channel<kInner>(b, c, lanes)));
         // Rounded product, then sum: a group of one element gets exactly 0.
-        vfloat d = g * of_channel<kInner>(k.a, c, lanes) + of_channel<kInner>(k0, c, lanes);
+        vfloat d = g * slope + of_channel<kInner>(k0, c, lanes);
         store(dx + i, fma(t, of_channel<kInner>(k1, c, lanes), d), lanes);
     });
 }
 
 // The saved means are rounded to float32; those for which that is coarse against the deviation are found again.
 template <class T, bool kInner>
-void refine_means(const T* x, const Slice& at, const float* add, const double* rstd, double* mean) {
-    auto coarse = [&](int64_t g) { return std::fabs(mean[g]) * rstd[g] > 4; };
+void refine_means(const T* x, const Slice& at, Scratch& k) {
+    auto coarse = [&](int64_t g) { return std::fabs(k.mean[g]) * k.rstd[g] > 4; };
     bool any = false;
     for (int64_t g = 0; g < at.groups(); ++g) any |= coarse(g);
     if (!any) return;
-    Buffer<float> hi(at.channels);
-    Buffer<double> lo(at.channels), sum(at.channels), square(at.channels);
-    split_offsets(at, add, mean, hi, lo);
-    moments<T, kInner>(x, at, hi, sum, square);
+    split_offsets(at, k);
+    moments<T, kInner>(x, at, k.hi, k.sum, k.square);
     for (int64_t g = 0; g < at.groups(); ++g) {
         if (!coarse(g)) continue;
         double s = 0;
-        for (int64_t c = g * at.width; c < (g + 1) * at.width; ++c) s += sum[c] + at.pixels * lo[c];
-        mean[g] += s / at.group_size();
+        for (int64_t c = g * at.width; c < (g + 1) * at.width; ++c) s += k.sum[c] + at.pixels * k.lo[c];
+        k.mean[g] += s / at.group_size();
     }
 }
 
 template <class T, bool kInner>
-void backward_slice(const GroupNormSiluBackwardArgs& args, const Slice& at) {
+void backward_slice(const GroupNormSiluBackwardArgs& args, const Slice& at, Scratch& k) {
     const T* dy = static_cast<const T*>(args.dy);
     const T* x = static_cast<const T*>(args.x);
     T* dx = static_cast<T*>(args.dx);
     int64_t in = at.sample * args.groups + at.begin / at.width, out = at.sample * args.channels + at.begin;
-    Buffer<double> mean(at.groups()), rstd(at.groups());
     for (int64_t g = 0; g < at.groups(); ++g) {
-        mean[g] = args.mean[in + g];
-        rstd[g] = args.rstd[in + g];
+        k.mean[g] = args.mean[in + g];
+        k.rstd[g] = args.rstd[in + g];
     }
-    Coefficients k(args, at);
-    refine_means<T, kInner>(x, at, k.add, rstd, mean);
-    k.set(args, at, mean, rstd);
-
-    GradientSums sums(at.channels);
+    load_vectors(args, at, k);
+    refine_means<T, kInner>(x, at, k);
+    set_coefficients(at, k);
     if (args.silu)
-        sum_gradients<T, kInner, true>(dy, x, dx, at, k, sums);
+        sum_gradients<T, kInner, true>(dy, x, dx, at, k);
     else
-        sum_gradients<T, kInner, false>(dy, x, dx, at, k, sums);
+        sum_gradients<T, kInner, false>(dy, x, dx, at, k);
 
-    Buffer<float> k1(at.channels), k0(at.channels);
     for (int64_t g = 0; g < at.groups(); ++g) {
         int64_t begin = g * at.width, end = begin + at.width;
         double mean_ag = 0, mean_agx = 0;  // means of rstd * w * g and of that times xhat
         for (int64_t c = begin; c < end; ++c) {
-            double sum_g_xhat = rstd[g] * (sums.gt[c] + k.lo[c] * sums.g[c]);
-            args.sum_g[out + c] = float(sums.g[c]);
+            double sum_g_xhat = k.rstd[g] * (k.sum_gt[c] + k.lo[c] * k.sum_g[c]);
+            args.sum_g[out + c] = float(k.sum_g[c]);
             args.sum_g_xhat[out + c] = float(sum_g_xhat);
-            mean_ag += k.a[c] * sums.g[c] / at.group_size();
+            mean_ag += k.a[c] * k.sum_g[c] / at.group_size();
             mean_agx += k.a[c] * sum_g_xhat / at.group_size();
         }
         for (int64_t c = begin; c < end; ++c) {
-            double slope = -mean_agx * rstd[g], offset = slope * k.lo[c] - mean_ag;
-            k1[c] = float(slope);
-            k0[c] = float(offset);
-            args.sum_dx[out + c] = float(k.a[c] * sums.g[c] + slope * sums.t[c] + offset * at.pixels);
+            double slope = -mean_agx * k.rstd[g], offset = slope * k.lo[c] - mean_ag;
+            k.k1[c] = float(slope);
+            k.k0[c] = float(offset);
+            args.sum_dx[out + c] = float(k.a[c] * k.sum_g[c] + slope * k.sum_t[c] + offset * at.pixels);
         }
     }
     if (args.silu)
-        apply_gradients<T, kInner, true>(dy, x, dx, at, k, k1, k0);
+        apply_gradients<T, kInner, true>(dy, x, dx, at, k);
     else
-        apply_gradients<T, kInner, false>(dy, x, dx, at, k, k1, k0);
+        apply_gradients<T, kInner, false>(dy, x, dx, at, k);
 }
 
 // ---- division of the work ----
 
-// Calls f(slice) for every slice, each thread taking a run of neighbours.
+// Calls f(slice, scratch) for every slice, each thread taking a run of neighbours.
 template <class Args, class F>
 void for_slices(const Args& args, bool inner, const F& f) {
     int64_t group = args.channels / args.groups, width = group;
@@ -476,14 +488,15 @@ void for_slices(const Args& args, bool inner, const F& f) {
         at.ahead = 0;
         return at;
     };
-    bool small = args.samples * args.channels * args.pixels < kSmall;
-    int64_t threads = small ? 1 : smaller(args.threads, slices);
-    parallel_for(threads, 1, int(threads), [&](int64_t thread) {
-        int64_t end = slices * (thread + 1) / threads;
-        for (int64_t i = slices * thread / threads; i < end; ++i) {
+    int64_t elements = args.samples * args.channels * args.pixels;
+    int64_t runs = smaller(smaller(args.threads, slices), 1 + elements / kParallelElements);
+    parallel_for(runs, 1, args.threads, [&](int64_t run) {
+        Scratch scratch(width);
+        int64_t end = slices * (run + 1) / runs;
+        for (int64_t i = slices * run / runs; i < end; ++i) {
             Slice at = slice(i);
             if (i + 1 < end) at.ahead = slice(i + 1).base - at.base;
-            f(at);
+            f(at, scratch);
         }
     });
 }
@@ -493,22 +506,22 @@ void for_slices(const Args& args, bool inner, const F& f) {
 void group_norm_silu(const GroupNormSiluArgs& args) {
     bool inner = args.inner || args.pixels == 1;  // one pixel is both, and channels fill the vectors
     bool wide = args.dtype == Dtype::float32;
-    for_slices(args, inner, [&](const Slice& at) {
+    for_slices(args, inner, [&](const Slice& at, Scratch& k) {
         if (inner)
-            wide ? forward_slice<float, true>(args, at) : forward_slice<bfloat16, true>(args, at);
+            wide ? forward_slice<float, true>(args, at, k) : forward_slice<bfloat16, true>(args, at, k);
         else
-            wide ? forward_slice<float, false>(args, at) : forward_slice<bfloat16, false>(args, at);
+            wide ? forward_slice<float, false>(args, at, k) : forward_slice<bfloat16, false>(args, at, k);
     });
 }
 
 void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args) {
     bool inner = args.inner || args.pixels == 1;
     bool wide = args.dtype == Dtype::float32;
-    for_slices(args, inner, [&](const Slice& at) {
+    for_slices(args, inner, [&](const Slice& at, Scratch& k) {
         if (inner)
-            wide ? backward_slice<float, true>(args, at) : backward_slice<bfloat16, true>(args, at);
+            wide ? backward_slice<float, true>(args, at, k) : backward_slice<bfloat16, true>(args, at, k);
         else
-            wide ? backward_slice<float, false>(args, at) : backward_slice<bfloat16, false>(args, at);
+            wide ? backward_slice<float, false>(args, at, k) : backward_slice<bfloat16, false>(args, at, k);
     });
 }
 
