@@ -20,12 +20,12 @@ struct ChannelVector {
 
 // out[i, e] = the e-th standard normal of (seed, stream, t_i, sample_i); see common/philox.h.
 struct PhiloxNormalArgs {
-    float* out;             // [samples, elements], elements in C*H*W order
+    float* out;  // [samples, elements], elements in C*H*W order
     int64_t samples;
     int64_t elements;
     uint64_t seed;
     uint32_t stream;
-    const int64_t* t;       // [samples], or null: t_all for every sample
+    const int64_t* t;  // [samples], or null: t_all for every sample
     int64_t t_all;
     const int64_t* sample;  // [samples], or null: first + i
     int64_t first;
@@ -38,26 +38,26 @@ struct PhiloxNormalArgs {
 // v is the second half of o's channels; it is read only where o has 2*channels and (lv_lo, lv_hi) != (0, 0).
 // Terms whose coefficient is 0 are not read.
 struct DdpmStepArgs {
-    const float* x;          // [samples, channels, pixels]
-    float* x_prev;           // same; may be x itself (in place)
-    bool x_inner;            // layout of x, x_prev, x0, x0_last and noise
-    const void* o;           // [samples, o_channels, pixels]
+    const float* x;  // [samples, channels, pixels]
+    float* x_prev;   // same; may be x itself (in place)
+    bool x_inner;    // layout of x, x_prev, x0, x0_last and noise
+    const void* o;   // [samples, o_channels, pixels]
     Dtype o_dtype;
     bool o_inner;
-    const float* x0_last;    // null where every row has c2 = 0; may be x0 itself
-    float* x0;               // null: not wanted
-    void* next_input;        // null: not wanted; x_prev in the network's dtype and layout
+    const float* x0_last;  // null where every row has c2 = 0; may be x0 itself
+    float* x0;             // null: not wanted
+    void* next_input;      // null: not wanted; x_prev in the network's dtype and layout
     Dtype next_dtype;
     bool next_inner;
-    const float* noise;      // null: drawn inside from Philox stream 1
+    const float* noise;  // null: drawn inside from Philox stream 1
     int64_t samples;
     int64_t channels;
-    int64_t o_channels;      // channels or 2*channels
+    int64_t o_channels;  // channels or 2*channels
     int64_t pixels;
-    const float* rows;       // [S, 9]
+    const float* rows;         // [S, 9]
     const int64_t* timesteps;  // [S]
-    int64_t table_rows;      // S
-    int64_t* state;          // (seed's bits, first, row index, first bad row or -1); row index advances by one
+    int64_t table_rows;        // S
+    int64_t* state;            // (seed's bits, first, row index, first bad row or -1); row index advances by one
     bool clip;
     float clip_bound;
     int threads;
@@ -73,8 +73,8 @@ struct GroupNormSiluArgs {
     int64_t channels;
     int64_t pixels;
     int64_t groups;
-    ChannelVector weight, bias;        // [channels]
-    ChannelVector add, scale, shift;   // optional
+    ChannelVector weight, bias;       // [channels]
+    ChannelVector add, scale, shift;  // optional
     float eps;
     bool silu;
     float* mean;  // [samples, groups] of (x + add) minus its group's first element: so a large mean costs no accuracy
@@ -108,12 +108,12 @@ struct GroupNormSiluBackwardArgs {
 // out[i, :] = [sin(t_i f), cos(t_i f), 0 if dim is odd] (cos first if flipped). Frequencies come in turns,
 // f_k / (2 pi) = freq_hi[k] + freq_lo[k], split from float64 on the host.
 struct TimestepEmbeddingArgs {
-    float* out;             // [count, dim]
-    const int64_t* t_int;   // [count], or null
-    const float* t_float;   // [count], or null
+    float* out;            // [count, dim]
+    const int64_t* t_int;  // [count], or null
+    const float* t_float;  // [count], or null
     int64_t count;
     int64_t dim;
-    const float* freq_hi;   // [dim / 2]
+    const float* freq_hi;  // [dim / 2]
     const float* freq_lo;
     bool flip_sin_to_cos;
     int threads;

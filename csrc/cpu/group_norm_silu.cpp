@@ -349,11 +349,13 @@ void sum_gradients(const T* dy, const T* x, T* dx, const Slice& at, Scratch& k) 
     // A run's sums are in memory (in practice the nearest cache), which hides behind the arithmetic. The three vectors
     // lie side by side: 4096 bytes apart, loading one would wait for storing another.
     float* run = k.run;
+    const T* next = x + at.ahead;
     constexpr int64_t kStep = kInner ? 1 : kLanes;  // channels outer, a vector holds one channel
     int64_t run_size = 3 * kStep * (kInner ? (at.channels + kLanes - 1) / kLanes * kLanes : at.channels);
     for (int64_t p = 0; p < at.pixels; p += kRun * kStep) {
         for (int64_t i = 0; i < run_size; ++i) run[i] = 0;
         for_elements<kInner>(at, p, smaller(at.pixels, p + kRun * kStep), [&](int64_t i, int64_t c, int lanes) {
+            __builtin_prefetch(next + i);
             vfloat t = load(x + i, lanes) + of_channel<kInner>(hi, c, lanes);
             vfloat z = fma(t, of_channel<kInner>(a, c, lanes), of_channel<kInner>(b, c, lanes));
             vfloat g = gradient_of_z<kSilu>(load(dy + i, lanes), z);
@@ -386,10 +388,9 @@ void sum_gradients(const T* dy, const T* x, T* dx, const Slice& at, Scratch& k) 
 template <class T, bool kInner, bool kSilu>
 void apply_gradients(const T* dy, const T* x, T* dx, const Slice& at, const Scratch& k) {
     const float *hi = k.hi, *a = k.a, *b = k.b, *k1 = k.k1, *k0 = k.k0;
-    const T *next_x = x + at.ahead, *next_dy = dy + at.ahead;
+    const T* next = dy + at.ahead;  // the first pass has fetched x
     for_elements<kInner>(at, 0, at.pixels, [&](int64_t i, int64_t c, int lanes) {
-        __builtin_prefetch(next_x + i);
-        __builtin_prefetch(next_dy + i);
+        __builtin_prefetch(next + i);
         vfloat t = load(x + i, lanes) + of_channel<kInner>(hi, c, lanes);
         vfloat slope = of_channel<kInner>(a, c, lanes), g;
         if constexpr (kKeepsG<T>)
