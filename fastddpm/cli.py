@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from . import __version__, backend, data, images, training
 from .checkpoints import native
@@ -88,8 +88,7 @@ def sample_command(model, n, output, seed, first, variance, batch_size, device, 
     seed = random_seed() if seed is None else seed
     if forward is not None:
         _writable(output, (".png",))
-        folder_or_name = native.find(model)
-        images.save(_forward_strip(forward, native.load(folder_or_name).schedule, seed), output)
+        images.save(_forward_strip(forward, native.load(model).schedule, seed), output)
         click.echo(f"{output}: {forward} from x_0 to x_T (seed {seed})")
         return
     _writable(output, (".png", *RAW))
@@ -98,7 +97,7 @@ def sample_command(model, n, output, seed, first, variance, batch_size, device, 
     if n < 1 and output.suffix.lower() not in RAW:
         raise ValueError(f"n: got {n}; a picture needs at least 1 image")
     network = UNet.from_pretrained(model).to(_device(device))
-    film = _Film(n, len(network.schedule)) if gif is not None else None
+    film = _Film(len(network.schedule)) if gif is not None else None
     began = time.perf_counter()
     drawn = sample(
         network, n, seed=seed, first=first, variance=variance, batch_size=batch_size,
@@ -124,9 +123,9 @@ def _write(drawn: torch.Tensor, path: Path) -> None:
 
 
 class _Film:
-    """Collects x_t along the chain of the first batch; the last frame stays longer."""
+    """Collects x_t of all batches along the chain; the last frame stays longer."""
 
-    def __init__(self, n: int, steps: int) -> None:
+    def __init__(self, steps: int) -> None:
         self.every, self.steps, self.frames = max(1, steps // FILM_FRAMES), steps, {}
 
     def __call__(self, state) -> None:
@@ -142,9 +141,8 @@ class _Film:
 def _forward_strip(path: Path, schedule: Schedule, seed: int) -> Image.Image:
     """x_0 and x_t at evenly spaced t, the same picture with fresh noise of the forward stream."""
     try:
-        with Image.open(path) as picture:
-            pixels = np.array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
-    except (UnidentifiedImageError, FileNotFoundError) as error:
+        pixels = data.read_picture(path)
+    except OSError as error:
         raise ValueError(f"forward: {path} is not a readable picture ({error})") from error
     x0 = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)[None].float() / 127.5 - 1
     last = len(schedule) - 1

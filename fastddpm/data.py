@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -85,6 +85,12 @@ def _channels_first(pixels: np.ndarray) -> np.ndarray:
     return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
 
 
+def read_picture(path: Path) -> np.ndarray:
+    """A picture as uint8 [H, W] where it is grey, else [H, W, 3]; OSError where it cannot be read."""
+    with Image.open(path) as image:
+        return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+
+
 def _folder(path: Path) -> np.ndarray:
     files = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES)
     if not files:
@@ -92,9 +98,8 @@ def _folder(path: Path) -> np.ndarray:
     pictures = []
     for file in files:
         try:
-            with Image.open(file) as image:
-                pictures.append(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
-        except (UnidentifiedImageError, OSError) as error:
+            pictures.append(read_picture(file))
+        except OSError as error:
             raise DataError(f"data: {file}: not a readable picture ({error})") from error
         if pictures[-1].shape != pictures[0].shape:
             raise DataError(
