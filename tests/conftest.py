@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-from fastddpm import backend
+from fastddpm import UNet, UNetConfig, backend
 
 DTYPES = (torch.float32, torch.bfloat16)  # what every kernel takes; float16 goes to the reference on a CPU
 LAYOUTS = ("contiguous", "channels_last", "permuted")
@@ -89,3 +89,14 @@ def pytest_terminal_summary(terminalreporter):
     reasons.update("left out by -m or -k (slow ones: make slow)" for _ in stats.get("deselected", []))
     for reason, count in sorted(reasons.items()):
         terminalreporter.write_line(f"not run: {count} x {reason}")
+
+
+def randomised(config: UNetConfig, seed: int = 0) -> UNet:
+    """A network whose every parameter matters: the near-zero layers and the biases of a fresh one would hide mistakes."""
+    torch.manual_seed(seed)
+    model = UNet(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() < 2 or "conv2" in name or "to_out" in name or "conv_out" in name:
+                p.add_(torch.randn_like(p) * 0.1)
+    return model

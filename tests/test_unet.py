@@ -6,22 +6,12 @@ import math
 
 import pytest
 import torch
+from conftest import randomised
 
 from fastddpm import UNet, UNetConfig, backend
 from fastddpm.checkpoints.native import CheckpointError
 
 SMALL = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4)
-
-
-def randomised(config: UNetConfig, seed: int = 0) -> UNet:
-    """A network whose every parameter matters: the near-zero layers and the biases of a fresh one would hide mistakes."""
-    torch.manual_seed(seed)
-    model = UNet(config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() < 2 or "conv2" in name or "to_out" in name or "conv_out" in name:
-                p.add_(torch.randn_like(p) * 0.1)
-    return model
 
 
 def as_diffusers(config: UNetConfig):
