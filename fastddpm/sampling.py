@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from . import ops, samplers
+from . import memory, ops, samplers
 from .diffusion import random_seed
 from .engine import network, table_embedding
 from .ops._library import as_int64_bits, check_first, check_seed
@@ -106,6 +106,7 @@ def sample(
     with (
         torch.inference_mode(False),  # the result is an ordinary tensor even where the caller is in inference mode
         torch.no_grad(),
+        memory.kept(device),
         network(model, device, dtype) as net,
         progress_bar(progress, total=steps * len(chunks), unit="step", leave=progress is True) as bar,
     ):

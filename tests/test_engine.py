@@ -7,8 +7,9 @@ import torch
 from conftest import randomised
 from torch import nn
 
-from fastddpm import UNetConfig
-from fastddpm.engine import Engine, MergedAttention, MergedUpsample
+from fastddpm import UNetConfig, merged
+from fastddpm.engine import Engine
+from fastddpm.unet import Upsample
 
 CPU = torch.device("cpu")
 CONFIGS = {
@@ -41,9 +42,35 @@ def test_engine_is_the_network(config, dtype, bound):
     assert (got - expected).norm() <= bound * expected.norm()
 
 
-def test_engine_merges_every_layer_it_can():
-    kinds = [type(m) for m in Engine(randomised(CONFIGS["two levels"]), CPU, torch.float32).model.modules()]
-    assert kinds.count(MergedAttention) == 6 and kinds.count(MergedUpsample) == 1
+def test_every_layer_that_can_be_merged_is():
+    model = randomised(CONFIGS["two levels"])
+    kinds = [type(m) for m in Engine(model, CPU, torch.float32).model.modules()]
+    assert kinds.count(merged.MergedAttention) == 6 and kinds.count(merged.MergedResBlock) == len(model.resblocks())
+    assert nn.Conv2d not in kinds and Upsample not in kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_onednn(monkeypatch, dtype):
+    monkeypatch.setattr(merged, "_onednn_takes", lambda x: False)
+    model = randomised(CONFIGS["two levels"]).to(dtype)
+    expected, got = both(model, dtype)
+    assert (got - expected).norm() <= (2e-5 if dtype == torch.float32 else 2e-2) * expected.norm()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_weights_are_packed_once():
+    """And serve any batch size; the unpacked ones are let go."""
+    model = randomised(CONFIGS["two levels"])
+    engine = Engine(model, CPU, torch.float32)
+    layers = [m for m in engine.model.modules() if isinstance(m, merged.Convolution)]
+    packed = []
+    for n in (2, 5):
+        x, t = torch.randn(n, *model.shape), torch.arange(n)
+        with torch.inference_mode():
+            torch.testing.assert_close(engine(x, t, None), model(x, t), rtol=0, atol=2e-5)
+        packed.append([layer.packed for layer in layers])
+        assert all(layer.weight is None for layer in layers)
+    assert all(a is b and a is not None for a, b in zip(*packed, strict=True))
 
 
 class Adapted(nn.Module):

@@ -1,0 +1,159 @@
+"""A UNet's layers as the engine runs them: the same functions of x with constant weights, in fewer products and passes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .unet import Attention, GroupNormSiLU, ResBlock, Upsample
+
+
+def _onednn_takes(x: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies x by weights in its own layout, through torch's private operators."""
+    return (
+        x.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    )
+
+
+class Convolution(nn.Module):
+    """conv(x), or residual + conv(x), with constant weights: [O, I, K, K]; transposed [I, O, K, K].
+
+    On a CPU the first call puts the weights into the layout that oneDNN wants, which would otherwise happen in every
+    call, and keeps no others. There a residual is added before the one rounding, without a pass of its own.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor, stride: int, padding: int, transposed: bool = False
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.stride, self.padding, self.transposed = [stride, stride], [padding, padding], transposed
+        self.packed = None
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Convolution:
+        return cls(conv.weight.detach(), conv.bias.detach(), conv.stride[0], conv.padding[0])
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, overwrite: bool = False) -> torch.Tensor:
+        """overwrite: the result may take the residual's memory."""
+        if self.packed is None and _onednn_takes(x):
+            self._pack(x.shape)
+        if self.packed is None:
+            convolve = F.conv_transpose2d if self.transposed else F.conv2d
+            y = convolve(x, self.weight, self.bias, self.stride, self.padding)
+            return y if residual is None else residual + y
+        given = self.packed, self.bias, self.padding, self.stride, [1, 1], 1
+        if self.transposed:
+            given = *given[:3], [0, 0], *given[3:]
+            return torch.ops.mkldnn._convolution_transpose_pointwise(x, *given, "none", [], "")
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, *given, "none", [], "")
+        given = *given, "add", 1.0, None, [], None
+        if overwrite:
+            return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *given)
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *given)
+
+    def _pack(self, shape: torch.Size) -> None:
+        """For this shape of x; other shapes then work too, but may cost a reordering in every call."""
+        weight, self.weight = self.weight, None
+        if self.transposed:
+            self.packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+                weight.contiguous(), self.padding, [0, 0], self.stride, [1, 1], 1, shape
+            )
+        else:
+            self.packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                weight.to_mkldnn(), self.padding, self.stride, [1, 1], 1, shape
+            )
+
+
+class MergedResBlock(nn.Module):
+    """`ResBlock` with the last convolution adding to the shortcut."""
+
+    def __init__(self, block: ResBlock) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.time_emb_proj = block.norm1, block.norm2, block.time_emb_proj
+        self.conv1, self.conv2 = Convolution.of(block.conv1), Convolution.of(block.conv2)
+        self.conv_shortcut = None if block.conv_shortcut is None else Convolution.of(block.conv_shortcut)
+
+    def forward(self, x: torch.Tensor, add: torch.Tensor) -> torch.Tensor:
+        h = self.norm2(self.conv1(self.norm1(x)), add)
+        if self.conv_shortcut is None:
+            return self.conv2(h, x)
+        return self.conv2(h, self.conv_shortcut(x), overwrite=True)
+
+
+class MergedAttention(nn.Module):
+    """`Attention` with two projections instead of four.
+
+    With one head as wide as x, and h the normalised x:
+      q_i . k_j = (Wk^T Wq h_i + Wk^T bq) . h_j + what is the same for all j, and leaves the softmax alone
+      Wo sum_j p_ij (Wv h_j + bv) + bo = sum_j p_ij (Wo Wv h_j + Wo bv + bo), as the p_ij sum to 1
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        q, k, v, out = attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
+        wq, bq, wk, wv, bv, wo, bo = (
+            p.detach().double() for p in (q.weight, q.bias, k.weight, v.weight, v.bias, out.weight, out.bias)
+        )
+        weight, bias = torch.cat((wk.T @ wq, wo @ wv)), torch.cat((wk.T @ bq, wo @ bv + bo))
+        self.group_norm = attention.group_norm
+        self.projections = Convolution(weight[..., None, None], bias, stride=1, padding=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, height, width = x.shape
+        h = self.group_norm(x)
+        q, v = self.projections(h).flatten(2).transpose(1, 2).split(c, dim=-1)  # [N, H*W, C] each, views
+        k, residual = h.flatten(2).transpose(1, 2), x.flatten(2).transpose(1, 2)
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            # torch's flash attention on a CPU takes 1.7 times as long as the products written out, at 256 channels
+            scores = torch.baddbmm(x.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=c**-0.5)
+            y = torch.baddbmm(residual, scores.softmax(-1), v)
+        else:
+            y = residual + F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]).squeeze(1)
+        return y.transpose(1, 2).reshape(n, c, height, width)
+
+
+def merged_upsample(upsample: Upsample) -> Convolution:
+    """`Upsample` as one transposed convolution, with 4 products for each output pixel instead of 9.
+
+    Nearest upsampling is a transposed convolution with a 2x2 block of ones, stride 2; a 3x3 convolution behind it makes
+    the 4x4 kernel that is the sum of the 3x3 one (mirrored, as transposed convolutions have it) at the block's 4 places.
+    """
+    taps = upsample.conv.weight.detach().double().flip(2, 3).transpose(0, 1)
+    weight = sum(F.pad(taps, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1))
+    return Convolution(weight, upsample.conv.bias.detach(), stride=2, padding=1, transposed=True)
+
+
+MERGED = {
+    ResBlock: MergedResBlock,
+    Attention: MergedAttention,
+    Upsample: merged_upsample,
+    nn.Conv2d: Convolution.of,
+}
+
+
+def _as_made(layer: nn.Module) -> bool:
+    """Whether a layer computes what its class says: nothing replaced, hooked, patched, dilated or padded otherwise."""
+    known = (*MERGED, GroupNormSiLU, nn.Linear, nn.Dropout, nn.ModuleList)
+    return all(
+        type(part) in known
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        and getattr(part, "bias", part) is not None
+        and (not isinstance(part, nn.Conv2d) or (part.padding_mode, part.dilation) == ("zeros", (1, 1)))
+        for part in layer.modules()
+    )
+
+
+def merge(network: nn.Module) -> None:
+    """Replace, in place, the layers that have a merged form and are as this package made them."""
+    for name, layer in network.named_children():
+        if type(layer) in MERGED and _as_made(layer):
+            setattr(network, name, MERGED[type(layer)](layer))
+        else:
+            merge(layer)
