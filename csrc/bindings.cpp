@@ -247,6 +247,41 @@ void timestep_embedding(const py::object& out_, const py::object& t_, const py::
     timestep_embedding_cpu(args);
 }
 
+WinogradArgs winograd(const py::object& image_, const py::object& products_, int64_t samples, int64_t height,
+                      int64_t width, int64_t channels, int threads) {
+    Buffer image("image", image_), products("products", products_);
+    check(threads >= 1, "threads must be at least 1");
+    check(height % 4 == 0 && width % 4 == 0 && channels % 16 == 0,
+          "height and width must be divisible by 4, channels by 16");
+    WinogradArgs args{};
+    args.image = image.required().size(product(samples, height, width, channels)).floats();
+    args.products = products.required().size(product(samples, height / 4, width / 4, 36, channels)).floats();
+    args.samples = samples;
+    args.height = height;
+    args.width = width;
+    args.channels = channels;
+    args.threads = threads;
+    return args;
+}
+
+void winograd_input(const py::object& image, const py::object& products, int64_t samples, int64_t height, int64_t width,
+                    int64_t channels, int threads) {
+    const WinogradArgs args = winograd(image, products, samples, height, width, channels, threads);
+    py::gil_scoped_release release;
+    winograd_input_cpu(args);
+}
+
+void winograd_output(const py::object& products, const py::object& bias_, const py::object& residual_,
+                     const py::object& image, int64_t samples, int64_t height, int64_t width, int64_t channels,
+                     int threads) {
+    WinogradArgs args = winograd(image, products, samples, height, width, channels, threads);
+    Buffer bias("bias", bias_), residual("residual", residual_);
+    args.bias = bias.required().size(channels).floats();
+    args.residual = residual.size(samples * height * width * channels).floats();
+    py::gil_scoped_release release;
+    winograd_output_cpu(args);
+}
+
 py::dict build_info() {
     py::dict info;
     info["version"] = FASTDDPM_VERSION;
@@ -268,6 +303,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("group_norm_silu", &group_norm_silu);
     module.def("group_norm_silu_backward", &group_norm_silu_backward);
     module.def("timestep_embedding", &timestep_embedding);
+    module.def("winograd_input", &winograd_input);
+    module.def("winograd_output", &winograd_output);
     module.def("cpu_variant", &cpu_variant);
     module.def("build_info", &build_info);
 }

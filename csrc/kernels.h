@@ -119,11 +119,27 @@ struct TimestepEmbeddingArgs {
     int threads;
 };
 
+// What surrounds the products of a 3x3 convolution, stride 1, padding 1, by Winograd's method F(4x4, 3x3).
+// input: products = B^T d B of each 6x6 patch d of the image; output: image = A^T m A + bias + residual, from m = products.
+struct WinogradArgs {
+    float* image;           // [samples, height, width, channels], sides divisible by 4, channels by 16
+    float* products;        // [samples * height * width / 16, 36, channels]
+    const float* bias;      // [channels]; output only
+    const float* residual;  // layout of image; output only; null: 0; may be image itself
+    int64_t samples;
+    int64_t height;
+    int64_t width;
+    int64_t channels;
+    int threads;
+};
+
 void philox_normal_cpu(const PhiloxNormalArgs&);
 void ddpm_step_cpu(const DdpmStepArgs&);
 void group_norm_silu_cpu(const GroupNormSiluArgs&);
 void group_norm_silu_backward_cpu(const GroupNormSiluBackwardArgs&);
 void timestep_embedding_cpu(const TimestepEmbeddingArgs&);
+void winograd_input_cpu(const WinogradArgs&);
+void winograd_output_cpu(const WinogradArgs&);
 
 // The instruction set that the CPU kernels run on this machine: "avx512", "avx2" or "generic".
 const char* cpu_variant();

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import winograd
 from .unet import Attention, GroupNormSiLU, ResBlock, Upsample
 
 
@@ -23,7 +24,8 @@ class Convolution(nn.Module):
     """conv(x), or residual + conv(x), with constant weights: [O, I, K, K]; transposed [I, O, K, K].
 
     On a CPU the first call puts the weights into the layout that oneDNN wants, which would otherwise happen in every
-    call, and keeps no others. There a residual is added before the one rounding, without a pass of its own.
+    call, and keeps no others: from then on x has its first height and width. There a residual is added before the one
+    rounding, without a pass of its own, and 3x3 convolutions go Winograd's way where that is faster.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class Convolution(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.stride, self.padding, self.transposed = [stride, stride], [padding, padding], transposed
-        self.packed = None
+        self.packed, self.winograd = None, False
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Convolution:
@@ -42,11 +44,13 @@ class Convolution(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, overwrite: bool = False) -> torch.Tensor:
         """overwrite: the result may take the residual's memory."""
         if self.packed is None and _onednn_takes(x):
-            self._pack(x.shape)
+            self._pack(x)
         if self.packed is None:
             convolve = F.conv_transpose2d if self.transposed else F.conv2d
             y = convolve(x, self.weight, self.bias, self.stride, self.padding)
             return y if residual is None else residual + y
+        if self.winograd:
+            return winograd.convolve(x, self._products, self.bias, residual, residual if overwrite else None)
         given = self.packed, self.bias, self.padding, self.stride, [1, 1], 1
         if self.transposed:
             given = *given[:3], [0, 0], *given[3:]
@@ -58,17 +62,26 @@ class Convolution(nn.Module):
             return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *given)
         return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *given)
 
-    def _pack(self, shape: torch.Size) -> None:
-        """For this shape of x; other shapes then work too, but may cost a reordering in every call."""
+    def _products(self, patches: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._convolution_pointwise(
+            patches, self.packed, None, [0, 0], [1, 1], [1, 1], winograd.GROUPS, "none", [], ""
+        )
+
+    def _pack(self, x: torch.Tensor) -> None:
+        """For this shape of x; another batch size then works too, but may cost a reordering in every call."""
         weight, self.weight = self.weight, None
         if self.transposed:
             self.packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(
-                weight.contiguous(), self.padding, [0, 0], self.stride, [1, 1], 1, shape
+                weight.contiguous(), self.padding, [0, 0], self.stride, [1, 1], 1, x.shape
             )
+            return
+        self.winograd = winograd.suits(x, weight, self.stride, self.padding)
+        if self.winograd:
+            weight, shape = winograd.weights(weight), winograd.patches_shape(x.shape)
+            settings = [0, 0], [1, 1], [1, 1], winograd.GROUPS, shape
         else:
-            self.packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
-                weight.to_mkldnn(), self.padding, self.stride, [1, 1], 1, shape
-            )
+            settings = self.padding, self.stride, [1, 1], 1, x.shape
+        self.packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *settings)
 
 
 class MergedResBlock(nn.Module):

@@ -17,6 +17,8 @@ namespace fastddpm {
     void group_norm_silu(const GroupNormSiluArgs&);                  \
     void group_norm_silu_backward(const GroupNormSiluBackwardArgs&); \
     void timestep_embedding(const TimestepEmbeddingArgs&);           \
+    void winograd_input(const WinogradArgs&);                        \
+    void winograd_output(const WinogradArgs&);                       \
     }
 
 #define FASTDDPM_KERNELS(variant)       \
@@ -25,7 +27,9 @@ namespace fastddpm {
      variant::ddpm_step,                \
      variant::group_norm_silu,          \
      variant::group_norm_silu_backward, \
-     variant::timestep_embedding}
+     variant::timestep_embedding,       \
+     variant::winograd_input,           \
+     variant::winograd_output}
 
 FASTDDPM_DECLARE(generic)
 #ifdef FASTDDPM_X86_VARIANTS
@@ -42,6 +46,8 @@ struct Kernels {
     void (*group_norm_silu)(const GroupNormSiluArgs&);
     void (*group_norm_silu_backward)(const GroupNormSiluBackwardArgs&);
     void (*timestep_embedding)(const TimestepEmbeddingArgs&);
+    void (*winograd_input)(const WinogradArgs&);
+    void (*winograd_output)(const WinogradArgs&);
 };
 
 // Fastest first.
@@ -88,6 +94,8 @@ void ddpm_step_cpu(const DdpmStepArgs& args) { kernels().ddpm_step(args); }
 void group_norm_silu_cpu(const GroupNormSiluArgs& args) { kernels().group_norm_silu(args); }
 void group_norm_silu_backward_cpu(const GroupNormSiluBackwardArgs& args) { kernels().group_norm_silu_backward(args); }
 void timestep_embedding_cpu(const TimestepEmbeddingArgs& args) { kernels().timestep_embedding(args); }
+void winograd_input_cpu(const WinogradArgs& args) { kernels().winograd_input(args); }
+void winograd_output_cpu(const WinogradArgs& args) { kernels().winograd_output(args); }
 const char* cpu_variant() { return kernels().name; }
 
 }  // namespace fastddpm
