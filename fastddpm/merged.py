@@ -15,6 +15,7 @@ def _onednn_takes(x: torch.Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     )

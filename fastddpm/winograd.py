@@ -17,6 +17,7 @@ from . import backend
 
 POINTS = (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))  # and infinity; csrc/cpu/winograd.cpp says why these
 GROUPS = 36  # numbers in a patch
+WIDTH = 32  # channels in and out; with fewer the transforms take longer than the products that they save
 TILES = 64  # fewer do not pay for transformed weights, which are four times as large
 PIECE = 8 << 20  # elements of transformed patches at once
 
@@ -27,6 +28,7 @@ def suits(x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: lis
     return (
         (tuple(weight.shape[2:]), stride, padding) == ((3, 3), [1, 1], [1, 1])
         and c % 16 == weight.shape[0] % 16 == 0
+        and min(c, weight.shape[0]) >= WIDTH
         and height % 4 == width % 4 == 0
         and n * height * width >= 16 * TILES
         and x.dtype == torch.float32

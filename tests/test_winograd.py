@@ -88,8 +88,8 @@ def test_where_it_is_used():
     assert not winograd.suits(x.bfloat16(), weight, one, one)
     assert not winograd.suits(x, weight, [2, 2], one) and not winograd.suits(x, weight, one, [0, 0])
     assert not winograd.suits(x, torch.zeros(48, 32, 1, 1), one, one)
-    assert not winograd.suits(torch.zeros(4, 8, 16, 16), torch.zeros(48, 8, 3, 3), one, one)
-    assert not winograd.suits(x, torch.zeros(3, 32, 3, 3), one, one)
+    for c, k in [(40, 48), (32, 40), (16, 48), (32, 16)]:
+        assert not winograd.suits(torch.zeros(4, c, 16, 16), torch.zeros(k, c, 3, 3), one, one)
     assert not winograd.suits(torch.zeros(9, 32, 18, 16), weight, one, one)
     with backend.use("reference"):
         assert not winograd.suits(x, weight, one, one)
@@ -97,7 +97,7 @@ def test_where_it_is_used():
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_engine_goes_this_way():
-    model = randomised(UNetConfig(sample_size=32, channels=16, multipliers=(1, 2), attention=(), groups=4))
+    model = randomised(UNetConfig(sample_size=32, channels=32, multipliers=(1, 2), attention=(), groups=4))
     engine = Engine(model, torch.device("cpu"), torch.float32)
     x, t = torch.randn(1, 3, 32, 32), torch.tensor([500])
     with torch.inference_mode():
