@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -55,19 +55,20 @@ class Timing:
         }
 
 
-def _clock(call: Callable[[], object], times: int) -> float:
-    """Seconds of one call; a call that returns a float says itself how long the part took that counts."""
-    start, own = time.perf_counter(), 0.0
+def _clock(call: Callable[[], object], times: int, self_timed: bool = False) -> float:
+    """Seconds of one call, or what a self-timed call says that it was."""
+    start, said = time.perf_counter(), 0.0
     for _ in range(times):
         result = call()
-        if isinstance(result, float):
-            own += result
-    return (own or time.perf_counter() - start) / times
+        if self_timed:
+            said += result
+    return (said if self_timed else time.perf_counter() - start) / times
 
 
 def alternate(
     contestants: dict[str, Callable[[], object]],
     *,
+    self_timed: Collection[str] = (),
     rounds: int | None = None,
     seconds: float = 2.0,
     least: float = 2e-3,
@@ -76,7 +77,8 @@ def alternate(
     """Time every contestant once in each round, in turn, so that whatever drifts on the machine meets them all.
 
     Each round starts with another contestant, so that nobody is always first. A turn repeats a short call until it
-    lasts `least` seconds. rounds: default as many as fit into `seconds`, from 5 to 100.
+    lasts `least` seconds. rounds: default as many as fit into `seconds`, from 5 to 100. self_timed: contestants whose
+    calls return the seconds of the part that counts.
     """
     repeats, one = {}, 0.0  # one: seconds of a round
     for name, call in contestants.items():
@@ -91,7 +93,7 @@ def alternate(
     for r in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=None):
         first = r % len(names)
         for name in names[first:] + names[:first]:
-            taken[name].append(_clock(contestants[name], repeats[name]))
+            taken[name].append(_clock(contestants[name], repeats[name], name in self_timed))
     return {name: Timing(values) for name, values in taken.items()}
 
 

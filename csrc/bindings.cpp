@@ -249,13 +249,13 @@ void timestep_embedding(const py::object& out_, const py::object& t_, const py::
 
 WinogradArgs winograd(const py::object& image_, const py::object& products_, int64_t samples, int64_t height,
                       int64_t width, int64_t channels, int threads) {
-    Buffer image("image", image_), products("products", products_);
+    Buffer image("image", image_), transformed("transformed", products_);
     check(threads >= 1, "threads must be at least 1");
     check(height % 4 == 0 && width % 4 == 0 && channels % 16 == 0,
           "height and width must be divisible by 4, channels by 16");
     WinogradArgs args{};
     args.image = image.required().size(product(samples, height, width, channels)).floats();
-    args.products = products.required().size(product(samples, height / 4, width / 4, 36, channels)).floats();
+    args.transformed = transformed.required().size(product(samples, height / 4, width / 4, 36, channels)).floats();
     args.samples = samples;
     args.height = height;
     args.width = width;
@@ -264,17 +264,17 @@ WinogradArgs winograd(const py::object& image_, const py::object& products_, int
     return args;
 }
 
-void winograd_input(const py::object& image, const py::object& products, int64_t samples, int64_t height, int64_t width,
-                    int64_t channels, int threads) {
-    const WinogradArgs args = winograd(image, products, samples, height, width, channels, threads);
+void winograd_input(const py::object& image, const py::object& transformed, int64_t samples, int64_t height,
+                    int64_t width, int64_t channels, int threads) {
+    const WinogradArgs args = winograd(image, transformed, samples, height, width, channels, threads);
     py::gil_scoped_release release;
     winograd_input_cpu(args);
 }
 
-void winograd_output(const py::object& products, const py::object& bias_, const py::object& residual_,
+void winograd_output(const py::object& transformed, const py::object& bias_, const py::object& residual_,
                      const py::object& image, int64_t samples, int64_t height, int64_t width, int64_t channels,
                      int threads) {
-    WinogradArgs args = winograd(image, products, samples, height, width, channels, threads);
+    WinogradArgs args = winograd(image, transformed, samples, height, width, channels, threads);
     Buffer bias("bias", bias_), residual("residual", residual_);
     args.bias = bias.required().size(channels).floats();
     args.residual = residual.size(samples * height * width * channels).floats();

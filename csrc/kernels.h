@@ -120,10 +120,10 @@ struct TimestepEmbeddingArgs {
 };
 
 // What surrounds the products of a 3x3 convolution, stride 1, padding 1, by Winograd's method F(4x4, 3x3).
-// input: products = B^T d B of each 6x6 patch d of the image; output: image = A^T m A + bias + residual, from m = products.
+// input: transformed = B^T d B of each 6x6 patch d of the image; output: image = A^T m A + bias + residual, m = transformed.
 struct WinogradArgs {
     float* image;           // [samples, height, width, channels], sides divisible by 4, channels by 16
-    float* products;        // [samples * height * width / 16, 36, channels]
+    float* transformed;     // [samples * height * width / 16, 36, channels]
     const float* bias;      // [channels]; output only
     const float* residual;  // layout of image; output only; null: 0; may be image itself
     int64_t samples;

@@ -35,7 +35,8 @@ class Engine(Plain):
     def __init__(self, model: UNet, device: torch.device, dtype: torch.dtype) -> None:
         # deepcopy and not state_dict: the module may carry hooks or replaced layers of its owner.
         network = copy.deepcopy(model).eval()
-        merge(network)
+        if type(network).body is UNet.body:  # another body may read what merged layers don't keep
+            merge(network)
         network.to(device, dtype, memory_format=torch.channels_last)
         super().__init__(network, dtype)
 

@@ -1,7 +1,8 @@
-"""Freed memory stays with the process while a chain runs on a CPU.
+"""Freed memory stays with the process while a chain runs on a CPU, in the main thread.
 
 Every step allocates and frees the same tensors. By itself glibc hands freed memory back to the system, and the next step
-pays a page fault for each 4 KiB of it again: an eighth of a float32 step of the CIFAR-10 network at batch 16.
+pays a page fault for each 4 KiB of it again: an eighth of a float32 step of the CIFAR-10 network at batch 16. (Other threads
+allocate from heaps of at most 64 MiB, which these settings don't reach.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 KEPT = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}  # all from the heap, which never shrinks
-# Both thresholds adapt until somebody sets one; these are the values that they adapt to at most.
+# Both thresholds adapt until somebody sets one, and never again; these are the values that they adapt to at most.
 USUAL = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 
 _lock = threading.Lock()
@@ -39,7 +40,8 @@ def _adjust(settings: dict[int, int]) -> None:
 def kept(device: torch.device) -> Iterator[None]:
     """Keep freed memory inside the block if `device` is a CPU, give it back behind it. Where malloc can't be told: nothing."""
     global _users
-    if device.type != "cpu" or not _adjustable():
+    main = threading.current_thread() is threading.main_thread()
+    if device.type != "cpu" or not main or not _adjustable():
         yield
         return
     with _lock:

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import winograd
-from .unet import Attention, GroupNormSiLU, ResBlock, Upsample
+from .unet import Attention, Downsample, GroupNormSiLU, Level, Middle, ResBlock, Upsample
+
+ONEDNN = (
+    "_convolution_pointwise",
+    "_convolution_pointwise_",
+    "_convolution_transpose_pointwise",
+    "_reorder_convolution_transpose_weight",
+)
 
 
 def _onednn_takes(x: torch.Tensor) -> bool:
@@ -16,7 +23,8 @@ def _onednn_takes(x: torch.Tensor) -> bool:
         x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
+        and not torch.is_autocast_enabled("cpu")  # which these operators would not heed
+        and all(hasattr(torch.ops.mkldnn, name) for name in ONEDNN)
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     )
 
@@ -25,7 +33,7 @@ class Convolution(nn.Module):
     """conv(x), or residual + conv(x), with constant weights: [O, I, K, K]; transposed [I, O, K, K].
 
     On a CPU the first call puts the weights into the layout that oneDNN wants, which would otherwise happen in every
-    call, and keeps no others: from then on x has its first height and width. There a residual is added before the one
+    call, and keeps no others: x must then keep its height and width. There a residual is added before the one
     rounding, without a pass of its own, and 3x3 convolutions go Winograd's way where that is faster.
     """
 
@@ -52,16 +60,17 @@ class Convolution(nn.Module):
             return y if residual is None else residual + y
         if self.winograd:
             return winograd.convolve(x, self._products, self.bias, residual, residual if overwrite else None)
-        given = self.packed, self.bias, self.padding, self.stride, [1, 1], 1
         if self.transposed:
-            given = *given[:3], [0, 0], *given[3:]
-            return torch.ops.mkldnn._convolution_transpose_pointwise(x, *given, "none", [], "")
+            return torch.ops.mkldnn._convolution_transpose_pointwise(
+                x, self.packed, self.bias, self.padding, [0, 0], self.stride, [1, 1], 1, "none", [], ""
+            )
+        given = self.packed, self.bias, self.padding, self.stride, [1, 1], 1
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(x, *given, "none", [], "")
-        given = *given, "add", 1.0, None, [], None
+        add = "add", 1.0, None, [], None
         if overwrite:
-            return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *given)
-        return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *given)
+            return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *given, *add)
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *given, *add)
 
     def _products(self, patches: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._convolution_pointwise(
@@ -152,22 +161,41 @@ MERGED = {
 }
 
 
+# (kernel, stride, padding) of the convolutions in unet.py
+MADE = {((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (0, 0)), ((1, 1), (1, 1), (0, 0))}
+
+
+def _untouched(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _sized_as_made(part: nn.Module) -> bool:
+    if isinstance(part, nn.Conv2d):
+        usual = (part.padding_mode, part.dilation, part.groups) == ("zeros", (1, 1), 1) and part.bias is not None
+        return usual and (part.kernel_size, part.stride, part.padding) in MADE
+    if isinstance(part, nn.Linear):
+        return part.bias is not None
+    if isinstance(part, Upsample):
+        return (part.conv.kernel_size, part.conv.stride) == ((3, 3), (1, 1))
+    if isinstance(part, Attention):
+        return all(v.in_features == v.out_features for v in (part.to_q, part.to_k, part.to_v, part.to_out[0]))
+    return True
+
+
 def _as_made(layer: nn.Module) -> bool:
-    """Whether a layer computes what its class says: nothing replaced, hooked, patched, dilated or padded otherwise."""
+    """Whether a layer, with all its parts, computes what its class says, in the sizes that its merged form assumes."""
     known = (*MERGED, GroupNormSiLU, nn.Linear, nn.Dropout, nn.ModuleList)
-    return all(
-        type(part) in known
-        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
-        and getattr(part, "bias", part) is not None
-        and (not isinstance(part, nn.Conv2d) or (part.padding_mode, part.dilation) == ("zeros", (1, 1)))
-        for part in layer.modules()
-    )
+    parts = list(layer.modules())
+    return all(type(part) in known and _untouched(part) for part in parts) and all(map(_sized_as_made, parts))
 
 
 def merge(network: nn.Module) -> None:
-    """Replace, in place, the layers that have a merged form and are as this package made them."""
+    """Replace, in place, the layers that have a merged form and are as this package made them.
+
+    What others have put in or hooked is not looked into: it may read its convolutions' weights, which merged ones don't keep.
+    """
     for name, layer in network.named_children():
         if type(layer) in MERGED and _as_made(layer):
             setattr(network, name, MERGED[type(layer)](layer))
-        else:
+        elif type(layer) in (Level, Middle, Downsample, nn.ModuleList) and _untouched(layer):
             merge(layer)

@@ -33,6 +33,7 @@ def suits(x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: lis
         and n * height * width >= 16 * TILES
         and x.dtype == torch.float32
         and backend.choose(x.device) == "cpu"
+        and backend.native.cpu_variant() != "generic"
     )
 
 
@@ -62,21 +63,23 @@ def convolve(
     """w * x + bias [+ residual], float32 [N, K, H, W] channels_last.
 
     x: float32 [N, C, H, W]; C and K divisible by 16, H and W by 4. products: the convolution with `weights(w)` in 36 groups,
-    [1, 36 C, tiles, 1] -> [1, 36 K, tiles, 1], both channels_last. out: where the result goes; may be the residual.
+    [1, 36 C, tiles, 1] -> [1, 36 K, tiles, 1], both channels_last. out: where the result may go; may be the residual.
     """
     n, c, height, width = x.shape
     k = bias.numel()
-    x = x.contiguous(memory_format=torch.channels_last)
+    last = torch.channels_last
+    x = x.contiguous(memory_format=last)
     if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    if out is None:
-        out = torch.empty((n, k, height, width), memory_format=torch.channels_last)
-    patches = torch.empty(patches_shape(x.shape), memory_format=torch.channels_last)
+        residual = residual.contiguous(memory_format=last)
+    if out is None or not out.is_contiguous(memory_format=last):
+        out = torch.empty((n, k, height, width), memory_format=last)
+    patches = torch.empty(patches_shape(x.shape), memory_format=last)
     piece = patches.shape[2] * 16 // (height * width)
     b, size, threads = backend.buffer, (piece, height, width), torch.get_num_threads()
     for i in range(0, n, piece):
         part = slice(i, i + piece)
         backend.native.winograd_input(b(x[part]), b(patches), *size, c, threads)
-        sums, rest = products(patches), None if residual is None else b(residual[part])
+        sums = products(patches).contiguous(memory_format=last)
+        rest = None if residual is None else b(residual[part])
         backend.native.winograd_output(b(sums), b(bias), rest, b(out[part]), *size, k, threads)
     return out

@@ -1,5 +1,6 @@
 """The engine's copy of a network against the network: merged layers are the same function, changed layers stay as they are."""
 
+import copy
 import types
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from conftest import randomised
 from torch import nn
 
-from fastddpm import UNetConfig, merged
+from fastddpm import UNet, UNetConfig, merged
 from fastddpm.engine import Engine
 from fastddpm.unet import Upsample
 
@@ -30,7 +31,8 @@ def both(model, dtype, n=3):
     labels = None if model.config.classes is None else torch.arange(n) % model.config.classes
     engine = Engine(model, CPU, dtype)
     with torch.inference_mode():
-        got = engine(x.to(dtype, memory_format=torch.channels_last), t, labels)
+        for _ in range(2):  # the first call packs the weights
+            got = engine(x.to(dtype, memory_format=torch.channels_last), t, labels)
         return model.double()(x, t, labels), got.double()
 
 
@@ -74,20 +76,23 @@ def test_weights_are_packed_once():
 
 
 class Adapted(nn.Module):
-    """A linear layer with something learned beside it, as LoRA has it."""
+    """A layer with something learned beside it that reads the layer's weight, as DoRA does."""
 
     def __init__(self, base):
         super().__init__()
-        self.base, self.beside = base, nn.Linear(base.in_features, base.out_features)
-        self.weight, self.bias = base.weight, base.bias
+        self.base, self.beside = base, copy.deepcopy(base)
 
     def forward(self, x):
-        return self.base(x) + self.beside(x)
+        return self.base(x) + self.beside(x) / self.base.weight.norm()
 
 
-def adapt(model):
+def adapt_linear(model):
     attention = model.mid_block.attentions[0]
     attention.to_q = Adapted(attention.to_q)
+
+
+def adapt_convolution(model):
+    model.mid_block.resnets[0].conv1 = Adapted(model.mid_block.resnets[0].conv1)
 
 
 def hook(model):
@@ -98,10 +103,22 @@ def hook_before(model):
     model.up_blocks[0].upsamplers[0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
 
 
+def hook_that_reads(model):
+    model.mid_block.resnets[1].register_forward_pre_hook(
+        lambda module, args: tuple(v.to(module.conv1.weight.dtype) for v in args)
+    )
+
+
 def patch(model):
     upsample = model.up_blocks[0].upsamplers[0]
     upsample.forward = types.MethodType(
         lambda self, x: self.conv(nn.functional.interpolate(x, scale_factor=2.0)) + 1, upsample
+    )
+
+
+def hook_a_container(model):
+    model.down_blocks[0].downsamplers[0].register_forward_pre_hook(
+        lambda module, args: tuple(v.to(module.conv.weight.dtype) for v in args)
     )
 
 
@@ -111,10 +128,69 @@ def tile(model):
             layer.padding_mode = "circular"
 
 
-@pytest.mark.parametrize("change", [adapt, hook, hook_before, patch, tile])
-def test_changed_layers_are_kept(change):
-    model = randomised(CONFIGS["two levels"]).double()
+def dilate(model):
+    model.mid_block.resnets[0].conv1.dilation = (2, 2)
+    model.mid_block.resnets[0].conv1.padding = (2, 2)
+
+
+def pad_by_name(model):
+    model.conv_in.padding = "same"
+
+
+def another_kernel(model):
+    width = model.up_blocks[0].upsamplers[0].conv.in_channels
+    model.up_blocks[0].upsamplers[0].conv = nn.Conv2d(width, width, 1)
+    model.conv_in = nn.Conv2d(3, model.conv_in.out_channels, (3, 1), padding=(1, 0))
+
+
+def groups(model):
+    width = model.mid_block.resnets[0].conv1.in_channels
+    model.mid_block.resnets[0].conv1 = nn.Conv2d(width, width, 3, padding=1, groups=width)
+
+
+def narrow_attention(model):
+    attention = model.mid_block.attentions[0]
+    for name in ("to_q", "to_k"):
+        setattr(attention, name, nn.Linear(attention.to_q.in_features, 4))
+
+
+def no_bias(model):
+    model.mid_block.resnets[0].conv2.bias = model.mid_block.attentions[0].to_v.bias = None
+
+
+CHANGES = [
+    adapt_linear, adapt_convolution, hook, hook_before, hook_that_reads, patch, hook_a_container, tile, dilate,
+    pad_by_name, another_kernel, groups, narrow_attention, no_bias,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_layers_are_kept(change, dtype):
+    model = randomised(CONFIGS["two levels"])
     change(model)
-    model.double()
-    expected, got = both(model, torch.float64)
-    assert (got - expected).norm() <= 1e-12 * expected.norm()
+    model.to(dtype)
+    expected, got = both(model, dtype)
+    assert (got - expected).norm() <= (1e-12 if dtype == torch.float64 else 2e-5) * expected.norm()
+
+
+def test_another_body_is_kept():
+    class Reads(UNet):
+        def body(self, x, embedding):
+            return super().body(x.to(self.conv_in.weight.dtype), embedding)
+
+    model = Reads(CONFIGS["two levels"]).eval()
+    engine, x, t = Engine(model, CPU, torch.float32), torch.randn(2, *model.shape), torch.arange(2)
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(engine(x, t, None), model(x, t), rtol=0, atol=2e-5)
+
+
+def test_under_autocast():
+    model = randomised(CONFIGS["classes"])
+    x, t, labels = torch.randn(2, *model.shape), torch.arange(2), torch.arange(2)
+    with torch.inference_mode():
+        truth = model(x, t, labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = Engine(model, CPU, torch.float32)(x, t, labels)
+    assert got.dtype == torch.bfloat16 and (got - truth).norm() <= 5e-2 * truth.norm()

@@ -69,6 +69,14 @@ def test_result_in_the_residual_s_place():
     assert torch.equal(convolve(x, weight, bias, residual, residual), expected) and torch.equal(residual, expected)
 
 
+def test_other_layouts():
+    x, weight, bias, residual = problem()
+    expected = convolve(x, weight, bias, residual)
+    x, residual = x.contiguous(), residual.contiguous()
+    assert torch.equal(convolve(x, weight, bias, residual), expected)
+    assert torch.equal(convolve(x, weight, bias, residual, residual), expected)
+
+
 def test_pieces_make_no_difference(monkeypatch):
     x, weight, bias, residual = problem(n=6)
     whole = convolve(x, weight, bias, residual)
@@ -134,7 +142,7 @@ def test_the_bindings_check_sizes():
     backend.native.winograd_input(*good)
     for place, value, says in [
         (0, b(image[1:]), "image has"),
-        (1, b(bias), "products has"),
+        (1, b(bias), "transformed has"),
         (3, 6, "divisible"),
         (5, 8, "divisible"),
     ]:

@@ -2,8 +2,8 @@
 //   y = A^T [sum_c (G w G^T) * (B^T d B)] A     for each 4x4 tile of y and the 6x6 patch d of x that it depends on
 // The products in the middle, 36 of [tiles, C] x [C, K], are the caller's; 36 multiplications stand for 144.
 //
-// Interpolation at 0, +-a, +-b and infinity with a = 1/sqrt(2), b = sqrt(2), whose rounding errors are half of those at the usual
-// 0, +-1, +-2. Then B^T has the rows
+// Interpolation at 0, +-a, +-b and infinity with a = 1/sqrt(2), b = sqrt(2), whose rounding errors are at most half of
+// those at the usual 0, +-1, +-2. Then B^T has the rows
 //   d0 - 5/2 d2 + d4,  (d4 - 2 d2) +- a (d3 - 2 d1),  (d4 - d2 / 2) +- b (d3 - d1 / 2),  d1 - 5/2 d3 + d5
 // and A^T the powers 0 to 3 of the points.
 //
@@ -56,7 +56,7 @@ void for_tiles(const WinogradArgs& args, const Body& body) {
 void winograd_input(const WinogradArgs& args) {
     for_tiles(args, [&](int64_t tile, int64_t sample, int64_t top, int64_t left) {
         const float* x = args.image + sample * args.height * args.width * args.channels;
-        float* out = args.products + tile * kPatch * kPatch * args.channels;
+        float* out = args.transformed + tile * kPatch * kPatch * args.channels;
         for (int64_t c = 0; c < args.channels; c += kLanes) {
             vfloat half[kPatch * kPatch], patch[kPatch], done[kPatch];
             for (int j = 0; j < kPatch; ++j) {
@@ -78,13 +78,13 @@ void winograd_input(const WinogradArgs& args) {
 
 void winograd_output(const WinogradArgs& args) {
     for_tiles(args, [&](int64_t tile, int64_t sample, int64_t top, int64_t left) {
-        const float* products = args.products + tile * kPatch * kPatch * args.channels;
+        const float* sums = args.transformed + tile * kPatch * kPatch * args.channels;
         const int64_t corner = ((sample * args.height + top) * args.width + left) * args.channels;
         for (int64_t c = 0; c < args.channels; c += kLanes) {
             vfloat half[kTile * kPatch], column[kPatch], done[kTile];
             const vfloat bias = load(args.bias + c);
             for (int j = 0; j < kPatch; ++j) {
-                for (int i = 0; i < kPatch; ++i) column[i] = load(products + (i * kPatch + j) * args.channels + c);
+                for (int i = 0; i < kPatch; ++i) column[i] = load(sums + (i * kPatch + j) * args.channels + c);
                 output_row(column, half + j, kPatch);
             }
             for (int i = 0; i < kTile; ++i) {
