@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from . import images, memory
+from . import images
 from .checkpoints import native
 from .data import ArrayImages
 from .diffusion import training_loss
@@ -312,7 +312,7 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         bar = progress_bar(progress, total=self.total, initial=self.step, unit="step", smoothing=0.05)
         losses, norms, since = [], [], time.perf_counter()
-        with _stop_signals(self), memory.kept(self.device), bar:
+        with _stop_signals(self), bar:
             while self.step < self.total and not self._interrupted:
                 loss, norm = self._optimize(batches)
                 losses.append(loss)
