@@ -3,6 +3,9 @@
 Tolerances have one home, fastddpm/parity.py, as they are promises to users.
 """
 
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import hypothesis
@@ -100,3 +103,19 @@ def randomised(config: UNetConfig, seed: int = 0) -> UNet:
             if p.dim() < 2 or "conv2" in name or "to_out" in name or "conv_out" in name:
                 p.add_(torch.randn_like(p) * 0.1)
     return model
+
+
+def python(code, tmp_path, **environment):
+    """The code's output and errors in a Python of its own, where the installed package is what imports."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def on_variant(variant, code, tmp_path):
+    """What the code prints where the kernels are those of one CPU variant."""
+    result = python(code, tmp_path, FASTDDPM_CPU_VARIANT=variant, PYTHONPATH=os.path.dirname(__file__))
+    if "cannot run here" in result.stderr:
+        pytest.skip(f"CPU variant {variant} was not built or does not run on this processor")
+    assert result.returncode == 0, result.stderr
+    return result.stdout

@@ -1,9 +1,6 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from conftest import python
 
 from fastddpm import backend, ops
 
@@ -13,13 +10,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def norm(dtype=torch.float32):
     return ops.group_norm_silu(
         torch.ones(1, 2, 3, dtype=dtype), 1, torch.ones(2, dtype=dtype), torch.zeros(2, dtype=dtype)
-    )
-
-
-def python(code, tmp_path, **environment):
-    """The code's output and errors in a Python of its own, where the installed package is what imports."""
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True
     )
 
 

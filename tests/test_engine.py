@@ -75,6 +75,15 @@ def test_weights_are_packed_once():
     assert all(a is b and a is not None for a, b in zip(*packed, strict=True))
 
 
+def test_onednn_switched_off():
+    model = randomised(CONFIGS["two levels"])
+    with torch.backends.mkldnn.flags(enabled=False):
+        engine = Engine(model, CPU, torch.float32)
+        with torch.inference_mode():
+            engine(torch.randn(1, *model.shape), torch.arange(1), None)
+    assert all(m.packed is None for m in engine.model.modules() if isinstance(m, merged.Convolution))
+
+
 class Adapted(nn.Module):
     """A layer with something learned beside it that reads the layer's weight, as DoRA does."""
 

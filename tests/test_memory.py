@@ -3,6 +3,7 @@
 import itertools
 import os
 import platform
+import threading
 
 import pytest
 import torch
@@ -65,3 +66,18 @@ def test_a_gpu_s_chain_leaves_malloc_alone(monkeypatch):
     monkeypatch.setattr(memory, "_adjust", lambda settings: pytest.fail("malloc was adjusted"))
     with memory.kept(torch.device("cuda")):
         pass
+
+
+def test_another_thread_leaves_malloc_alone(monkeypatch):
+    """There it would keep nothing."""
+    seen = []
+    monkeypatch.setattr(memory, "_adjust", seen.append)
+
+    def enter():
+        with memory.kept(CPU):
+            pass
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == []

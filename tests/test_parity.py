@@ -1,10 +1,8 @@
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import on_variant
 
 from fastddpm import backend, ops, parity
 
@@ -49,14 +47,7 @@ print(json.dumps([backend.describe()["cpu_variant"], parity.run(backends=["cpu"]
 
 @pytest.mark.parametrize("variant", ["generic", "avx2", "avx512"])
 def test_every_cpu_variant(kernels, tmp_path, variant):
-    environment = {**os.environ, "FASTDDPM_CPU_VARIANT": variant}
-    result = subprocess.run(
-        [sys.executable, "-c", VARIANT], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    if "cannot run here" in result.stderr:
-        pytest.skip(f"CPU variant {variant} was not built or does not run on this processor")
-    assert result.returncode == 0, result.stderr
-    used, rows = json.loads(result.stdout)
+    used, rows = json.loads(on_variant(variant, VARIANT, tmp_path))
     assert used == variant
     assert len(rows) >= 18
     assert [row for row in map(parity.Row._make, rows) if not row.share <= 1] == []
