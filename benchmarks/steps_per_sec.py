@@ -56,9 +56,8 @@ MATMULS = {torch.float32: "matmul float32", torch.bfloat16: "matmul bfloat16"}
 class Contestant:
     dtype: torch.dtype
     predict: Callable[[torch.Tensor], torch.Tensor]  # x [B, 3, 32, 32] float32 at timestep PROBE -> noise
-    steps: Callable[
-        [int], float
-    ]  # seconds of k steps, behind one that is not timed: only a chain's first meets new memory
+    # Seconds of k steps, behind one that is not timed: only a chain's first meets memory that is new to the process.
+    steps: Callable[[int], float]
     weights: int  # bytes that stay for the whole chain
     setup: float = 0.0  # seconds, once for each chain
 
