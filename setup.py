@@ -52,6 +52,7 @@ class CMakeBuild(build_ext):
         configure += [
             f"-DFASTDDPM_VERSION={self.distribution.get_version()}",
             f"-DFASTDDPM_OUTPUT_DIR={output}",
+            f"-DFASTDDPM_CUDA_ARCHS={os.environ.get('FASTDDPM_CUDA_ARCHS', '')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]

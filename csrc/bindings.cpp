@@ -1,10 +1,12 @@
 // The Python module fastddpm._C, and the only file that knows Python. A tensor crosses as a tuple
-// (data_ptr, dtype code, numel) or None; sizes and types are checked here once more and kernels trust them.
-// The GIL is released while a kernel runs.
+// (data_ptr, dtype code, numel) or None, and the place where it lies and where the kernel runs as `place`: the number of
+// threads, for the CPU, or (CUDA device index, address of the stream). Sizes and types are checked here once more and
+// kernels trust them. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels.h"
 
@@ -53,14 +55,14 @@ struct Buffer {
                                  kDtypeNames[dtype]);
         return *this;
     }
-    Buffer& float32_or_bfloat16() {
-        if (present && dtype > 1)
-            throw py::type_error(std::string(name) + " must be float32 or bfloat16, is " + kDtypeNames[dtype]);
-        return *this;
-    }
     Buffer& floating() {
         if (present && dtype == kInt64) throw py::type_error(std::string(name) + " must be of a floating dtype");
         return *this;
+    }
+    Buffer& served(bool on_cuda) {  // by the kernels as data of a network
+        if (present && !on_cuda && dtype > 1)
+            throw py::type_error(std::string(name) + " must be float32 or bfloat16, is " + kDtypeNames[dtype]);
+        return floating();
     }
 
     float* floats() { return static_cast<float*>(type(0).data); }
@@ -71,6 +73,44 @@ struct Buffer {
 void check(bool ok, const char* message) {
     if (!ok) throw py::value_error(message);
 }
+
+struct Place {
+    int threads = 1;
+    bool on_cuda = false;
+    CudaPlace cuda{};
+
+    explicit Place(const py::object& place) {
+        if (py::isinstance<py::int_>(place)) {
+            threads = place.cast<int>();
+            check(threads >= 1, "threads must be at least 1");
+            return;
+        }
+        const auto [device, stream] = place.cast<std::pair<int, uintptr_t>>();
+#ifndef FASTDDPM_CUDA
+        throw py::value_error("fastddpm was built without CUDA kernels");
+#endif
+        on_cuda = true;
+        cuda = {device, reinterpret_cast<void*>(stream)};
+    }
+};
+
+// Calls <op>_cpu or <op>_cuda.
+#ifdef FASTDDPM_CUDA
+#define FASTDDPM_CALL(op, args, place)     \
+    do {                                   \
+        py::gil_scoped_release release;    \
+        if ((place).on_cuda)               \
+            op##_cuda(args, (place).cuda); \
+        else                               \
+            op##_cpu(args);                \
+    } while (false)
+#else
+#define FASTDDPM_CALL(op, args, place)  \
+    do {                                \
+        py::gil_scoped_release release; \
+        op##_cpu(args);                 \
+    } while (false)
+#endif
 
 // The product of sizes, or an error where it leaves int64.
 template <class... Rest>
@@ -96,9 +136,10 @@ ChannelVector channel_vector(Buffer buffer, int64_t samples, int64_t channels) {
 }
 
 void philox_normal(const py::object& out_, int64_t samples, int64_t elements, uint64_t seed, int64_t stream,
-                   const py::object& t_, int64_t t_all, const py::object& sample_, int64_t first, int threads) {
+                   const py::object& t_, int64_t t_all, const py::object& sample_, int64_t first,
+                   const py::object& place_) {
     Buffer out("out", out_), t("t", t_), sample("sample", sample_);
-    check(threads >= 1, "threads must be at least 1");
+    const Place place(place_);
     check(stream >= 0 && stream < 256, "stream must be in [0, 256)");
     check(t_all >= 0 && t_all < (int64_t{1} << 32), "t must be in [0, 2^32)");
     check(first >= 0, "first must not be negative");
@@ -113,20 +154,19 @@ void philox_normal(const py::object& out_, int64_t samples, int64_t elements, ui
     args.t_all = t_all;
     args.sample = sample.size(samples).int64s();
     args.first = first;
-    args.threads = threads;
-    py::gil_scoped_release release;
-    philox_normal_cpu(args);
+    args.threads = place.threads;
+    FASTDDPM_CALL(philox_normal, args, place);
 }
 
 void ddpm_step(const py::object& x_, const py::object& x_prev_, bool x_inner, const py::object& o_, bool o_inner,
                const py::object& x0_last_, const py::object& x0_, const py::object& next_input_, bool next_inner,
                const py::object& noise_, const py::object& rows_, const py::object& timesteps_,
                const py::object& state_, int64_t samples, int64_t channels, int64_t o_channels, int64_t pixels,
-               const py::object& clip, int threads) {
+               const py::object& clip, bool table_on_host, const py::object& place_) {
+    const Place place(place_);
     Buffer x("x", x_), x_prev("x_prev", x_prev_), o("o", o_), x0_last("x0_last", x0_last_), x0("x0", x0_);
     Buffer next_input("next_input", next_input_), noise("noise", noise_);
     Buffer rows("rows", rows_), timesteps("timesteps", timesteps_), state("state", state_);
-    check(threads >= 1, "threads must be at least 1");
     check(o_channels == channels || o_channels == 2 * channels, "o must have as many channels as x, or twice as many");
     const int64_t numel = product(samples, channels, pixels);
     check(numel == 0 || numel / samples < (int64_t{1} << 34), "a sample has at most 2^34 elements");
@@ -134,12 +174,12 @@ void ddpm_step(const py::object& x_, const py::object& x_prev_, bool x_inner, co
     args.x = x.required().size(numel).floats();
     args.x_prev = x_prev.required().size(numel).floats();
     args.x_inner = x_inner;
-    args.o = o.required().size(product(samples, o_channels, pixels)).float32_or_bfloat16().data;
+    args.o = o.required().size(product(samples, o_channels, pixels)).served(place.on_cuda).data;
     args.o_dtype = o.code();
     args.o_inner = o_inner;
     args.x0_last = x0_last.size(numel).floats();
     args.x0 = x0.size(numel).floats();
-    args.next_input = next_input.size(numel).float32_or_bfloat16().data;
+    args.next_input = next_input.size(numel).served(place.on_cuda).data;
     args.next_dtype = next_input.code();
     args.next_inner = next_inner;
     args.noise = noise.size(numel).floats();
@@ -153,25 +193,27 @@ void ddpm_step(const py::object& x_, const py::object& x_prev_, bool x_inner, co
     args.state = state.required().size(4).int64s();
     args.clip = !clip.is_none();
     args.clip_bound = args.clip ? clip.cast<float>() : 0.0f;
-    args.threads = threads;
-    const int64_t row = args.state[2];
-    if (row < 0 || row >= args.table_rows)
-        throw py::value_error("state points at row " + std::to_string(row) + " of a table of " +
-                              std::to_string(args.table_rows));
-    check(args.rows[9 * row + 4] == 0 || args.x0_last, "this row's c2 is not 0, so x0_last is required");
-    py::gil_scoped_release release;
-    ddpm_step_cpu(args);
+    args.table_on_host = table_on_host || !place.on_cuda;
+    args.threads = place.threads;
+    if (args.table_on_host) {  // else the kernel looks
+        const int64_t row = args.state[2];
+        if (row < 0 || row >= args.table_rows)
+            throw py::value_error("state points at row " + std::to_string(row) + " of a table of " +
+                                  std::to_string(args.table_rows));
+        check(args.rows[9 * row + 4] == 0 || args.x0_last, "this row's c2 is not 0, so x0_last is required");
+    }
+    FASTDDPM_CALL(ddpm_step, args, place);
 }
 
 // What the forward and the backward of group_norm_silu have in common.
 template <class Args>
 void fill_group_norm(Args& args, const py::object& x_, bool inner, const py::object& weight, const py::object& bias,
                      const py::object& add, const py::object& scale, const py::object& shift, int64_t samples,
-                     int64_t channels, int64_t pixels, int64_t groups, bool silu, int threads) {
-    Buffer x("x", x_);
-    check(threads >= 1, "threads must be at least 1");
+                     int64_t channels, int64_t pixels, int64_t groups, bool silu, const py::object& workspace_,
+                     const Place& place) {
+    Buffer x("x", x_), workspace("workspace", workspace_);
     check(groups >= 1 && channels % groups == 0, "groups must divide channels");
-    args.x = x.required().size(product(samples, channels, pixels)).float32_or_bfloat16().data;
+    args.x = x.required().size(product(samples, channels, pixels)).served(place.on_cuda).data;
     args.dtype = x.code();
     args.inner = inner;
     args.samples = samples;
@@ -184,22 +226,37 @@ void fill_group_norm(Args& args, const py::object& x_, bool inner, const py::obj
     args.scale = channel_vector(Buffer("scale", scale), samples, channels);
     args.shift = channel_vector(Buffer("shift", shift), samples, channels);
     args.silu = silu;
-    args.threads = threads;
+    args.workspace = workspace.floats();
+    args.threads = place.threads;
 }
+
+#ifdef FASTDDPM_CUDA
+void check_workspace(const py::object& given, int64_t needed) {
+    Buffer workspace("workspace", given);
+    if (needed > 0 && workspace.required().numel < needed)
+        throw py::value_error("workspace has " + std::to_string(workspace.numel) + " elements, expected at least " +
+                              std::to_string(needed));
+}
+#endif
 
 void group_norm_silu(const py::object& x, const py::object& y_, bool inner, const py::object& mean_,
                      const py::object& rstd_, const py::object& weight, const py::object& bias, const py::object& add,
                      const py::object& scale, const py::object& shift, int64_t samples, int64_t channels,
-                     int64_t pixels, int64_t groups, float eps, bool silu, int threads) {
+                     int64_t pixels, int64_t groups, float eps, bool silu, const py::object& workspace,
+                     const py::object& place_) {
+    const Place place(place_);
     Buffer y("y", y_), mean("mean", mean_), rstd("rstd", rstd_);
     GroupNormSiluArgs args{};
-    fill_group_norm(args, x, inner, weight, bias, add, scale, shift, samples, channels, pixels, groups, silu, threads);
+    fill_group_norm(args, x, inner, weight, bias, add, scale, shift, samples, channels, pixels, groups, silu, workspace,
+                    place);
     args.y = y.required().size(samples * channels * pixels).type(static_cast<int>(args.dtype)).data;
     args.mean = mean.required().size(product(samples, groups)).floats();
     args.rstd = rstd.required().size(product(samples, groups)).floats();
     args.eps = eps;
-    py::gil_scoped_release release;
-    group_norm_silu_cpu(args);
+#ifdef FASTDDPM_CUDA
+    if (place.on_cuda) check_workspace(workspace, group_norm_silu_workspace(args, place.cuda.device));
+#endif
+    FASTDDPM_CALL(group_norm_silu, args, place);
 }
 
 void group_norm_silu_backward(const py::object& dy_, const py::object& x, const py::object& dx_, bool inner,
@@ -207,11 +264,13 @@ void group_norm_silu_backward(const py::object& dy_, const py::object& x, const 
                               const py::object& bias, const py::object& add, const py::object& scale,
                               const py::object& shift, const py::object& sum_g_, const py::object& sum_g_xhat_,
                               const py::object& sum_dx_, int64_t samples, int64_t channels, int64_t pixels,
-                              int64_t groups, bool silu, int threads) {
+                              int64_t groups, bool silu, const py::object& workspace, const py::object& place_) {
+    const Place place(place_);
     Buffer dy("dy", dy_), dx("dx", dx_), mean("mean", mean_), rstd("rstd", rstd_);
     Buffer sum_g("sum_g", sum_g_), sum_g_xhat("sum_g_xhat", sum_g_xhat_), sum_dx("sum_dx", sum_dx_);
     GroupNormSiluBackwardArgs args{};
-    fill_group_norm(args, x, inner, weight, bias, add, scale, shift, samples, channels, pixels, groups, silu, threads);
+    fill_group_norm(args, x, inner, weight, bias, add, scale, shift, samples, channels, pixels, groups, silu, workspace,
+                    place);
     const int64_t numel = samples * channels * pixels;
     const int dtype = static_cast<int>(args.dtype);
     args.dy = dy.required().size(numel).type(dtype).data;
@@ -221,14 +280,36 @@ void group_norm_silu_backward(const py::object& dy_, const py::object& x, const 
     args.sum_g = sum_g.required().size(product(samples, channels)).floats();
     args.sum_g_xhat = sum_g_xhat.required().size(product(samples, channels)).floats();
     args.sum_dx = sum_dx.required().size(product(samples, channels)).floats();
-    py::gil_scoped_release release;
-    group_norm_silu_backward_cpu(args);
+#ifdef FASTDDPM_CUDA
+    if (place.on_cuda) check_workspace(workspace, group_norm_silu_backward_workspace(args, place.cuda.device));
+#endif
+    FASTDDPM_CALL(group_norm_silu_backward, args, place);
 }
 
-void timestep_embedding(const py::object& out_, const py::object& t_, const py::object& freq_hi_,
-                        const py::object& freq_lo_, int64_t count, int64_t dim, bool flip, int threads) {
-    Buffer out("out", out_), t("t", t_), freq_hi("freq_hi", freq_hi_), freq_lo("freq_lo", freq_lo_);
-    check(threads >= 1, "threads must be at least 1");
+#ifdef FASTDDPM_CUDA
+// Floats of workspace that a call of group_norm_silu, or its backward, needs. x: its buffer, for dtype and alignment.
+int64_t norm_workspace(bool backward, const py::object& x_, bool inner, int64_t samples, int64_t channels,
+                       int64_t pixels, int64_t groups, int device) {
+    Buffer x("x", x_);
+    auto fill = [&](auto args) {
+        args.x = x.required().data;
+        args.dtype = x.floating().code();
+        args.inner = inner;
+        args.samples = samples;
+        args.channels = channels;
+        args.pixels = pixels;
+        args.groups = groups;
+        return args;
+    };
+    return backward ? group_norm_silu_backward_workspace(fill(GroupNormSiluBackwardArgs{}), device)
+                    : group_norm_silu_workspace(fill(GroupNormSiluArgs{}), device);
+}
+#endif
+
+void timestep_embedding(const py::object& out_, const py::object& t_, int64_t count, int64_t dim, double rate,
+                        bool flip, const py::object& place_) {
+    const Place place(place_);
+    Buffer out("out", out_), t("t", t_);
     check(dim >= 2, "dim must be at least 2");
     TimestepEmbeddingArgs args{};
     args.out = out.required().size(product(count, dim)).floats();
@@ -239,12 +320,10 @@ void timestep_embedding(const py::object& out_, const py::object& t_, const py::
         args.t_float = t.floats();
     args.count = count;
     args.dim = dim;
-    args.freq_hi = freq_hi.required().size(dim / 2).floats();
-    args.freq_lo = freq_lo.required().size(dim / 2).floats();
+    args.rate = rate;
     args.flip_sin_to_cos = flip;
-    args.threads = threads;
-    py::gil_scoped_release release;
-    timestep_embedding_cpu(args);
+    args.threads = place.threads;
+    FASTDDPM_CALL(timestep_embedding, args, place);
 }
 
 WinogradArgs winograd(const py::object& image_, const py::object& products_, int64_t samples, int64_t height,
@@ -290,13 +369,19 @@ py::dict build_info() {
     info["cpu_variants"] = py::str(FASTDDPM_CPU_VARIANTS).attr("split")();
     info["cuda"] = *FASTDDPM_CUDA_REASON == '\0';
     info["cuda_reason"] = FASTDDPM_CUDA_REASON;
+    info["cuda_compiler"] = FASTDDPM_CUDA_COMPILER;
+    info["cuda_archs"] = py::str(FASTDDPM_CUDA_ARCHS).attr("split")();
     return info;
 }
 
 }  // namespace
 }  // namespace fastddpm
 
-PYBIND11_MODULE(_C, module) {
+#ifndef FASTDDPM_MODULE
+#define FASTDDPM_MODULE _C
+#endif
+
+PYBIND11_MODULE(FASTDDPM_MODULE, module) {
     using namespace fastddpm;
     module.def("philox_normal", &philox_normal);
     module.def("ddpm_step", &ddpm_step);
@@ -307,4 +392,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("winograd_output", &winograd_output);
     module.def("cpu_variant", &cpu_variant);
     module.def("build_info", &build_info);
+#ifdef FASTDDPM_CUDA
+    module.def("norm_workspace", &norm_workspace);
+    module.def("cuda_self_test", &cuda_self_test, py::call_guard<py::gil_scoped_release>());
+#endif
 }

@@ -1,15 +1,25 @@
 // The whole native surface. Kernels take raw pointers, sizes and layouts: no torch header, no Python.
-// bindings.cpp fills these structs from checked buffers; kernels trust them.
+// bindings.cpp fills these structs from checked buffers; kernels trust them. All pointers are to memory of the place
+// where the kernel runs, the host or one CUDA device, unless a field says otherwise.
 //
 // Layouts: a tensor [samples, channels, pixels] is either channels outer (pixels contiguous, "NCHW") or
 // channels inner (channels contiguous, "NHWC"), always dense.
 #pragma once
 
 #include <cstdint>
+#ifdef FASTDDPM_CUDA
+#include <string>
+#endif
 
 namespace fastddpm {
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// Where a CUDA kernel is launched. Nothing waits for it.
+struct CudaPlace {
+    int device;
+    void* stream;  // a cudaStream_t
+};
 
 // Per-channel vector: [channels] (sample_stride = 0) or [samples, channels] (sample_stride = channels).
 struct ChannelVector {
@@ -29,7 +39,7 @@ struct PhiloxNormalArgs {
     int64_t t_all;
     const int64_t* sample;  // [samples], or null: first + i
     int64_t first;
-    int threads;
+    int threads;  // here and below: of the CPU kernels
 };
 
 // One reverse step with the row that state points at (a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi):
@@ -58,6 +68,7 @@ struct DdpmStepArgs {
     const int64_t* timesteps;  // [S]
     int64_t table_rows;        // S
     int64_t* state;            // (seed's bits, first, row index, first bad row or -1); row index advances by one
+    bool table_on_host;        // CUDA: rows, timesteps and state are host memory, read by the call and not written
     bool clip;
     float clip_bound;
     int threads;
@@ -79,6 +90,7 @@ struct GroupNormSiluArgs {
     bool silu;
     float* mean;  // [samples, groups] of (x + add) minus its group's first element: so a large mean costs no accuracy
     float* rstd;  // [samples, groups]
+    float* workspace;  // CUDA: as many floats as group_norm_silu_workspace says
     int threads;
 };
 
@@ -102,19 +114,18 @@ struct GroupNormSiluBackwardArgs {
     float* sum_g;       // [samples, channels]
     float* sum_g_xhat;  // [samples, channels]
     float* sum_dx;      // [samples, channels]
+    float* workspace;   // CUDA: as many floats as group_norm_silu_backward_workspace says
     int threads;
 };
 
-// out[i, :] = [sin(t_i f), cos(t_i f), 0 if dim is odd] (cos first if flipped). Frequencies come in turns,
-// f_k / (2 pi) = freq_hi[k] + freq_lo[k], split from float64 on the host.
+// out[i, :] = [sin(t_i f), cos(t_i f), 0 if dim is odd] (cos first if flipped), f_k = exp(-rate * k).
 struct TimestepEmbeddingArgs {
     float* out;            // [count, dim]
     const int64_t* t_int;  // [count], or null
     const float* t_float;  // [count], or null
     int64_t count;
     int64_t dim;
-    const float* freq_hi;  // [dim / 2]
-    const float* freq_lo;
+    double rate;
     bool flip_sin_to_cos;
     int threads;
 };
@@ -140,6 +151,22 @@ void group_norm_silu_backward_cpu(const GroupNormSiluBackwardArgs&);
 void timestep_embedding_cpu(const TimestepEmbeddingArgs&);
 void winograd_input_cpu(const WinogradArgs&);
 void winograd_output_cpu(const WinogradArgs&);
+
+#ifdef FASTDDPM_CUDA
+// Each launches on `place` and throws std::runtime_error where CUDA reports an error. All may be captured into a graph.
+void philox_normal_cuda(const PhiloxNormalArgs&, CudaPlace);
+void ddpm_step_cuda(const DdpmStepArgs&, CudaPlace);
+void group_norm_silu_cuda(const GroupNormSiluArgs&, CudaPlace);
+void group_norm_silu_backward_cuda(const GroupNormSiluBackwardArgs&, CudaPlace);
+void timestep_embedding_cuda(const TimestepEmbeddingArgs&, CudaPlace);
+
+// Floats of workspace that the call with these sizes needs on this device; 0 for most.
+int64_t group_norm_silu_workspace(const GroupNormSiluArgs&, int device);
+int64_t group_norm_silu_backward_workspace(const GroupNormSiluBackwardArgs&, int device);
+
+// Empty where the CUDA kernels work on this device, else the reason why not. Draws one noise element to find out.
+std::string cuda_self_test(int device);
+#endif
 
 // The instruction set that the CPU kernels run on this machine: "avx512", "avx2" or "generic".
 const char* cpu_variant();

@@ -5,16 +5,22 @@
 | reference | any device, any floating dtype     | PyTorch only                                       |
 | cpu       | CPU tensors, float32 and bfloat16  | the compiled module                                |
 | cuda      | CUDA tensors                       | the compiled module, built where nvcc was found    |
-| triton    | CUDA tensors                       | Triton                                             |
+| triton    | CUDA tensors                       | Triton, as torch brings it                         |
+
+cuda and triton serve float32, bfloat16 and float16; triton takes CPU tensors where TRITON_INTERPRET=1 is set, for tests.
 
 The tensor's device chooses: a CUDA tensor goes to cuda, else triton, else reference; a CPU tensor to cpu, else reference.
+Where CUDA kernels were built but fail a small test on the tensor's GPU, one warning says why.
 An explicit choice (`use`, or the environment variable FASTDDPM_BACKEND) is kept or refused, never replaced.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch  # before _C: torch brings the OpenMP runtime that _C's threads run on
@@ -23,14 +29,13 @@ __all__ = ["NAMES", "describe", "use"]
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 try:
     from . import _C as native
 except ImportError as error:
     native = None
     _native_missing = str(error)
-
-NOT_YET = "this version of fastddpm has no {} kernels yet"
 
 
 class BackendError(RuntimeError):
@@ -47,13 +52,48 @@ def _missing_reason() -> str:
     return f"the compiled module fastddpm._C does not import ({_native_missing}); reinstall with a C++ compiler at hand"
 
 
-def unavailable(name: str) -> str | None:
-    """None if the backend can run on this machine, else the reason why not."""
-    if name == "reference":
-        return None
+@functools.cache
+def _self_test(device: int) -> str:
+    """Empty if the CUDA kernels work on this GPU, else the reason why not."""
+    return native.cuda_self_test(device)
+
+
+def _without_cuda(device: torch.device | None) -> str | None:
+    if native is None:
+        return _missing_reason()
+    build = native.build_info()
+    if not build["cuda"]:
+        return f"the compiled module has no CUDA kernels ({build['cuda_reason']}); install again with nvcc on the PATH"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    failure = _self_test(_index(device))
+    if failure:
+        return f"its kernels, built for {', '.join(build['cuda_archs'])}, do not run on this GPU: {failure}"
+    return None
+
+
+def _interpreting() -> bool:
+    """Whether Triton's kernels run under its interpreter, on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _without_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; PyTorch's CUDA builds bring it"
+    if not torch.cuda.is_available() and not _interpreting():
+        return "PyTorch finds no CUDA device"
+    return None
+
+
+def unavailable(name: str, device: torch.device | None = None) -> str | None:
+    """None if the backend can run on this machine, else the reason why not. device: which GPU; default the current one."""
     if name == "cpu":
         return None if native is not None else _missing_reason()
-    return NOT_YET.format("CUDA" if name == "cuda" else "Triton")
+    if name == "cuda":
+        return _without_cuda(device)
+    if name == "triton":
+        return _without_triton()
+    return None
 
 
 def _check(name: str) -> str:
@@ -101,16 +141,25 @@ def _read_environment() -> None:
 
 def refuses(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None if backend `name` serves tensors of this device and dtype, else the reason why not."""
-    reason = unavailable(name)
-    if reason is not None or name == "reference":
-        return reason
-    if name == "cpu":
-        if device.type != "cpu":
-            return f"it serves CPU tensors and this one is on {device}"
-        if dtype not in CPU_DTYPES:
-            return f"it serves float32 and bfloat16 and this tensor is {str(dtype).removeprefix('torch.')}"
+    if name == "reference":
         return None
-    return None if device.type == "cuda" else f"it serves CUDA tensors and this one is on {device}"
+    served = "cpu" if name == "cpu" or (name == "triton" and _interpreting()) else "cuda"
+    reason = unavailable(name, device if served == device.type else None)
+    if reason is not None:
+        return reason
+    if device.type != served:
+        return f"it serves {served.upper()} tensors and this one is on {device}"
+    dtypes = CPU_DTYPES if name == "cpu" else GPU_DTYPES
+    if dtype not in dtypes:
+        *most, last = (str(d).removeprefix("torch.") for d in dtypes)
+        return f"it serves {', '.join(most)} and {last} and this tensor is {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+@functools.cache
+def _warn_of_broken_cuda(reason: str) -> None:
+    """Once: CUDA kernels that were built and cannot be used are not what the user expects."""
+    warnings.warn(f"fastddpm: the cuda backend is left out, as {reason}", stacklevel=4)
 
 
 def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -125,8 +174,11 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         return _chosen
     candidates = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     for name in candidates:
-        if refuses(name, device, dtype) is None:
+        reason = refuses(name, device, dtype)
+        if reason is None:
             return name
+        if name == "cuda" and native is not None and native.build_info()["cuda"] and dtype in GPU_DTYPES:
+            _warn_of_broken_cuda(reason)
     return "reference"
 
 
@@ -136,6 +188,18 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int
 def buffer(tensor: torch.Tensor | None) -> tuple[int, int, int] | None:
     """How a tensor crosses into the compiled module: (address, dtype code, number of elements)."""
     return None if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.numel())
+
+
+def _index(device: torch.device | None) -> int:
+    return torch.cuda.current_device() if device is None or device.index is None else device.index
+
+
+def place(kind: str, device: torch.device) -> int | tuple[int, int]:
+    """Where the compiled module runs a kernel: a number of threads, or a GPU's index and the current stream's address."""
+    if kind == "cpu":
+        return torch.get_num_threads()
+    index = _index(device)
+    return index, torch.cuda.current_stream(index).cuda_stream
 
 
 def describe() -> dict[str, object]:

@@ -19,8 +19,10 @@
 
 #ifdef __CUDACC__
 #define FASTDDPM_HD __host__ __device__ __forceinline__
+#define FASTDDPM_UNROLL _Pragma("unroll")
 #else
 #define FASTDDPM_HD inline
+#define FASTDDPM_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace fastddpm {
@@ -60,7 +62,7 @@ template <class M>
 FASTDDPM_HD void philox4x32_10(typename M::Word (&c)[4], uint64_t seed) {
     using Word = typename M::Word;
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
+    FASTDDPM_UNROLL
     for (int round = 0; round < 10; ++round) {
         Word high0, low0, high1, low1;
         M::multiply(0xD2511F53u, c[0], high0, low0);
@@ -93,7 +95,7 @@ FASTDDPM_HD typename M::Float minus_log_uniform(typename M::Word w) {
     const float q[] = {0.14374099671840668f, -0.1537274271249771f, 0.13920924067497253f, -0.16419349610805511f,
                        0.20016059279441833f, -0.2500759959220886f, 0.33333104848861694f, -0.49999940395355225f};
     Float p = M::broadcast(q[0]);
-#pragma GCC unroll 7
+    FASTDDPM_UNROLL
     for (int i = 1; i < 8; ++i) p = M::fma(p, r, M::broadcast(q[i]));
     const Float log1p = M::fma(r * r, p, r);
     return M::fma(k, M::broadcast(0.693147181f), -log1p);

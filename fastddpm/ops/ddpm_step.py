@@ -78,14 +78,21 @@ def _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip):
 # ----------------------------------------------------------------------------------------- native calling
 
 
-def _launch(x, x_prev, o, x0_last, x0, next_input, noise, rows, timesteps, state, clip):
-    """The compiled kernel on prepared tensors: x, x_prev, x0, x0_last and noise share one native layout."""
+def _launch(kind, x, x_prev, o, x0_last, x0, next_input, noise, table, clip, *, table_on_host=False):
+    """The kernel on prepared tensors: x, x_prev, x0, x0_last and noise share one native layout.
+
+    table: rows, timesteps and state, on x's device or, of one call, on the host.
+    """
+    if kind == "triton":
+        from ._triton import ddpm_step as twin
+
+        twin.ddpm_step(x, x_prev, o, x0_last, x0, next_input, noise, *table, clip, table_on_host)
+        return
     b, (n, c) = backend.buffer, x.shape[:2]
     backend.native.ddpm_step(
         b(x), b(x_prev), layout(x) == "inner", b(o), layout(o) == "inner", b(x0_last), b(x0),
-        b(next_input), next_input is not None and layout(next_input) == "inner", b(noise),
-        b(rows), b(timesteps), b(state), n, c, o.shape[1], x[0, 0].numel(),
-        clip, torch.get_num_threads(),
+        b(next_input), next_input is not None and layout(next_input) == "inner", b(noise), *map(b, table),
+        n, c, o.shape[1], x[0, 0].numel(), clip, table_on_host, backend.place(kind, x.device),
     )  # fmt: skip
 
 
@@ -105,12 +112,14 @@ def _like(v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
 
 def _functional(x, o, row, noise, seed, t, first, x0_last, clip):
     _check_values(row, noise, seed, x0_last)
-    if backend.choose(x.device, x.dtype if x.dtype == torch.float64 else o.dtype) == "cpu" and x.numel():
+    kind = backend.choose(x.device, x.dtype if x.dtype == torch.float64 else o.dtype)
+    if kind != "reference" and x.numel():
         native = _native(x, "x")
         result = torch.empty_like(native), torch.empty_like(native)
+        table = row.float(), torch.tensor([t or 0]), torch.tensor([seed or 0, first, 0, -1])
         _launch(
-            native, result[0], _native(o, "o"), _like(x0_last, native), result[1], None, _like(noise, native),
-            row.float(), torch.tensor([t or 0]), torch.tensor([seed or 0, first, 0, -1]), clip,
+            kind, native, result[0], _native(o, "o"), _like(x0_last, native), result[1], None, _like(noise, native),
+            table, clip, table_on_host=True,
         )  # fmt: skip
     else:
         result = _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip)
@@ -132,10 +141,10 @@ register(
 
 def _in_place(x, o, rows, timesteps, state, x0, next_input, noise, clip):
     kind = backend.choose(x.device, o.dtype)
-    if next_input is not None and kind == "cpu":
+    if next_input is not None and kind == "cpu":  # which takes fewer dtypes
         kind = backend.choose(x.device, next_input.dtype)
-    if kind == "cpu" and x.numel():
-        _launch(x, x, _native(o, "o"), x0, x0, next_input, _like(noise, x), rows, timesteps, state, clip)
+    if kind != "reference" and x.numel():
+        _launch(kind, x, x, _native(o, "o"), x0, x0, next_input, _like(noise, x), (rows, timesteps, state), clip)
         return
     index = state[2:3]
     row, t = rows.index_select(0, index)[0], timesteps.index_select(0, index)

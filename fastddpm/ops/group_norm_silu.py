@@ -96,20 +96,60 @@ def _native(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return (x.contiguous(), False) if kind == "dense" else (x, kind == "inner")
 
 
+def _workspace(kind: str, backward: bool, x: torch.Tensor, inner: bool, num_groups: int) -> torch.Tensor | None:
+    """What the CUDA kernels need beside their operands: from torch, so that it may lie in a graph's memory pool."""
+    if kind != "cuda":
+        return None
+    index, _ = backend.place(kind, x.device)
+    n, c = x.shape[:2]
+    size = backend.native.norm_workspace(backward, backend.buffer(x), inner, n, c, x[0, 0].numel(), num_groups, index)
+    return torch.empty(size, device=x.device) if size else None
+
+
+def _launch_forward(kind, x, y, inner, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu):
+    """The kernel on prepared tensors: x and y in one native layout."""
+    if kind == "triton":
+        from ._triton import group_norm_silu as twin
+
+        twin.forward(x, y, inner, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu)
+        return
+    b, (n, c) = backend.buffer, x.shape[:2]
+    workspace = _workspace(kind, False, x, inner, num_groups)
+    backend.native.group_norm_silu(
+        b(x), b(y), inner, b(mean), b(rstd),
+        b(weight), b(bias), b(add), b(scale), b(shift),
+        n, c, x[0, 0].numel(), num_groups, eps, silu,
+        b(workspace), backend.place(kind, x.device),
+    )  # fmt: skip
+
+
+def _launch_backward(kind, dy, x, dx, inner, mean, rstd, weight, bias, add, scale, shift, sums, num_groups, silu):
+    """The kernel on prepared tensors: dy, x and dx in one native layout; sums: of g, g*xhat and dx, [N, C] each."""
+    if kind == "triton":
+        from ._triton import group_norm_silu as twin
+
+        twin.backward(dy, x, dx, inner, mean, rstd, weight, bias, add, scale, shift, *sums, num_groups, silu)
+        return
+    b, (n, c) = backend.buffer, x.shape[:2]
+    workspace = _workspace(kind, True, x, inner, num_groups)
+    backend.native.group_norm_silu_backward(
+        b(dy), b(x), b(dx), inner, b(mean), b(rstd),
+        b(weight), b(bias), b(add), b(scale), b(shift), *map(b, sums),
+        n, c, x[0, 0].numel(), num_groups, silu,
+        b(workspace), backend.place(kind, x.device),
+    )  # fmt: skip
+
+
 def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
     kind = backend.choose(x.device, x.dtype)
-    if kind == "cpu" and x.numel():
+    if kind != "reference" and x.numel():
         native, inner = _native(x)
-        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         y_native = y if native is x else torch.empty_like(native)
-        n, c = x.shape[:2]
-        mean, rstd = torch.empty(n, num_groups), torch.empty(n, num_groups)
-        b = backend.buffer
-        backend.native.group_norm_silu(
-            b(native), b(y_native), inner, b(mean), b(rstd),
-            b(weight), b(bias), b(add), b(scale), b(shift),
-            n, c, x[0, 0].numel(), num_groups, eps, silu, torch.get_num_threads(),
-        )  # fmt: skip
+        mean, rstd = (torch.empty(len(x), num_groups, device=x.device) for _ in range(2))
+        _launch_forward(
+            kind, native, y_native, inner, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu
+        )
         if y_native is not y:
             y.copy_(y_native)
         return y, mean, rstd
@@ -127,17 +167,14 @@ def _forward_fake(x, num_groups, weight, bias, eps, add, scale, shift, silu):
 
 def _backward(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu, kind):
     dx = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    if kind == "cpu" and x.numel():
+    if kind != "reference" and x.numel():
         native, inner = _native(x)
         dx_native = dx if native is x else torch.empty_like(native)
         dy_native = dy if dy.stride() == native.stride() else torch.empty_like(native).copy_(dy)
-        n, c = x.shape[:2]
-        sums = [torch.empty(n, c) for _ in range(3)]  # each its own memory: outputs must not alias
-        b = backend.buffer
-        backend.native.group_norm_silu_backward(
-            b(dy_native), b(native), b(dx_native), inner, b(mean), b(rstd),
-            b(weight), b(bias), b(add), b(scale), b(shift), b(sums[0]), b(sums[1]), b(sums[2]),
-            n, c, x[0, 0].numel(), num_groups, silu, torch.get_num_threads(),
+        sums = [torch.empty(x.shape[:2], device=x.device) for _ in range(3)]  # outputs must not alias
+        _launch_backward(
+            kind, dy_native, native, dx_native, inner, mean, rstd, weight, bias, add, scale, shift, sums,
+            num_groups, silu,
         )  # fmt: skip
         if dx_native is not dx:
             dx.copy_(dx_native)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import backend
-from ._library import as_int64_bits, check_first, check_seed, register, short
+from ._library import UINT64, as_int64_bits, check_first, check_seed, register, short
 
 
 class Stream(enum.IntEnum):
@@ -77,6 +77,18 @@ def _samples(n: int, first: int, sample: torch.Tensor | None, device: torch.devi
     return torch.arange(first, first + n, device=device) if sample is None else sample
 
 
+def _launch(kind, out, n, elements, seed, stream, t, t_all, sample, first):
+    if kind == "triton":
+        from ._triton import philox_normal as twin
+
+        twin.philox_normal(out, n, elements, seed, stream, t, t_all, sample, first)
+        return
+    b = backend.buffer
+    backend.native.philox_normal(
+        b(out), n, elements, seed % UINT64, stream, b(t), t_all, b(sample), first, backend.place(kind, out.device)
+    )
+
+
 def _implementation(
     shape: Sequence[int],
     seed: int,
@@ -89,12 +101,10 @@ def _implementation(
 ) -> torch.Tensor:
     device = torch.device("cpu") if device is None else device
     n, elements = shape[0], math.prod(shape[1:])
-    if backend.choose(device) == "cpu":
-        out = torch.empty(shape, dtype=torch.float32)
-        b = backend.buffer
-        backend.native.philox_normal(
-            b(out), n, elements, seed % (1 << 64), stream, b(t), t_all, b(sample), first, torch.get_num_threads()
-        )
+    kind = backend.choose(device)
+    if kind != "reference":
+        out = torch.empty(shape, dtype=torch.float32, device=device)
+        _launch(kind, out, n, elements, seed, stream, t, t_all, sample, first)
         return out
     t = torch.tensor([t_all], device=device) if t is None else t
     z = normals_float64(elements, _samples(n, first, sample, device), t, seed, stream)

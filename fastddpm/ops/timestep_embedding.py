@@ -7,7 +7,6 @@ Ho's constants are max_period 10000, freq_shift 1, sine first; the others are th
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -16,20 +15,9 @@ from .. import backend
 from ._library import register, short
 
 
-@functools.cache
-def _frequencies(dim: int, max_period: float, freq_shift: float) -> torch.Tensor:
-    """f_k, float64 [dim // 2]."""
-    half = dim // 2
-    k = torch.arange(half, dtype=torch.float64)
-    return torch.exp(-math.log(max_period) * k / (half - freq_shift))
-
-
-@functools.cache
-def _turns(dim: int, max_period: float, freq_shift: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """f_k / (2 pi) as float32 hi + lo: a float32 product t*f alone would be wrong by 4.5e-5 at t = 999."""
-    turns = _frequencies(dim, max_period, freq_shift) / (2 * math.pi)
-    high = turns.float()
-    return high, (turns - high.double()).float()
+def _rate(dim: int, max_period: float, freq_shift: float) -> float:
+    """f_k = exp(-rate k)."""
+    return math.log(max_period) / (dim // 2 - freq_shift)
 
 
 def _out_dtype(t: torch.Tensor) -> torch.dtype:
@@ -37,21 +25,26 @@ def _out_dtype(t: torch.Tensor) -> torch.dtype:
 
 
 def _reference(t: torch.Tensor, dim: int, max_period: float, flip_sin_to_cos: bool, freq_shift: float) -> torch.Tensor:
-    angles = t.double()[:, None] * _frequencies(dim, max_period, freq_shift).to(t.device)
+    k = torch.arange(dim // 2, dtype=torch.float64, device=t.device)
+    angles = t.double()[:, None] * torch.exp(-_rate(dim, max_period, freq_shift) * k)
     parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
     return torch.nn.functional.pad(torch.cat(parts, dim=1), (0, dim % 2)).to(_out_dtype(t))
 
 
 def _implementation(t, dim, max_period, flip_sin_to_cos, freq_shift):
-    if backend.choose(t.device, _out_dtype(t)) == "cpu":
-        high, low = _turns(dim, max_period, freq_shift)
-        out = torch.empty((t.shape[0], dim), dtype=torch.float32)
-        b = backend.buffer
-        backend.native.timestep_embedding(
-            b(out), b(t), b(high), b(low), t.shape[0], dim, flip_sin_to_cos, torch.get_num_threads()
-        )
-        return out
-    return _reference(t, dim, max_period, flip_sin_to_cos, freq_shift)
+    kind = backend.choose(t.device, _out_dtype(t))
+    if kind == "reference":
+        return _reference(t, dim, max_period, flip_sin_to_cos, freq_shift)
+    out = torch.empty((t.shape[0], dim), device=t.device)
+    rate = _rate(dim, max_period, freq_shift)
+    if kind == "triton":
+        from ._triton import timestep_embedding as twin
+
+        twin.timestep_embedding(out, t, rate, flip_sin_to_cos)
+    else:
+        b, where = backend.buffer, backend.place(kind, t.device)
+        backend.native.timestep_embedding(b(out), b(t), t.shape[0], dim, rate, flip_sin_to_cos, where)
+    return out
 
 
 def _fake(t, dim, max_period, flip_sin_to_cos, freq_shift):

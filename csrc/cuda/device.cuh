@@ -1,0 +1,201 @@
+// What the CUDA kernels share: launches, clusters and shared memory, facts of the device, vectors of the three dtypes.
+//
+// A kernel keeps to what tests/cuda_on_cpu can run on a CPU: launches only through launch(), shared memory only through
+// shared_memory<T>(), peers of a cluster only through the functions below, no inline PTX, no waiting for another block
+// outside cluster_sync(). Compiled with -fmad=false: what is fused is written as fmaf, so that an element's arithmetic
+// is the same wherever it lies.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../kernels.h"
+
+#ifndef CUDA_ON_CPU
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+namespace fastddpm {
+namespace {
+
+inline void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // or the next call would report it once more
+        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+    }
+}
+
+constexpr int kPortableCluster = 8;  // blocks that every device with clusters takes
+
+#ifndef CUDA_ON_CPU
+// kernel<<<grid, block, shared, stream>>>(arguments...), `cluster` blocks in a row sharing a thread-block cluster.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t grid, int block, int cluster, size_t shared, void* stream,
+            const Arguments&... arguments) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(grid));
+    config.blockDim = dim3(static_cast<unsigned>(block));
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    if (cluster > kPortableCluster)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "asking for a cluster");
+    check(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
+}
+
+// The block's dynamic shared memory.
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+    extern __shared__ __align__(16) unsigned char fastddpm_shared[];
+    return reinterpret_cast<T*>(fastddpm_shared);
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// p of this block's shared memory, as it is in block `rank` of the cluster.
+template <class T>
+__device__ __forceinline__ T* peer_shared(T* p, int rank) {
+    return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+}
+__device__ __forceinline__ void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+#else
+template <class T>
+__device__ __forceinline__ T* peer_shared(T* p, int) {
+    return p;
+}
+__device__ __forceinline__ void cluster_sync() {}
+#endif
+#endif  // CUDA_ON_CPU
+
+// ---- the device ----
+
+// While it lives, `device` is current, and this thread may load kernels and allocate though a stream is being captured:
+// the first use of a kernel may fall into a capture.
+class DeviceScope {
+  public:
+    explicit DeviceScope(int device) {
+        check(cudaGetDevice(&before_), "asking for the current device");
+        check(cudaSetDevice(device), "choosing the device");
+        check(cudaThreadExchangeStreamCaptureMode(&mode_), "asking to load kernels during a capture");
+    }
+    ~DeviceScope() {
+        cudaThreadExchangeStreamCaptureMode(&mode_);
+        cudaSetDevice(before_);
+    }
+    DeviceScope(const DeviceScope&) = delete;
+    DeviceScope& operator=(const DeviceScope&) = delete;
+
+  private:
+    int before_ = 0;
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+inline int64_t device_attribute(cudaDeviceAttr attribute, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "asking for a device's attribute");
+    return value;
+}
+
+// A kernel's code goes to the device at its first use, or here.
+template <class Kernel>
+void load_kernel(Kernel* kernel) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "loading a kernel");
+}
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// ---- vectors ----
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ void from_float(float v, float& out) { out = v; }
+__device__ __forceinline__ void from_float(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
+__device__ __forceinline__ void from_float(float v, __half& out) { out = __float2half_rn(v); }
+
+// V neighbouring elements, loaded and stored at once. The array must be indexed by constants to stay in registers;
+// lanes of 2 bytes lie in pairs in words, as the conversions want them.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+    static constexpr int kLanes = V;
+    uint32_t words[sizeof(T) * V / 4];
+
+    __device__ __forceinline__ float get(int i) const;
+    __device__ __forceinline__ void put(int i, float v0, float v1);  // lanes i, even, and i + 1
+};
+
+template <class T>
+struct alignas(sizeof(T)) Pack<T, 1> {
+    static constexpr int kLanes = 1;
+    T value;
+
+    __device__ __forceinline__ float get(int) const { return to_float(value); }
+    __device__ __forceinline__ void put(int, float v) { from_float(v, value); }
+};
+
+template <class To, class From>
+__device__ __forceinline__ To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "");
+    To to;
+    memcpy(static_cast<void*>(&to), &from, sizeof to);
+    return to;
+}
+
+template <class T, int V>
+__device__ __forceinline__ float Pack<T, V>::get(int i) const {
+    if constexpr (sizeof(T) == 4) {
+        return bits_as<float>(words[i]);
+    } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+        return bits_as<float>(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+    } else {
+        const __half2 pair = bits_as<__half2>(words[i / 2]);
+        return i % 2 ? __high2float(pair) : __low2float(pair);
+    }
+}
+
+template <class T, int V>
+__device__ __forceinline__ void Pack<T, V>::put(int i, float v0, float v1) {
+    if constexpr (sizeof(T) == 4) {
+        words[i] = bits_as<uint32_t>(v0);
+        words[i + 1] = bits_as<uint32_t>(v1);
+    } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+        words[i / 2] = bits_as<uint32_t>(__floats2bfloat162_rn(v0, v1));
+    } else {
+        words[i / 2] = bits_as<uint32_t>(__floats2half2_rn(v0, v1));
+    }
+}
+
+// Element `at` of an array of a dtype known at run time.
+__device__ __forceinline__ float load_any(const void* p, Dtype dtype, int64_t at) {
+    if (dtype == Dtype::float32) return static_cast<const float*>(p)[at];
+    if (dtype == Dtype::bfloat16) return to_float(static_cast<const __nv_bfloat16*>(p)[at]);
+    return to_float(static_cast<const __half*>(p)[at]);
+}
+
+__device__ __forceinline__ void store_any(void* p, Dtype dtype, int64_t at, float v) {
+    if (dtype == Dtype::float32)
+        static_cast<float*>(p)[at] = v;
+    else if (dtype == Dtype::bfloat16)
+        from_float(v, static_cast<__nv_bfloat16*>(p)[at]);
+    else
+        from_float(v, static_cast<__half*>(p)[at]);
+}
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+}  // namespace
+}  // namespace fastddpm

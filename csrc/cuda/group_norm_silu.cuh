@@ -1,0 +1,396 @@
+// What the forward and the backward of group_norm_silu share: how the work is split among blocks and threads, the
+// per-channel numbers, and sums over a group.
+//
+// A block takes a part of a slice: whole groups of one sample, over all pixels or some of them. Two mappings:
+//   columns  channels inner: a slice is several neighbouring groups, at least 32 bytes of each pixel, so that memory's
+//            sectors are used whole. A thread keeps one vector of channels and walks over the pixels.
+//   flat     all else, channels outer above all: a slice is one group, whose elements the threads take in turn.
+// The parts of a slice are blocks of a cluster, which read each other's sums in shared memory; without clusters, or
+// where a slice is too large for one, they leave their sums in a workspace (stage kSums) and a second launch (kRest)
+// reads those and its elements once more, of so few samples at a time that the L2 still has them. Sums are merged in a
+// fixed order and nothing is atomic: reruns are bit-identical.
+#pragma once
+
+#include "device.cuh"
+
+namespace fastddpm {
+namespace {
+
+constexpr int kTabledChannels = 2048;  // of a flat slice: per-channel numbers of so many fit into shared memory
+constexpr int kColumnChannels = 384;   // likewise of columns, backward
+
+enum Stage { kWhole, kSums, kRest };
+
+// The operands that both directions have, and the split. Strides follow from `inner`.
+struct Norm {
+    const void* x;
+    ChannelVector weight, bias, add, scale, shift;
+    int64_t first_sample;
+    int channels, groups, width;  // width: channels of a group
+    int64_t pixels;
+    bool inner, silu;
+
+    int slice_groups, slices, parts;
+    uint32_t total, part_size;  // of a slice and of a part: pixels (columns) or vectors (flat)
+    int columns;                // vectors of a slice's pixel; 1 where flat
+    Stage stage;
+    float* workspace;  // first what one stage leaves to the other: `stage_floats` of them
+    int64_t stage_floats;
+};
+
+// ---- sums ----
+
+template <class V>
+__device__ __forceinline__ V warp_sum(V v) {
+#pragma unroll
+    for (int x = 16; x; x /= 2) v += __shfl_xor_sync(0xffffffffu, v, x);
+    return v;
+}
+
+// Calls f(i, the sum of values[i * run .. i * run + run)) for i < count, a warp for each; f on every lane.
+template <class F>
+__device__ __forceinline__ void sum_runs(const float* values, int count, int run, const F& f) {
+    const int lane = threadIdx.x % 32;
+    for (int i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
+        float sum = 0.0f;
+        for (int k = lane; k < run; k += 32) sum += values[int64_t{i} * run + k];
+        f(i, warp_sum(sum));
+    }
+}
+
+// ---- the split, on the device ----
+
+// Where a block's work lies.
+struct Part {
+    int64_t sample;
+    int64_t index;  // of the block among those of this launch, in the order of memory
+    int slice, part;
+    int first_group, groups;  // of the slice
+    int first_channel, channels;
+    uint32_t begin, end;
+
+    __device__ explicit Part(const Norm& k) {
+        // The second stage goes backwards, from what the first read last.
+        index = k.stage == kRest ? int64_t{gridDim.x} - 1 - blockIdx.x : blockIdx.x;
+        part = static_cast<int>(index % k.parts);
+        slice = static_cast<int>(index / k.parts % k.slices);
+        sample = k.first_sample + index / k.parts / k.slices;
+        first_group = slice * k.slice_groups;
+        groups = k.groups - first_group < k.slice_groups ? k.groups - first_group : k.slice_groups;
+        first_channel = first_group * k.width;
+        channels = groups * k.width;
+        begin = size_before(k, part);
+        end = size_before(k, part + 1);
+    }
+    // Pixels or vectors in the parts before this one.
+    static __device__ uint32_t size_before(const Norm& k, int part) {
+        const uint64_t size = uint64_t{k.part_size} * part;
+        return size < k.total ? static_cast<uint32_t>(size) : k.total;
+    }
+};
+
+// Up to N vectors of V elements for each thread: which elements, and of which channels (counted from the slice's first).
+template <int V, int N, bool kColumns>
+struct Slots {
+    static constexpr int kStep = V > 1 ? 2 : 1;  // lanes treated together, as conversions want them
+    int count;                                   // slots of this thread that hold data
+    int column, row, rows;                       // columns: threads with the same column are `rows`
+    int width;                                   // channels of a group
+    int64_t base, stride;                        // columns: offset of slot 0, and between slots
+    int channel[kColumns ? 1 : N];
+    bool channel_per_lane;
+    uint32_t vectors, index;  // flat: vectors of a pixel (channels inner) or of a channel (outer); slot 0's index
+
+    __device__ Slots(const Norm& k, const Part& at) {
+        const int thread = threadIdx.x, threads = blockDim.x;
+        width = k.width;
+        if constexpr (kColumns) {
+            column = thread % k.columns;
+            row = thread / k.columns;
+            rows = threads / k.columns;
+            const uint32_t first = at.begin + row;
+            const bool works = row < rows && column * V < at.channels && first < at.end;
+            count = works ? static_cast<int>((at.end - first + rows - 1) / rows) : 0;
+            channel[0] = column * V;
+            base = (at.sample * k.pixels + first) * k.channels + at.first_channel + column * V;
+            stride = int64_t{rows} * k.channels;
+        } else {
+            column = 0, row = thread, rows = threads;
+            index = at.begin + thread;
+            count = index < at.end ? static_cast<int>((at.end - index + threads - 1) / threads) : 0;
+            channel_per_lane = k.inner;
+            vectors = static_cast<uint32_t>((k.inner ? k.width : k.pixels) / V);
+            base = at.sample * k.pixels * k.channels + at.first_channel * (k.inner ? 1 : k.pixels);
+            stride = k.inner ? k.channels : k.pixels;
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                const uint32_t i = index + j * threads, q = i / vectors;
+                channel[j] = static_cast<int>(k.inner ? (i - q * vectors) * V : q);
+            }
+        }
+    }
+    __device__ __forceinline__ int64_t offset(int j) const {
+        if constexpr (kColumns) return base + j * stride;
+        const uint32_t i = index + j * blockDim.x, q = i / vectors;
+        return base + q * stride + int64_t{i - q * vectors} * V;
+    }
+    template <class T>
+    __device__ __forceinline__ void load(const void* from, Pack<T, V> (&data)[N]) const {
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            if (j < count) data[j] = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(from) + offset(j));
+    }
+    template <class T>
+    __device__ __forceinline__ void store(void* to, const Pack<T, V> (&data)[N]) const {
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            if (j < count) *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(to) + offset(j)) = data[j];
+    }
+    // Sums the threads' pieces by group: f(group, sum), by a warp for each. A thread has V / pieces neighbouring channels
+    // in each piece, and no group ends within one. sums: room for all pieces of all threads.
+    template <int kPieces, class F>
+    __device__ __forceinline__ void sum_groups(const float (&pieces)[kPieces], float* sums, int groups,
+                                               const F& f) const {
+        if (row < rows) {
+#pragma unroll
+            for (int s = 0; s < kPieces; ++s) sums[(column * kPieces + s) * rows + row] = pieces[s];
+        }
+        __syncthreads();
+        sum_runs(sums, groups, kColumns ? width / (V / kPieces) * rows : rows, f);
+        __syncthreads();
+    }
+    // Calls f(slot, lane, numbers) for all that hold data, kStep lanes from an even one at a time; numbers[u] is what
+    // of(channel) gives for the lane's channel. Columns: a channel's numbers are fetched once for all slots.
+    template <class Of, class F>
+    __device__ __forceinline__ void each(const Of& of, const F& f) const {
+        using Numbers = decltype(of(0));
+        if constexpr (kColumns) {
+#pragma unroll
+            for (int v = 0; v < V; v += kStep) {
+                Numbers numbers[kStep];
+#pragma unroll
+                for (int u = 0; u < kStep; ++u) numbers[u] = of(channel[0] + v + u);
+#pragma unroll
+                for (int j = 0; j < N; ++j)
+                    if (j < count) f(j, v, numbers);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                if (j < count) {
+#pragma unroll
+                    for (int v = 0; v < V; v += kStep) {
+                        Numbers numbers[kStep];
+#pragma unroll
+                        for (int u = 0; u < kStep; ++u) numbers[u] = of(channel[j] + (channel_per_lane ? v + u : 0));
+                        f(j, v, numbers);
+                    }
+                }
+            }
+        }
+    }
+};
+
+// Writes the results of kStep lanes.
+template <class T, int V>
+__device__ __forceinline__ void put_lanes(Pack<T, V>& pack, int v, const float (&out)[V > 1 ? 2 : 1]) {
+    if constexpr (V > 1)
+        pack.put(v, out[0], out[1]);
+    else
+        pack.put(v, out[0]);
+}
+
+// ---- numbers of a channel ----
+
+// Element `channel` of an optional per-channel vector.
+__device__ __forceinline__ float of_channel(const ChannelVector& v, int64_t sample, int channel, float absent) {
+    return v.data ? load_any(v.data, v.dtype, sample * v.sample_stride + channel) : absent;
+}
+
+// add less the first element of the channel's group, x + add: exact, so that x + offset is x + add - first.
+template <class T>
+__device__ double channel_offset(const Norm& k, int64_t sample, int channel) {
+    const int first = channel - channel % k.width;
+    const int64_t at = sample * k.pixels * k.channels + first * (k.inner ? 1 : k.pixels);
+    double offset = -static_cast<double>(to_float(static_cast<const T*>(k.x)[at]));
+    if (k.add.data)
+        offset += static_cast<double>(of_channel(k.add, sample, channel, 0.0f)) -
+                  static_cast<double>(of_channel(k.add, sample, first, 0.0f));
+    return offset;
+}
+
+// weight * (1 + scale) and bias * (1 + scale) + shift.
+__device__ __forceinline__ double gain_of(const Norm& k, int64_t sample, int channel) {
+    return of_channel(k.weight, sample, channel, 1.0f) * (1.0 + of_channel(k.scale, sample, channel, 0.0f));
+}
+__device__ __forceinline__ double bias_of(const Norm& k, int64_t sample, int channel) {
+    return of_channel(k.bias, sample, channel, 0.0f) * (1.0 + of_channel(k.scale, sample, channel, 0.0f)) +
+           of_channel(k.shift, sample, channel, 0.0f);
+}
+
+// ---- activation ----
+
+__device__ __forceinline__ float silu(float z) { return __fdividef(z, 1.0f + __expf(-z)); }
+
+// d silu / dz = s + z s (1 - s), s = sigmoid(z) and 1 - s = e^-z s, which doesn't cancel.
+__device__ __forceinline__ float silu_grad(float z) {
+    const float e = __expf(z < -80.0f ? 80.0f : -z), s = __fdividef(1.0f, 1.0f + e);
+    return s * fmaf(z, e * s, 1.0f);
+}
+
+// ---- the split, on the host ----
+
+// What a kernel can take.
+struct Limits {
+    int threads;    // in a block
+    int few, many;  // slots of a thread, in its two versions
+};
+
+struct Device {
+    int64_t sms, l2;
+    int cluster;  // the most blocks of one
+};
+
+template <class Kernel>
+Device device_facts(int device, Kernel* kernel) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
+          "asking for a kernel's attributes");
+    const int64_t major = device_attribute(cudaDevAttrComputeCapabilityMajor, device);
+    // Where older code was compiled for the device at hand, it has no clusters either.
+    const int cluster = major < 9 || attributes.ptxVersion < 90 ? 1 : major <= 10 ? 16 : kPortableCluster;
+    return {device_attribute(cudaDevAttrMultiProcessorCount, device), device_attribute(cudaDevAttrL2CacheSize, device),
+            cluster};
+}
+
+struct Split {
+    bool columns, vectors;  // vectors: of 16 bytes; else single elements
+    int slots, threads, slice_groups, slices, parts, slice_columns;
+    uint32_t total, part_size;
+    bool two_stage;
+    int64_t batch;  // samples of a launch
+
+    int lanes(Dtype dtype) const { return vectors ? static_cast<int>(16 / size_of(dtype)) : 1; }
+    int64_t blocks(int64_t samples) const { return samples * slices * parts; }
+};
+
+// Splits a slice of `total` pixels of `columns` vectors.
+inline void split_slice(Split& s, const Limits& limits, const Device& device, int64_t slices, int64_t total,
+                        int columns) {
+    const int64_t capacity = limits.threads / columns * limits.many;
+    int64_t parts = 1;
+    while (parts * capacity < total && parts < device.cluster) parts *= 2;
+    s.two_stage = parts * capacity < total;
+    if (s.two_stage) {
+        parts = ceil_div(total, capacity);
+    } else {  // more blocks, as long as each has something to do
+        const int most = device.cluster < kPortableCluster ? device.cluster : kPortableCluster;
+        while (parts < most && slices * parts < device.sms && ceil_div(total, 2 * parts) * columns >= 256) parts *= 2;
+    }
+    const int64_t size = ceil_div(total, parts);
+    s.slots = size * columns <= limits.threads * limits.few ? limits.few : limits.many;
+    const int64_t threads = round_up(ceil_div(size, s.slots) * columns, 32);
+    s.threads = static_cast<int>(threads < 64 ? 64 : threads);
+    s.parts = static_cast<int>(parts);
+    s.total = static_cast<uint32_t>(total);
+    s.part_size = static_cast<uint32_t>(size);
+    s.slice_columns = columns;
+}
+
+// Samples of a launch: in two stages so few that the second finds in the L2 what the first read.
+template <class Args>
+void limit_batch(Split& s, const Args& args, const Device& device) {
+    s.batch = INT32_MAX / s.blocks(1);
+    const int64_t cached = 2 * device.l2 / 5 / (args.channels * args.pixels * size_of(args.dtype));
+    if (s.two_stage && s.batch > cached) s.batch = cached;
+    if (s.batch > args.samples) s.batch = args.samples;
+    if (s.batch < 1) s.batch = 1;
+}
+
+// pointers_aligned: x and all that has its layout lie at multiples of 16 bytes.
+template <class Args>
+Split split(const Args& args, bool pointers_aligned, const Limits& limits, const Device& device) {
+    const int64_t element = size_of(args.dtype), width = args.channels / args.groups, lanes = 16 / element;
+    if (args.channels > INT32_MAX || args.pixels > INT32_MAX || width * args.pixels > UINT32_MAX)
+        throw std::runtime_error("group_norm_silu: more than 2^31 channels or pixels, or 2^32 elements in a group");
+    Split s{};
+    s.vectors = pointers_aligned && (args.inner ? args.channels : args.pixels) % lanes == 0;
+
+    // Groups of the narrowest slice that is made of whole vectors, and of whole sectors if pixels are.
+    const int64_t grain = args.channels * element % 32 ? 16 : 32;
+    int64_t narrow = 1;
+    while (s.vectors && args.inner && narrow * width * element % grain) ++narrow;
+    s.columns = s.vectors && args.inner && narrow * width <= kColumnChannels;
+    if (s.columns) {
+        const auto with_groups = [&](int64_t groups) {
+            Split t = s;
+            t.slice_groups = static_cast<int>(groups);
+            t.slices = static_cast<int>(ceil_div(args.groups, groups));
+            split_slice(t, limits, device, args.samples * t.slices, args.pixels,
+                        static_cast<int>(groups * width / lanes));
+            return t;
+        };
+        int64_t wide = narrow;
+        while (wide * width * element < 64 && wide + narrow <= args.groups) wide += narrow;
+        const Split narrowest = with_groups(narrow);
+        s = with_groups(wide);
+        // Narrower slices where they keep on chip what would not fit, or all of the device busy.
+        if (s.two_stage != narrowest.two_stage || (!s.two_stage && s.blocks(args.samples) < 2 * device.sms))
+            s = narrowest;
+    } else {
+        if (args.inner && width % lanes) s.vectors = false;
+        s.slice_groups = 1;
+        s.slices = static_cast<int>(args.groups);
+        split_slice(s, limits, device, args.samples * args.groups, width * args.pixels / s.lanes(args.dtype), 1);
+    }
+    limit_batch(s, args, device);
+    return s;
+}
+
+// The kernels' view of a call, but for the batch and the stage.
+template <class Args>
+Norm norm_of(const Args& args, const Split& s, int64_t stage_floats) {
+    Norm k{};
+    k.x = args.x;
+    k.weight = args.weight;
+    k.bias = args.bias;
+    k.add = args.add;
+    k.scale = args.scale;
+    k.shift = args.shift;
+    k.channels = static_cast<int>(args.channels);
+    k.groups = static_cast<int>(args.groups);
+    k.width = static_cast<int>(args.channels / args.groups);
+    k.pixels = args.pixels;
+    k.inner = args.inner;
+    k.silu = args.silu;
+    k.slice_groups = s.slice_groups;
+    k.slices = s.slices;
+    k.parts = s.parts;
+    k.total = s.total;
+    k.part_size = s.part_size;
+    k.columns = s.slice_columns;
+    k.workspace = args.workspace;
+    k.stage_floats = stage_floats;
+    return k;
+}
+
+// Launches kernel(k, more) for all samples, a batch at a time, in one stage or two.
+template <class More>
+void launch_batches(void (*kernel)(Norm, More), Norm k, const Split& s, size_t shared, int64_t samples,
+                    const More& more, CudaPlace place) {
+    for (k.first_sample = 0; k.first_sample < samples; k.first_sample += s.batch) {
+        const int64_t batch = samples - k.first_sample < s.batch ? samples - k.first_sample : s.batch;
+        if (s.two_stage) {
+            k.stage = kSums;
+            launch(kernel, s.blocks(batch), s.threads, 1, shared, place.stream, k, more);
+            k.stage = kRest;
+            launch(kernel, s.blocks(batch), s.threads, 1, shared, place.stream, k, more);
+        } else {
+            k.stage = kWhole;
+            launch(kernel, s.blocks(batch), s.threads, s.parts, shared, place.stream, k, more);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace fastddpm
