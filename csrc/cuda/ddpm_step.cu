@@ -173,8 +173,7 @@ struct Tile {
     __device__ __forceinline__ void load_as(const void* from, bool inner, int64_t i, int64_t p, int64_t pixels) {
         Pack<T, 4> packs[C];
 #pragma unroll
-        for (int k = 0; k < C; ++k)
-            packs[k] = *reinterpret_cast<const Pack<T, 4>*>(static_cast<const T*>(from) + at(inner, i, p, pixels, k));
+        for (int k = 0; k < C; ++k) packs[k].load(static_cast<const T*>(from) + at(inner, i, p, pixels, k));
         // The branch is around the loops: register arrays want constant indices.
         if (inner) {
 #pragma unroll
@@ -195,8 +194,7 @@ struct Tile {
             for (int f = 0; f < 4 * C; f += 2) packs[f / 4].put(f % 4, v[f / 4][f % 4], v[f / 4][f % 4 + 1]);
         }
 #pragma unroll
-        for (int k = 0; k < C; ++k)
-            *reinterpret_cast<Pack<T, 4>*>(static_cast<T*>(to) + at(inner, i, p, pixels, k)) = packs[k];
+        for (int k = 0; k < C; ++k) packs[k].store(static_cast<T*>(to) + at(inner, i, p, pixels, k));
     }
     __device__ __forceinline__ void load(const void* from, Dtype dtype, bool inner, int64_t i, int64_t p,
                                          int64_t pixels) {
@@ -219,7 +217,7 @@ struct Tile {
 };
 
 template <int C>
-__global__ void __launch_bounds__(kThreads, 4) ddpm_step_tile_kernel(DdpmStepArgs args, Point of_host) {
+__global__ void __launch_bounds__(kThreads, C == 4 ? 3 : 4) ddpm_step_tile_kernel(DdpmStepArgs args, Point of_host) {
     const int64_t tiles = args.pixels / 4, total = args.samples * tiles, stride = int64_t{gridDim.x} * kThreads;
     const bool small = total <= INT32_MAX;  // 64-bit divisions are slow
     int64_t item = int64_t{blockIdx.x} * kThreads + threadIdx.x, i = 0, p = 0;

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -52,6 +54,40 @@ void launch(void (*kernel)(Parameters...), int64_t grid, int block, int cluster,
     if (cluster > kPortableCluster)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "asking for a cluster");
     check(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
+}
+
+template <class... Parameters>
+int ask_for_largest_cluster(int device, void (*kernel)(Parameters...), int threads) {
+    int major = 0, clusters = 0;
+    cudaFuncAttributes attributes;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the capability");
+    check(cudaFuncGetAttributes(&attributes, kernel), "asking for a kernel's attributes");
+    // Where the driver compiled older code for the device at hand, that has no clusters.
+    if (major < 9 || attributes.ptxVersion < 90) return 1;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = 2 * kPortableCluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(2 * kPortableCluster);
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    const bool large = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+                       cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
+    cudaGetLastError();  // a refusal is an answer
+    return large ? 2 * kPortableCluster : kPortableCluster;
+}
+
+// The most blocks that a cluster of the kernel can have: 1, 8, or the 16 that some devices allow. Asked once.
+template <class... Parameters>
+int largest_cluster(int device, void (*kernel)(Parameters...), int threads) {
+    static std::mutex mutex;
+    static std::map<int, int> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(device);
+    if (found != known.end()) return found->second;
+    return known[device] = ask_for_largest_cluster(device, kernel, threads);
 }
 
 // The block's dynamic shared memory.
@@ -128,19 +164,33 @@ __device__ __forceinline__ void from_float(float v, __half& out) { out = __float
 // V neighbouring elements, loaded and stored at once. The array must be indexed by constants to stay in registers;
 // lanes of 2 bytes lie in pairs in words, as the conversions want them.
 template <class T, int V>
-struct alignas(sizeof(T) * V) Pack {
-    static constexpr int kLanes = V;
-    uint32_t words[sizeof(T) * V / 4];
+struct Pack {
+    static constexpr int kWords = sizeof(T) * V / 4;
+    static_assert(kWords == 2 || kWords == 4, "");
+    using Memory = std::conditional_t<kWords == 4, uint4, uint2>;
+    uint32_t words[kWords];
 
+    __device__ __forceinline__ void load(const T* p) {
+        const Memory m = *reinterpret_cast<const Memory*>(p);
+        words[0] = m.x, words[1] = m.y;
+        if constexpr (kWords == 4) words[2] = m.z, words[3] = m.w;
+    }
+    __device__ __forceinline__ void store(T* p) const {
+        Memory m;
+        m.x = words[0], m.y = words[1];
+        if constexpr (kWords == 4) m.z = words[2], m.w = words[3];
+        __stcg(reinterpret_cast<Memory*>(p), m);  // said this way the compiler keeps it whole
+    }
     __device__ __forceinline__ float get(int i) const;
     __device__ __forceinline__ void put(int i, float v0, float v1);  // lanes i, even, and i + 1
 };
 
 template <class T>
-struct alignas(sizeof(T)) Pack<T, 1> {
-    static constexpr int kLanes = 1;
+struct Pack<T, 1> {
     T value;
 
+    __device__ __forceinline__ void load(const T* p) { value = *p; }
+    __device__ __forceinline__ void store(T* p) const { *p = value; }
     __device__ __forceinline__ float get(int) const { return to_float(value); }
     __device__ __forceinline__ void put(int, float v) { from_float(v, value); }
 };

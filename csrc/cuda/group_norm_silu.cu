@@ -53,11 +53,12 @@ struct Numbers {
 struct Table {
     double* offset;  // add - first element of the group
     float *hi, *a, *b;
+    float *gain, *beta;  // weight * (1 + scale), bias * (1 + scale) + shift: read from memory while x is under way
     float *part_mean, *part_m2;  // of this block's part: read by the other blocks of the cluster
     float *mean, *rstd;
     float* sums;  // of the threads
 
-    static constexpr int kChannelFloats = 5;  // offset counts twice
+    static constexpr int kChannelFloats = 7;  // offset counts twice
 
     static size_t bytes(int channels, int groups, int64_t sums) {
         return (kChannelFloats * channels + 4 * groups + sums) * sizeof(float);
@@ -66,7 +67,8 @@ struct Table {
     __device__ Table(int channels, int groups, float* elsewhere) {
         offset = elsewhere ? reinterpret_cast<double*>(elsewhere) : shared_memory<double>();
         hi = reinterpret_cast<float*>(offset + channels), a = hi + channels, b = a + channels;
-        part_mean = elsewhere ? shared_memory<float>() : b + channels;
+        gain = b + channels, beta = gain + channels;
+        part_mean = elsewhere ? shared_memory<float>() : beta + channels;
         part_m2 = part_mean + groups, mean = part_m2 + groups, rstd = mean + groups, sums = rstd + groups;
     }
 };
@@ -84,7 +86,11 @@ struct Channels {
     template <Pass kPass>
     __device__ __forceinline__ void compute(int c) const {
         const int channel = at.first_channel + c, g = c / k.width;
-        if (kPass == kMean) table.offset[c] = channel_offset<T>(k, at.sample, channel);
+        if (kPass == kMean) {
+            table.offset[c] = channel_offset<T>(k, at.sample, channel);
+            table.gain[c] = static_cast<float>(gain_of(k, at.sample, channel));
+            table.beta[c] = static_cast<float>(bias_of(k, at.sample, channel));
+        }
         const double mean = kPass == kMean ? 0.0 : kPass == kDeviation ? table.part_mean[g] : table.mean[g];
         const double centred = table.offset[c] - mean;
         const float hi = static_cast<float>(centred);
@@ -92,9 +98,8 @@ struct Channels {
         table.hi[c] = hi;
         table.b[c] = static_cast<float>(lo);
         if (kPass == kResult) {
-            const float a = static_cast<float>(table.rstd[g] * gain_of(k, at.sample, channel));
-            table.a[c] = a;
-            table.b[c] = static_cast<float>(lo * a + bias_of(k, at.sample, channel));
+            table.a[c] = table.rstd[g] * table.gain[c];
+            table.b[c] = static_cast<float>(lo * table.a[c] + table.beta[c]);
         }
     }
     template <Pass kPass>
@@ -128,11 +133,15 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
         float pieces[kPieces] = {};
         slots.each(channels, [&](int j, int v, const Of& n) {
 #pragma unroll
-            for (int u = 0; u < kStep; ++u)
-                pieces[kColumns ? (v + u) / kRun : 0] += (data[j].get(v + u) + n[u].hi) + n[u].b;
+            for (int u = 0; u < kStep; ++u) pieces[kColumns ? (v + u) / kRun : 0] += data[j].get(v + u) + n[u].hi;
         });
         slots.sum_groups(pieces, table.sums, at.groups, [&](int g, float sum) {
-            if (thread % 32 == 0) table.part_mean[g] = count > 0.0f ? sum / count : 0.0f;
+            float mean = count > 0.0f ? sum / count : 0.0f, lo = 0.0f;
+            if (k.add.data) {  // else the offset is a number of x's dtype, and lo is 0
+                for (int c = thread % 32; c < k.width; c += 32) lo += table.b[g * k.width + c];
+                mean += warp_sum(lo) / k.width;
+            }
+            if (thread % 32 == 0) table.part_mean[g] = mean;
         });
         channels.template tabulate<kDeviation>();
 #pragma unroll
@@ -150,7 +159,7 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
         });
     }
 
-    float* parts = k.workspace + 2 * (at.index - at.part) * k.slice_groups;  // [parts, mean and m2, groups]
+    float* parts = k.workspace + int64_t{2} * (at.index - at.part) * k.slice_groups;  // [parts, mean and m2, groups]
     if (k.stage == kSums) {
         for (int g = thread; g < at.groups; g += threads) {
             parts[(2 * at.part) * k.slice_groups + g] = table.part_mean[g];
@@ -227,7 +236,7 @@ Kernel kernel_for(const Split& s, Dtype dtype, int64_t width) {
 
 Split split_of(const GroupNormSiluArgs& args, bool pointers_aligned, int device) {
     return split(args, pointers_aligned, kLimits,
-                 device_facts(device, group_norm_silu_kernel<float, 4, kLimits.many, 4, true>));
+                 device_facts(device, group_norm_silu_kernel<float, 4, kLimits.many, 4, true>, kLimits.threads));
 }
 
 // Means and squared deviations, rounded up so that a double may follow.

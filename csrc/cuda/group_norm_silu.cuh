@@ -71,10 +71,12 @@ struct Part {
 
     __device__ explicit Part(const Norm& k) {
         // The second stage goes backwards, from what the first read last.
-        index = k.stage == kRest ? int64_t{gridDim.x} - 1 - blockIdx.x : blockIdx.x;
-        part = static_cast<int>(index % k.parts);
-        slice = static_cast<int>(index / k.parts % k.slices);
-        sample = k.first_sample + index / k.parts / k.slices;
+        const unsigned i = k.stage == kRest ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+        const unsigned whole = i / unsigned(k.parts), row = whole / unsigned(k.slices);
+        index = static_cast<int>(i);
+        part = static_cast<int>(i - whole * k.parts);
+        slice = static_cast<int>(whole - row * k.slices);
+        sample = k.first_sample + row;
         first_group = slice * k.slice_groups;
         groups = k.groups - first_group < k.slice_groups ? k.groups - first_group : k.slice_groups;
         first_channel = first_group * k.width;
@@ -138,13 +140,13 @@ struct Slots {
     __device__ __forceinline__ void load(const void* from, Pack<T, V> (&data)[N]) const {
 #pragma unroll
         for (int j = 0; j < N; ++j)
-            if (j < count) data[j] = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(from) + offset(j));
+            if (j < count) data[j].load(static_cast<const T*>(from) + offset(j));
     }
     template <class T>
     __device__ __forceinline__ void store(void* to, const Pack<T, V> (&data)[N]) const {
 #pragma unroll
         for (int j = 0; j < N; ++j)
-            if (j < count) *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(to) + offset(j)) = data[j];
+            if (j < count) data[j].store(static_cast<T*>(to) + offset(j));
     }
     // Sums the threads' pieces by group: f(group, sum), by a warp for each. A thread has V / pieces neighbouring channels
     // in each piece, and no group ends within one. sums: room for all pieces of all threads.
@@ -163,6 +165,15 @@ struct Slots {
     // of(channel) gives for the lane's channel. Columns: a channel's numbers are fetched once for all slots.
     template <class Of, class F>
     __device__ __forceinline__ void each(const Of& of, const F& f) const {
+        if (kColumns && count == N)  // mostly: and then without asking for each
+            each_of<true>(of, f);
+        else
+            each_of<false>(of, f);
+    }
+
+  private:
+    template <bool kFull, class Of, class F>
+    __device__ __forceinline__ void each_of(const Of& of, const F& f) const {
         using Numbers = decltype(of(0));
         if constexpr (kColumns) {
 #pragma unroll
@@ -172,12 +183,12 @@ struct Slots {
                 for (int u = 0; u < kStep; ++u) numbers[u] = of(channel[0] + v + u);
 #pragma unroll
                 for (int j = 0; j < N; ++j)
-                    if (j < count) f(j, v, numbers);
+                    if (kFull || j < count) f(j, v, numbers);
             }
         } else {
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-                if (j < count) {
+                if (kFull || j < count) {
 #pragma unroll
                     for (int v = 0; v < V; v += kStep) {
                         Numbers numbers[kStep];
@@ -251,16 +262,11 @@ struct Device {
     int cluster;  // the most blocks of one
 };
 
-template <class Kernel>
-Device device_facts(int device, Kernel* kernel) {
-    cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
-          "asking for a kernel's attributes");
-    const int64_t major = device_attribute(cudaDevAttrComputeCapabilityMajor, device);
-    // Where older code was compiled for the device at hand, it has no clusters either.
-    const int cluster = major < 9 || attributes.ptxVersion < 90 ? 1 : major <= 10 ? 16 : kPortableCluster;
-    return {device_attribute(cudaDevAttrMultiProcessorCount, device), device_attribute(cudaDevAttrL2CacheSize, device),
-            cluster};
+// `kernel` stands for all that are split alike.
+template <class... Parameters>
+Device device_facts(int index, void (*kernel)(Parameters...), int threads) {
+    return {device_attribute(cudaDevAttrMultiProcessorCount, index), device_attribute(cudaDevAttrL2CacheSize, index),
+            largest_cluster(index, kernel, threads)};
 }
 
 struct Split {

@@ -249,8 +249,9 @@ __global__ void __launch_bounds__(kFlatThreads) group_norm_silu_backward_flat_ke
             float sums[kSums3] = {};
             for (uint32_t i = at.begin + lane; i < at.end; i += 32) {
                 const int64_t o = offset(at.first_channel + c, i);
-                const auto x = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(k.x) + o);
-                const auto dy = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(f.dy) + o);
+                Pack<T, V> x, dy;
+                x.load(static_cast<const T*>(k.x) + o);
+                dy.load(static_cast<const T*>(f.dy) + o);
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
                     const Value of = value(k, n, x.get(v), dy.get(v));
@@ -298,8 +299,9 @@ __global__ void __launch_bounds__(kFlatThreads) group_norm_silu_backward_flat_ke
         second_numbers(k, f, writer, at.first_channel + c, *common, lo, g, gt, t, n);
         for (uint32_t i = at.begin + lane; i < at.end; i += 32) {
             const int64_t o = offset(at.first_channel + c, i);
-            auto x = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(k.x) + o);
-            const auto dy = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(f.dy) + o);
+            Pack<T, V> x, dy;
+            x.load(static_cast<const T*>(k.x) + o);
+            dy.load(static_cast<const T*>(f.dy) + o);
 #pragma unroll
             for (int v = 0; v < V; v += kStep) {
                 float out[kStep];
@@ -307,7 +309,7 @@ __global__ void __launch_bounds__(kFlatThreads) group_norm_silu_backward_flat_ke
                 for (int u = 0; u < kStep; ++u) out[u] = gradient(k, n, x.get(v + u), dy.get(v + u));
                 put_lanes(x, v, out);
             }
-            *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(f.dx) + o) = x;
+            x.store(static_cast<T*>(f.dx) + o);
         }
     }
 }
@@ -331,7 +333,7 @@ Kernel kernel_for(const Split& s, Dtype dtype) {
 }
 
 Split split_of(const GroupNormSiluBackwardArgs& args, bool pointers_aligned, int index) {
-    const Device device = device_facts(index, group_norm_silu_backward_kernel<float, 4, kLimits.many>);
+    const Device device = device_facts(index, group_norm_silu_backward_kernel<float, 4, kLimits.many>, kLimits.threads);
     Split s = split(args, pointers_aligned, kLimits, device);
     if (s.columns) return s;
     // Flat: a part is pixels of all channels of a group; parts only where groups are too few for the device.

@@ -271,6 +271,10 @@ template <class T>
 T atomicCAS(T* p, T expected, T v) {
     return std::exchange(*p, *p == expected ? v : *p);
 }
+template <class T>
+void __stcg(T* p, T v) {
+    *p = v;
+}
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f && !std::isinf(b) ? 0.0f : a / b; }
 
@@ -281,6 +285,11 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, int cluster, size_t shared, void*,
             const Arguments&... arguments) {
     sim::launch(grid, block, cluster, shared, [&] { kernel(arguments...); });
+}
+template <class... Parameters>
+int largest_cluster(int, void (*)(Parameters...), int) {
+    const long major = sim::setting("CUDA_ON_CPU_MAJOR", 9);
+    return major < 9 ? 1 : major <= 10 ? 16 : 8;
 }
 template <class T>
 T* shared_memory() {
@@ -315,9 +324,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
             return cudaErrorInvalidValue;
     }
 }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
-    *attributes = {};
-    attributes->ptxVersion = 90;
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* kernel) {
     return kernel ? cudaSuccess : cudaErrorInvalidDeviceFunction;
 }
 inline cudaError_t cudaMalloc(void** p, size_t size) { return *p = std::malloc(size), cudaSuccess; }

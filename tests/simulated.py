@@ -1,0 +1,84 @@
+"""The CUDA kernels on a CPU: builds tests/cuda_on_cpu and puts its module in the place of fastddpm._C."""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from fastddpm import backend
+
+HERE = Path(__file__).parent / "cuda_on_cpu"
+# Kept from run to run, where make finds what has not changed.
+BUILD = Path(tempfile.gettempdir()) / f"fastddpm-cuda-on-cpu-{os.getuid() if hasattr(os, 'getuid') else 0}"
+
+
+@functools.cache
+def cuda_include() -> Path | None:
+    """The folder of CUDA's headers, beside nvcc or where CUDA_HOME says."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    includes = [Path(home) / "include" for home in homes if home]
+    return next((path for path in includes if (path / "cuda_bf16.h").is_file()), None)
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be compiled for a CPU here, or None."""
+    if cuda_include() is None:
+        return "no CUDA headers"
+    for tool in ("g++", "make"):
+        if shutil.which(tool) is None:
+            return f"no {tool}"
+    return None
+
+
+@functools.cache
+def built(target: str) -> Path:
+    """The driver, driver_sanitized or module of tests/cuda_on_cpu, for this machine."""
+    if missing():
+        pytest.skip(f"CUDA kernels on a CPU: {missing()}")
+    import pybind11
+
+    BUILD.mkdir(mode=0o700, exist_ok=True)
+    python = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
+    command = ["make", "-s", f"-j{os.cpu_count()}", "-C", str(HERE), f"BUILD={BUILD}", target]
+    done = subprocess.run(
+        [*command, f"CUDA_INCLUDE={cuda_include()}", f"PYTHON_FLAGS={python}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return BUILD / {"module": "cuda_on_cpu.so"}.get(target, target)
+
+
+@functools.cache
+def module():
+    spec = importlib.util.spec_from_file_location("cuda_on_cpu", built("module"))
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@contextlib.contextmanager
+def cuda():
+    """The backend cuda serves CPU tensors, by the simulated kernels."""
+    patch = pytest.MonkeyPatch()
+    real = backend.unavailable
+
+    def refuses(name, device, dtype):
+        if name == "cuda":
+            return None if dtype in backend.GPU_DTYPES else f"this tensor is {dtype}"
+        return backend_refuses(name, device, dtype)
+
+    backend_refuses = backend.refuses
+    with patch.context() as p:
+        p.setattr(backend, "native", module())
+        p.setattr(backend, "place", lambda kind, device: (0, 0))
+        p.setattr(backend, "unavailable", lambda name, device=None: None if name == "cuda" else real(name, device))
+        p.setattr(backend, "refuses", refuses)
+        with backend.use("cuda"):
+            yield

@@ -1,0 +1,190 @@
+"""The CUDA kernels' device code, run on a CPU (cuda_on_cpu/cuda_on_cpu.h): their results, not their speed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import simulated
+import torch
+from conftest import same_bits
+
+from fastddpm import backend, ops, parity
+
+SANITIZER = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}  # neither follows fibers
+
+
+def run(target, *arguments, **environment):
+    return subprocess.run(
+        [simulated.built(target), *arguments], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def cuda():
+    with simulated.cuda():
+        yield
+
+
+@pytest.fixture(params=["hopper", "hopper, few multiprocessors", "ampere", "blackwell consumer"])
+def gpu(request, monkeypatch, cuda):
+    """What decides how work is split: multiprocessors, clusters and the L2."""
+    sms, major, l2 = {
+        "hopper": (132, 9, 50 << 20),
+        "hopper, few multiprocessors": (1, 9, 50 << 20),
+        "ampere": (108, 8, 1 << 16),
+        "blackwell consumer": (170, 12, 96 << 20),
+    }[request.param]
+    monkeypatch.setenv("CUDA_ON_CPU_SMS", str(sms))
+    monkeypatch.setenv("CUDA_ON_CPU_MAJOR", str(major))
+    monkeypatch.setenv("CUDA_ON_CPU_L2", str(l2))
+
+
+@pytest.mark.parametrize(
+    ("bug", "found"),
+    [
+        ("none", None),
+        ("a missing barrier", "not the same twice"),
+        ("a divergent barrier", "deadlock: block 0 thread 0 waits at a __syncthreads that others never reach"),
+        ("a collective without a lane", "waits at a warp collective that others never reach"),
+        ("memory nobody wrote", "not the same twice"),
+        ("shared memory's end", "AddressSanitizer"),
+        ("an array's end", "AddressSanitizer"),
+    ],
+)
+def test_planted_mistakes_are_found(bug, found):
+    done = run("planted", bug, **SANITIZER)
+    if found is None:
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        assert done.returncode != 0
+        assert found in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("seed", "sms", "major"), [(0, 132, 9), (1, 132, 8), (2, 1, 9), (3, 132, 12)])
+def test_driver(seed, sms, major):
+    done = run("driver", CUDA_ON_CPU_SEED=str(seed), CUDA_ON_CPU_SMS=str(sms), CUDA_ON_CPU_MAJOR=str(major))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\nok") > 150
+
+
+@pytest.mark.parametrize("op", ["philox", "timestep", "ddpm_step", "group_norm_silu"])
+def test_driver_sanitized(op):
+    """No access out of bounds, of dead memory or undefined, in shared memory either."""
+    done = run("driver_sanitized", op, CUDA_ON_CPU_SEED="1", **SANITIZER)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_parity(gpu):
+    rows = parity.run(backends=["cuda"])
+    assert len(rows) >= 30
+    assert [row for row in rows if not row.share <= 1] == []
+
+
+def case_outputs():
+    for case in parity.cases():
+        outputs = case.compute()
+        yield from (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+
+
+def test_the_order_of_threads_does_not_matter(cuda, monkeypatch):
+    """Bit for bit: no result hangs on who came first."""
+    results = []
+    for seed in range(4):
+        monkeypatch.setenv("CUDA_ON_CPU_SEED", str(seed))
+        results.append(list(case_outputs()))
+    for result in results[1:]:
+        assert all(map(same_bits, result, results[0]))
+
+
+def test_noise_is_the_cpus(cuda):
+    """The same words; and as the source is one, the same normals, but for the last bits of a logarithm."""
+    shape, arguments = (3, 5, 7, 9), {"seed": (1 << 63) + 5, "t": 17, "stream": 1, "first": (1 << 40) + 3}
+    got = ops.philox_normal(shape, **arguments)
+    with backend.use("reference"):
+        reference = ops.philox_normal(shape, **arguments)
+    torch.testing.assert_close(got, reference, rtol=0, atol=parity.NOISE)
+
+
+TABLE = torch.tensor([[0.0] * 9, [1, -0.5, 0.5, 0.25, 0, 0.1, 0.5, 0, 0], [1, 0, 1, 0, 0.5, 0, 0, 0, 0]])
+
+
+def in_place(state, *, o=None, x0=None, shape=(2, 3, 4, 4)):
+    x = torch.randn(shape)
+    o = torch.randn(shape) if o is None else o
+    state = torch.tensor(state)
+    before = x.clone()
+    ops.ddpm_step_(x, o, TABLE, torch.tensor([5, 6, 7]), state, x0=x0)
+    return before, x, state.tolist()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 3, 5, 5), (300, 3, 32, 32)])  # whole tiles, none, many blocks
+def test_the_state_moves_on(cuda, shape):
+    _, _, state = in_place([7, 3, 1, -1], shape=shape)
+    assert state == [7, 3, 2, -1]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 3, 5, 5)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_first_bad_row_is_recorded(cuda, bad, shape):
+    o = torch.randn(shape)
+    o[1, 2, 3, 1] = bad
+    assert in_place([7, 3, 1, -1], o=o, shape=shape)[2] == [7, 3, 2, 1]
+    assert in_place([7, 3, 1, 0], o=o, shape=shape)[2] == [7, 3, 2, 0]  # there was one before
+    assert in_place([7, 3, 0, -1], o=o, shape=shape)[2] == [7, 3, 1, -1]  # a row that doesn't read o
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 3, 5, 5)])
+def test_a_row_that_cannot_be_taken_is_recorded(cuda, shape):
+    """The host cannot look at the device's state: beyond the table, or c2 without the last x0."""
+    for row in (2, 3, 1000):
+        before, after, state = in_place([7, 3, row, -1], shape=shape)
+        assert same_bits(before, after)
+        assert state == [7, 3, row + 1, row]
+    assert in_place([7, 3, 2, -1], x0=torch.randn(shape), shape=shape)[2] == [7, 3, 3, -1]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", parity.DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((1, 128, 16, 16), 32),  # split over a cluster
+        ((2, 96, 9, 9), 32),  # three channels a group
+        ((1, 8, 160, 160), 8),  # beyond what one block keeps
+        ((2, 8, 3, 3), 1),
+        ((1, 384, 4, 4), 32),  # groups of 12 that straddle the vectors
+        ((1, 2056, 2, 2), 1),  # more channels than are tabled
+    ],
+)
+def test_norm_shapes(gpu, shape, groups, dtype, layout):
+    c = shape[1]
+    x, dy = (parity.arranged(torch.randn(shape).to(dtype), layout) for _ in range(2))
+    weight, bias, add = 1 + torch.randn(c) / 2, torch.randn(c), torch.randn(shape[:2])
+    with backend.use("reference"):
+        truth = ops.group_norm_silu(x.double(), groups, weight.double(), bias.double(), 1e-6, add=add.double())
+    got = ops.group_norm_silu(x, groups, weight, bias, 1e-6, add=add)
+    assert parity.share(got, truth, parity.norm_bound(truth, x, groups, weight, 1e-6, add=add)) <= 1
+    truths, bounds = parity.norm_gradients(dy, x, groups, weight, bias, 1e-6, add=add)
+    got = parity.norm_backward(dy, x, groups, weight, bias, 1e-6, add=add)
+    assert max(map(parity.share, got, truths, bounds)) <= 1
+
+
+def test_in_the_middle_of_a_batch(cuda, monkeypatch):
+    """Two stages, a few samples at a time: every sample gets its own statistics."""
+    monkeypatch.setenv("CUDA_ON_CPU_MAJOR", "8")
+    x = torch.randn(5, 8, 64, 64) * torch.arange(1, 6).reshape(5, 1, 1, 1)
+    weight, bias = torch.ones(8), torch.zeros(8)
+    sample = 4 * 8 * 64 * 64
+    for l2 in (1, 5 * sample, 1 << 30):  # 1, 2 and all of them
+        monkeypatch.setenv("CUDA_ON_CPU_L2", str(l2))
+        got = ops.group_norm_silu(x, 8, weight, bias, silu=False)
+        expected = torch.nn.functional.group_norm(x.double(), 8)
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_too_small_a_workspace_is_refused(cuda, monkeypatch):
+    monkeypatch.setenv("CUDA_ON_CPU_MAJOR", "8")
+    monkeypatch.setattr(sys.modules["fastddpm.ops.group_norm_silu"], "_workspace", lambda *_: torch.empty(3))
+    with pytest.raises(ValueError, match=r"workspace has 3 elements, expected at least \d+"):
+        ops.group_norm_silu(torch.randn(1, 8, 64, 64), 8, torch.ones(8), torch.zeros(8))
