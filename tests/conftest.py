@@ -3,6 +3,7 @@
 Tolerances have one home, fastddpm/parity.py, as they are promises to users.
 """
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -13,6 +14,19 @@ import pytest
 import torch
 
 from fastddpm import UNet, UNetConfig, backend
+
+
+def _can_interpret():
+    """Whether Triton's kernels run on the CPU here: no GPU to run them on, and an interpreter that knows them."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return not torch.cuda.is_available() and tuple(map(int, version.split(".")[:2])) >= (3, 6)
+
+
+if _can_interpret():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported
 
 DTYPES = (torch.float32, torch.bfloat16)  # what every kernel takes; float16 goes to the reference on a CPU
 LAYOUTS = ("contiguous", "channels_last", "permuted")
@@ -30,7 +44,11 @@ def _server(device, name):
     return pytest.param((device, name), id=f"{device}-{name}", marks=marks)
 
 
-@pytest.fixture(params=[_server("cpu", "reference"), _server("cpu", "cpu"), _server("cuda", "reference")])
+# Triton on a CPU is its interpreter, which is too slow for all of this: test_triton.py runs a part there.
+SERVERS = [("cpu", "reference"), ("cpu", "cpu"), ("cuda", "reference"), ("cuda", "cuda"), ("cuda", "triton")]
+
+
+@pytest.fixture(params=[_server(*server) for server in SERVERS])
 def device(request):
     """Each device with each backend that serves it, in use while the test runs."""
     device, name = request.param
@@ -77,6 +95,14 @@ def misaligned(x):
     """The same values and strides, one element past where the allocator put them."""
     storage = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
     return storage[1:].as_strided(x.shape, x.stride(), storage_offset=1).copy_(x)
+
+
+def like_on(v, device):
+    """v on the device, gaps and overlaps of its strides included; what is no tensor, or elsewhere already, as it is."""
+    if not isinstance(v, torch.Tensor) or v.device.type != "cpu" or device == "cpu":
+        return v
+    storage = torch.zeros(v.untyped_storage().nbytes() // v.element_size(), dtype=v.dtype, device=device)
+    return storage.as_strided(v.shape, v.stride(), v.storage_offset()).requires_grad_(v.requires_grad)
 
 
 def same_bits(a, b):

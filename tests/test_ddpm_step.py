@@ -4,9 +4,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES, LAYOUTS, misaligned, same_bits
-from diffusers import DDPMScheduler
-from diffusers.schedulers import scheduling_ddpm
+from conftest import DTYPES, LAYOUTS, like_on, misaligned, same_bits
 from hypothesis import strategies as st
 
 from fastddpm import Schedule, backend, ops, parity, samplers
@@ -80,6 +78,7 @@ def test_reference_is_the_formula():
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_reference_is_diffusers(monkeypatch, prediction, variance, clip, t):
     """DDPMScheduler.step, fed the same output and noise, its schedule made float64."""
+    scheduling_ddpm = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
     x, o, z = (randn(2, 3, 4, 5).double() for _ in range(3))
     if variance == "learned_range":
         o = torch.cat((o, randn(2, 3, 4, 5).double()), dim=1)
@@ -88,7 +87,7 @@ def test_reference_is_diffusers(monkeypatch, prediction, variance, clip, t):
     else:
         row = samplers.ddpm(SCHEDULE, prediction=prediction, variance=variance).rows[999 - t]
 
-    peer = DDPMScheduler(
+    peer = scheduling_ddpm.DDPMScheduler(
         prediction_type=prediction, variance_type=variance, clip_sample=clip is not None, clip_sample_range=clip or 1.0
     )
     peer.betas, peer.alphas, peer.alphas_cumprod = SCHEDULE.betas, SCHEDULE.alphas, SCHEDULE.alphas_cumprod
@@ -274,14 +273,32 @@ def test_nothing_outside_is_written(device):
             assert (buffer[32 : 32 + 3 * pixels] != 7).all()
 
 
-def test_a_row_outside_the_table_is_an_error(device):
+def untakeable(device, row, table=ROWS[:1], **optional):
+    """What the step raises on the host and records on a device, whose state the host cannot look at. x stays as it is."""
     x = randn(2, 3, 4, 5, device=device)
     kept = x.clone()
-    state = torch.tensor([0, 0, 1, -1], device=device)
-    with pytest.raises((ValueError, IndexError)):
-        ops.ddpm_step_(x, x, ROWS[:1].float().to(device), torch.tensor([T], device=device), state)
+    state = torch.tensor([0, 0, row, -1], device=device)
+    arguments = x, x, table.float().to(device), torch.tensor([T], device=device), state
+    if device == "cpu":
+        with pytest.raises(ValueError) as error:
+            ops.ddpm_step_(*arguments, **optional)
+        assert state.tolist() == [0, 0, row, -1]
+    else:
+        error = None
+        ops.ddpm_step_(*arguments, **optional)
+        assert state.tolist() == [0, 0, row + 1, row]
     assert torch.equal(x, kept)
-    assert state.tolist() == [0, 0, 1, -1]
+    return error
+
+
+def test_a_row_outside_the_table(device):
+    error = untakeable(device, 1)
+    assert error is None or "state points at row 1 of a table of 1" in str(error.value)
+
+
+def test_a_row_that_wants_the_last_x0(device):
+    error = untakeable(device, 0, EVERY_TERM[None], noise=torch.zeros(2, 3, 4, 5, device=device))
+    assert error is None or "c2 is not 0, so x0_last is required" in str(error.value)
 
 
 # ------------------------------------------------------------------------------- what is not read, and NaN
@@ -529,11 +546,9 @@ X = torch.zeros(2, 3, 4, 6)
 )
 def test_bad_input(device, arguments, message):
     arguments = {"x": X, "o": X, "noise": X, **arguments}
-    arguments = {
-        k: v.to(device) if isinstance(v, torch.Tensor) and v.device.type == "cpu" else v for k, v in arguments.items()
-    }
+    arguments = {k: like_on(v, device) for k, v in arguments.items()}
     x, o = arguments.pop("x"), arguments.pop("o")
-    message = message.replace("cpu", device)
+    message = message.replace("cpu", str(x.device))
     for function in (ops.ddpm_step, ops.ddpm_step_ref):
         with pytest.raises(ValueError, match=message):
             function(x, o, ROWS[500], **arguments)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import misaligned, same_bits
-from diffusers.models import embeddings
 from hypothesis import strategies as st
 
 from fastddpm import ops, parity
@@ -38,6 +37,7 @@ def in_numpy(t, dim, max_period=10000.0, flip_sin_to_cos=False, freq_shift=1):
 
 def diffusers_in_float64():
     """diffusers' get_timestep_embedding with its two float32s made float64."""
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
     source = inspect.getsource(embeddings.get_timestep_embedding)
     assert source.count("torch.float32") == 1
     assert source.count(".float()") == 1
@@ -62,6 +62,7 @@ def test_float64_is_the_formula_and_diffusers(dim, convention):
 
 def test_naive_float32_exceeds_the_bound():
     truth = in_numpy(EVERY_T, 128)
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
     assert parity.share(embeddings.get_timestep_embedding(EVERY_T, 128), truth, parity.EMBEDDING) > 10
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(64, dtype=torch.float64) / 63).float()
     angles = EVERY_T.float()[:, None] * frequencies  # even with the best float32 frequencies

@@ -146,17 +146,27 @@ def _in_place(x, o, rows, timesteps, state, x0, next_input, noise, clip):
     if kind != "reference" and x.numel():
         _launch(kind, x, x, _native(o, "o"), x0, x0, next_input, _like(noise, x), (rows, timesteps, state), clip)
         return
-    index = state[2:3]
-    row, t = rows.index_select(0, index)[0], timesteps.index_select(0, index)
+    index, count = state[2:3], len(timesteps)
+    possible = (index >= 0) & (index < count)
+    taken = index.clamp(0, count - 1)
+    row, t = rows.index_select(0, taken)[0], timesteps.index_select(0, taken)
+    complete = row[C2] == 0 if x0 is None else torch.ones_like(possible)
+    if x.device.type == "cpu":  # elsewhere the host doesn't look, and state says so
+        if not possible:
+            raise ValueError(f"state points at row {int(index)} of a table of {count}")
+        if not complete:
+            raise ValueError("this row's c2 is not 0, so x0_last is required")
+    possible = possible & complete
     z = _normals(x, state[0], t, state[1]) if noise is None else noise
     x_prev, x0_new = _step(x, o, row, z, x0, clip)
-    state[3:4].copy_(torch.where((state[3] < 0) & _bad(o, row, x.shape[1]), state[2], state[3]))
+    bad = _bad(o, row, x.shape[1]) | ~possible
+    state[3:4].copy_(torch.where((state[3] < 0) & bad, state[2], state[3]))
     state[2:3] += 1
-    x.copy_(x_prev)
+    x.copy_(torch.where(possible, x_prev, x))
     if x0 is not None:
-        x0.copy_(x0_new)
+        x0.copy_(torch.where(possible, x0_new, x0))
     if next_input is not None:
-        next_input.copy_(x_prev)
+        next_input.copy_(torch.where(possible, x_prev, next_input))
 
 
 def _in_place_fake(x, o, rows, timesteps, state, x0, next_input, noise, clip):
@@ -284,9 +294,11 @@ def ddpm_step_(
     """The step in place, everything it needs on x's device, so that a captured graph serves every seed and table.
 
     x: float32 [N, C, *spatial], becomes x_prev. rows float32 [S, 9] and timesteps int64 [S]: the sampler's table.
-    state: int64 [4] = (seed's bits, first, row index, first bad row or -1). Row `state[2]` is taken and state[2] advances by
-    one; state[3] records the first row whose o was not finite. x0: like x, holds the last x0 and receives the new one.
-    next_input: x_prev once more, in the network's dtype and layout. The host is not waited for.
+    state: int64 [4] = (seed's bits, first, row index, first bad row or -1). Row `state[2]`, in [0, 2^31), is taken and
+    state[2] advances by one; state[3] records the first row whose o was not finite. A row beyond the table, or one that
+    wants the last x0 where there is no x0, is an error on the CPU; on a GPU x stays as it is and state[3] records it.
+    x0: like x, holds the last x0 and receives the new one. next_input: x_prev once more, in the network's dtype and
+    layout. The host is not waited for.
     """
     _check_pair(x, o, clip)
     _check_like("x0", x0, x)
