@@ -14,7 +14,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt \
 	$(shell find csrc fastddpm -type f ! -name '*.pyc' ! -name '*.so' ! -name _build_info.json)
 NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: sample test slow bench lint format oldest newest clean
+.PHONY: sample test slow bench gpu lint format oldest newest clean
 
 sample: $(VENV)/installed
 	$(BIN)/fastddpm sample -n 16 -o samples.png
@@ -28,6 +28,15 @@ slow: $(VENV)/test
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/steps_per_sec.py
 	$(BIN)/python benchmarks/kernels.py
+
+# On a machine with a GPU, with the torch that is there: installs the package into $(PYTHON) and proves it, without a
+# network. A step that fails doesn't stop the next one. 90 is an H100's and an H200's architecture.
+gpu: export FASTDDPM_CUDA_ARCHS ?= 90
+gpu:
+	FASTDDPM_REQUIRE_NATIVE=1 $(PYTHON) -m pip install --no-build-isolation --no-deps .
+	@failed=; for step in parity benchmarks sanitize; do \
+	$(PYTHON) benchmarks/gpu.py $$step $(GPU_OPTIONS) || failed="$$failed $$step"; done; \
+	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed"; exit 1; fi
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check

@@ -204,14 +204,15 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this file lies in, with a + where tracked files differ from it."""
+    """The commit of the checkout this file lies in, with a + where tracked files, other than results, differ from it."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=here, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -255,10 +256,11 @@ def check_outputs(settings: argparse.Namespace) -> None:
         sys.exit("--plot: needs matplotlib (pip install matplotlib)")
 
 
-def write_json(path: Path, content: dict[str, object]) -> None:
+def write_json(path: Path, content: dict[str, object], *, quiet: bool = False) -> None:
     with whole(path) as aside:
         aside.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    if not quiet:
+        print(f"wrote {path}")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

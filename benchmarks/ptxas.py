@@ -22,8 +22,13 @@ from typing import NamedTuple
 
 from _harness import print_table, write_json
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
-FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ftz=true", "-DFASTDDPM_CUDA", f"-I{CSRC}", "-Xptxas", "-v"]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def arithmetic_flags() -> list[str]:
+    """The options of the CUDA kernels in CMakeLists.txt, where they have their reasons."""
+    text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    return re.search(r"target_compile_options\(fastddpm_cuda PRIVATE (.*?)\)", text)[1].split()
 
 
 class Kernel(NamedTuple):
@@ -54,9 +59,10 @@ def readable(names: Sequence[str]) -> list[str]:
 
 
 def compiled(source: Path, arch: str) -> list[Kernel]:
+    flags = ["-std=c++17", "-O3", "-DFASTDDPM_CUDA", *arithmetic_flags(), "-Xptxas", "-v"]
     with tempfile.TemporaryDirectory() as folder:
         target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-c", str(source), "-o", f"{folder}/kernel.o"]
-        done = subprocess.run(["nvcc", *FLAGS, *target], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(["nvcc", *flags, *target], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed on {source.name} for sm_{arch}:\n{done.stdout}")
     return list(parse(done.stdout))
@@ -69,7 +75,7 @@ def main() -> None:
     settings = parser.parse_args()
     if shutil.which("nvcc") is None:
         sys.exit("nvcc is not on the PATH; it comes with the CUDA toolkit")
-    work = [(source, arch) for arch in settings.archs for source in sorted(CSRC.glob("cuda/*.cu"))]
+    work = [(source, arch) for arch in settings.archs for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         kernels = [kernel for found in pool.map(compiled, *zip(*work, strict=True)) for kernel in found]
     kernels = [k._replace(name=name) for k, name in zip(kernels, readable([k.name for k in kernels]), strict=True)]

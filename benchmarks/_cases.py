@@ -1,0 +1,463 @@
+"""The ops as cases to measure: their buffers, who takes part, and what is right. kernels.py and gpu.py time them.
+
+On a GPU our contestants are the public op with each backend, and the CUDA kernel with its output preallocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from fastddpm import Schedule, UNet, backend, ops, samplers, unet
+from fastddpm.ops._library import as_int64_bits
+from fastddpm.ops.ddpm_step import _launch as _launch_step
+from fastddpm.ops.group_norm_silu import _launch_backward, _launch_forward
+from fastddpm.ops.philox_normal import Stream
+from fastddpm.ops.philox_normal import _launch as _launch_normal
+
+try:
+    from diffusers import DDPMScheduler
+except ImportError:
+    DDPMScheduler = None
+
+GROUPS, EPS = 32, 1e-6  # as in the paper's network
+SEED, T, STEP = 7, 1000, 500
+PLAIN = "torch"  # the composition that "times faster" refers to
+COPY = "copy"
+COMPILED = "torch.compile"  # the names of its settings begin so
+TABLE_ROWS = 1 << 16  # of ddpm_step_ on a GPU, where every call of a turn goes on by a row
+
+# Largest |error| / (1 + |truth|) against float64. Ours round once, to the output's dtype; compositions also in between.
+OURS = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
+THEIRS = {torch.float32: 4e-5, torch.bfloat16: 2e-2}
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclasses.dataclass
+class Contestant:
+    call: Callable[..., torch.Tensor]  # of a set of buffers -> the result
+    check: Callable[..., tuple[float, float]]  # of the result and the set as it was before -> (error, allowed)
+    moved: int  # bytes
+
+
+@dataclasses.dataclass
+class Case:
+    op: str
+    name: str
+    make: Callable[[], Tensors]  # one set of buffers
+    contestants: dict[str, Contestant]
+    source: int = 0  # which of the buffers the plain copy reads,
+    out: int = -1  # and which it writes; this one is full of NaN when a contestant is checked
+    reset: Callable[[], None] = lambda: None  # what has to be set back before calls that are counted, or checked
+    touched: int | None = None  # bytes that one call touches; default what the least of the contestants moves
+    # On a GPU:
+    bars: tuple[str, ...] = ()  # for which bars the case counts; see _bars.py
+    calls: int = 0  # how often the CIFAR-10 network calls an op of this shape
+    sets: int | None = None  # of buffers, and so calls in a graph; default as many as exceed the L2 four times
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}"
+
+
+class WrongResult(Exception):
+    """A contestant's output is not what it has to be."""
+
+
+def error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    return float(((result.double() - exact).abs() / (1 + exact.abs())).max())
+
+
+def against(truth: Callable[..., torch.Tensor], allowed: float) -> Callable[..., tuple[float, float]]:
+    """A check against truth(*buffers), float64."""
+    return lambda result, *buffers: (error(result, truth(*buffers)), allowed)
+
+
+def looks_normal(result: torch.Tensor, *_: torch.Tensor) -> tuple[float, float]:
+    """For noise that nobody can predict: mean 0 and variance 1 within 5 standard errors."""
+    n, z = result.numel(), result.double()
+    return max(abs(float(z.mean())) * n**0.5, abs(float(z.var()) - 1) * (n / 2) ** 0.5), 5.0
+
+
+def examined(case: Case, name: str) -> float:
+    """A contestant's error against float64; raises WrongResult where it is more than is allowed."""
+    contestant, buffers = case.contestants[name], case.make()
+    buffers[case.out].fill_(math.nan)
+    # Leaves of a graph stay themselves; the rest is cloned, as some contestants write into their input.
+    given = tuple(v if v.requires_grad else v.clone() for v in buffers)
+    case.reset()
+    torch.manual_seed(0)
+    found, allowed = contestant.check(contestant.call(*given), *buffers)
+    if not found <= allowed:  # a NaN is not
+        raise WrongResult(f"{name} is wrong: error {found:.2g}, allowed {allowed:.2g}; not timed")
+    return found
+
+
+def examine(case: Case) -> dict[str, float]:
+    """Each contestant's error against float64; ends the run where one is over what is allowed."""
+    try:
+        return {name: examined(case, name) for name in case.contestants}
+    except WrongResult as wrong:
+        sys.exit(f"{case}: {wrong}")
+
+
+def describe(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format | None = None) -> str:
+    words = [str(list(shape)), str(dtype).removeprefix("torch.")]
+    if layout is not None:
+        words.append("channels_last" if layout == torch.channels_last else "contiguous")
+    return " ".join(words)
+
+
+# -------------------------------------------------------------------------------------------- who takes part
+
+
+def _served(device: str) -> list[str]:
+    """The backends with kernels of ours for a device, as far as they can run here."""
+    return [name for name in (("cpu",) if device == "cpu" else ("cuda", "triton")) if not backend.unavailable(name)]
+
+
+def _using(kind: str | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if kind is None else backend.use(kind)
+
+
+def _with(kind: str, op: Callable) -> Callable:
+    def call(*buffers: torch.Tensor) -> torch.Tensor:
+        with backend.use(kind):
+            return op(*buffers)
+
+    return call
+
+
+def _ours(device: str, op: Callable, kernel: Callable | None = None) -> dict[str, Callable]:
+    """op(*buffers) as users call it, and kernel(kind, *buffers), which has its output preallocated."""
+    served = _served(device)
+    calls = {}
+    if kernel is not None and served and served[0] != "triton":  # whose op runs no other kernel
+        name = "fastddpm kernel" if device == "cpu" else "fastddpm cuda kernel"
+        calls[name] = functools.partial(kernel, served[0])
+    if device == "cpu":
+        return {**calls, "fastddpm op": op}
+    return {**calls, **{f"fastddpm {kind}": _with(kind, op) for kind in served}}
+
+
+def _all(calls: dict[str, Callable], check: Callable, moved: int) -> dict[str, Contestant]:
+    return {name: Contestant(call, check, moved) for name, call in calls.items()}
+
+
+REINDEXING = "loop_reindexing_after_fusion"  # TORCHINDUCTOR_LOOP_REINDEXING_AFTER_FUSION, which came after torch 2.11
+
+
+def _compiled(function: Callable) -> dict[str, Callable]:
+    """torch.compile of function in inference mode, with every setting that a fair comparison tries."""
+    from torch import _inductor  # loads slowly
+
+    variants = {}
+    for mode in ("default", "max-autotune-no-cudagraphs"):
+        for reindexing in (True, False) if hasattr(_inductor.config, REINDEXING) else (None,):
+            options = {**_inductor.list_mode_options(mode)}
+            name = COMPILED if mode == "default" else f"{COMPILED} max-autotune"
+            if reindexing is not None:
+                options[REINDEXING] = reindexing
+                name += "" if reindexing else ", no reindexing"
+            # fullgraph: whatever made torch.compile fall back to eager code is an error, not a slow peer.
+            optimised = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+            variants[name] = torch.inference_mode()(optimised)
+    return variants
+
+
+# -------------------------------------------------------------------------------------------- group_norm_silu
+
+
+def composition(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.silu(F.group_norm(x, GROUPS, weight, bias, EPS))
+
+
+def _norm_parameters(channels: int, dtype: torch.dtype, device: str) -> Tensors:
+    return torch.empty(channels, device=device).uniform_(0.5, 1.5).to(dtype), torch.randn(channels, device=device).to(
+        dtype
+    )
+
+
+def _norm_input(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str) -> torch.Tensor:
+    return (2 * torch.randn(shape, device=device) + 0.5).to(dtype).contiguous(memory_format=layout)
+
+
+def group_norm_silu(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str = "cpu", **about: object
+) -> Case:
+    weight, bias = _norm_parameters(shape[1], dtype, device)
+    statistics = torch.empty(2, shape[0], GROUPS, device=device)
+    inner = layout == torch.channels_last
+
+    def make() -> Tensors:
+        x = _norm_input(shape, dtype, layout, device)
+        return x, torch.empty_like(x)
+
+    def op(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return ops.group_norm_silu(x, GROUPS, weight, bias, EPS)
+
+    def kernel(kind: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        _launch_forward(kind, x, out, inner, *statistics, weight, bias, None, None, None, GROUPS, EPS, True)
+        return out
+
+    def truth(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return composition(x.double(), weight.double(), bias.double())
+
+    peers = {PLAIN: lambda x, out: composition(x, weight, bias)}
+    if device == "cpu":
+        peers["torch, out="] = lambda x, out: torch.ops.aten.silu.out(
+            F.group_norm(x, GROUPS, weight, bias, EPS), out=out
+        )
+        peers["torch, silu in place"] = lambda x, out: F.silu(F.group_norm(x, GROUPS, weight, bias, EPS), inplace=True)
+    elif about.pop("compiled", True):
+        for name, call in _compiled(composition).items():
+            peers[name] = lambda x, out, call=call: call(x, weight, bias)
+    moved = 2 * math.prod(shape) * dtype.itemsize
+    contestants = {
+        **_all(_ours(device, op, kernel), against(truth, OURS[dtype]), moved),
+        **_all(peers, against(truth, THEIRS[dtype]), moved),
+    }
+    return Case("group_norm_silu", describe(shape, dtype, layout), make, contestants, **about)
+
+
+def group_norm_silu_backward(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str = "cpu", **about: object
+) -> Case:
+    """The gradients of x, weight and bias from a graph that is there already."""
+    weight, bias = (v.requires_grad_() for v in _norm_parameters(shape[1], dtype, device))
+    inner = layout == torch.channels_last
+    sums = torch.empty(3, *shape[:2], device=device)
+    kinds = [None] if device == "cpu" else _served(device)
+
+    def make() -> Tensors:
+        x = _norm_input(shape, dtype, layout, device).requires_grad_()
+        dy = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
+        outputs = []
+        with torch.enable_grad():
+            for kind in kinds:
+                with _using(kind):
+                    forward = torch.ops.fastddpm.group_norm_silu
+                    y, mean, rstd = forward(x, GROUPS, weight, bias, EPS, None, None, None, True)
+                    outputs.append(y)
+            return x, dy, torch.empty_like(dy), mean, rstd, composition(x, weight, bias), *outputs
+
+    def kernel(kind, x, dy, out, mean, rstd, *_) -> torch.Tensor:
+        _launch_backward(
+            kind, dy, x, out, inner, mean, rstd, weight, bias, None, None, None, sums.unbind(), GROUPS, True
+        )
+        return out
+
+    def gradient(at: int) -> Callable:
+        def call(*buffers: torch.Tensor) -> torch.Tensor:
+            x, dy, y = buffers[0], buffers[1], buffers[5 + at]
+            return torch.autograd.grad(y, (x, weight, bias), dy, retain_graph=True)[0]
+
+        return call
+
+    def truth(x, dy, *_) -> torch.Tensor:
+        with torch.enable_grad():
+            exact = x.detach().double().requires_grad_()
+            y = composition(exact, weight.detach().double(), bias.detach().double())
+        return torch.autograd.grad(y, exact, dy.double())[0]
+
+    calls = _ours(device, gradient(1), kernel)
+    calls.update({f"fastddpm {kind}": gradient(i) for i, kind in enumerate(kinds, 1) if kind is not None})
+    moved = 3 * math.prod(shape) * dtype.itemsize
+    contestants = {
+        **_all(calls, against(truth, OURS[dtype]), moved),
+        **_all({PLAIN: gradient(0)}, against(truth, THEIRS[dtype]), moved),
+    }
+    return Case("group_norm_silu_backward", describe(shape, dtype, layout), make, contestants, 1, 2, **about)
+
+
+@functools.cache
+def cifar10_norms() -> Counter[tuple[int, int, int]]:
+    """How often one forward of the paper's CIFAR-10 network calls group_norm_silu for each [C, H, W]."""
+    shapes = Counter()
+
+    def noted(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        shapes[tuple(x.shape[1:])] += 1
+        return torch.empty_like(x)
+
+    network = UNet.from_preset("cifar10").to("meta").eval()  # shapes alone: nothing is computed
+    original, unet.ops.group_norm_silu = unet.ops.group_norm_silu, noted
+    try:
+        network(torch.empty(1, *network.shape, device="meta"), torch.empty(1, dtype=torch.int64, device="meta"))
+    finally:
+        unet.ops.group_norm_silu = original
+    return shapes
+
+
+# -------------------------------------------------------------------------------------------------- ddpm_step
+
+
+def _row() -> torch.Tensor:
+    """From the middle of the paper's chain."""
+    return samplers.ddpm(Schedule.linear(T)).rows[T - 1 - STEP]
+
+
+def ddpm_step(shape: tuple[int, ...]) -> Case:
+    """One step with fresh noise, on a CPU."""
+    row = _row()
+    a, b, c0, c1, sigma = (float(row[i]) for i in (0, 1, 2, 3, 6))
+    rows, timesteps = row.float()[None].contiguous(), torch.tensor([STEP])
+    start = torch.tensor([SEED, 0, 0, -1])
+    state, z, x0_buffer = start.clone(), torch.empty(shape), torch.empty(shape)
+
+    def make() -> Tensors:
+        return torch.randn(shape), torch.randn(shape), torch.empty(shape)
+
+    def kernel(kind: str, x: torch.Tensor, o: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        state.copy_(start)
+        _launch_step(kind, x, out, o, None, None, None, None, (rows, timesteps, state), 1.0)
+        return out
+
+    def in_place(x: torch.Tensor, o: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        state.copy_(start)
+        ops.ddpm_step_(x, o, rows, timesteps, state)
+        return x
+
+    def plain(x: torch.Tensor, o: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        x0 = (a * x + b * o).clamp(-1, 1)
+        return c0 * x0 + c1 * x + sigma * torch.randn_like(x)
+
+    def preallocated(x: torch.Tensor, o: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        z.normal_()
+        torch.mul(o, b, out=x0_buffer).add_(x, alpha=a).clamp_(-1, 1)
+        return torch.mul(x0_buffer, c0, out=out).add_(x, alpha=c1).add_(z, alpha=sigma)
+
+    def truth(x: torch.Tensor, o: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return ops.ddpm_step_ref(x.double(), o.double(), row, seed=SEED, t=STEP)[0]
+
+    def truth_with_torch_noise(x: torch.Tensor, o: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)  # as `examined` does before the call
+        noise = torch.randn(shape).double()
+        return ops.ddpm_step_ref(x.double(), o.double(), row, noise=noise)[0]
+
+    ours, theirs = against(truth, 4e-6), against(truth_with_torch_noise, 1e-4)
+    size = 4 * math.prod(shape)
+    calls = _ours("cpu", lambda x, o, out: ops.ddpm_step(x, o, row, seed=SEED, t=STEP)[0], kernel)
+    contestants = {
+        **{name: Contestant(call, ours, (4 if name.endswith("op") else 3) * size) for name, call in calls.items()},
+        "fastddpm op, in place": Contestant(in_place, ours, 3 * size),
+        PLAIN: Contestant(plain, theirs, 3 * size),
+        "torch, out=": Contestant(preallocated, theirs, 3 * size),
+    }
+    if DDPMScheduler is not None:
+        scheduler = DDPMScheduler(T, beta_schedule="linear", variance_type="fixed_large", clip_sample=True)
+        scheduler.set_timesteps(T)
+        t = scheduler.timesteps[T - 1 - STEP]
+        contestants["diffusers"] = Contestant(lambda x, o, out: scheduler.step(o, t, x).prev_sample, theirs, 4 * size)
+    return Case("ddpm_step", describe(shape, torch.float32), make, contestants)
+
+
+def ddpm_step_in_graph(shape: tuple[int, ...], device: str = "cuda", **about: object) -> Case:
+    """The step as a captured chain does it: in place, with the network's next input, all that it needs on the device."""
+    row = _row()
+    a, b, c0, c1, sigma = (float(row[i]) for i in (0, 1, 2, 3, 6))
+    rows, timesteps = (v.repeat(TABLE_ROWS, 1) for v in (row.float(), torch.tensor([STEP])))
+    rows, timesteps = rows.to(device), timesteps.flatten().to(device)
+    start = torch.tensor([as_int64_bits(SEED), 0, 0, -1], device=device)
+    state, numel = start.clone(), math.prod(shape)
+
+    def make() -> Tensors:
+        x, o = (torch.randn(shape, device=device) for _ in range(2))
+        o = o.to(torch.bfloat16, memory_format=torch.channels_last)
+        # The step moves 12 bytes an element: the copy reads 6 of them and writes 6.
+        source, out = (torch.zeros(numel * 3 // 2, device=device) for _ in range(2))
+        return x, o, torch.full_like(o, math.nan), source, out
+
+    def step(x, o, next_input, *_) -> Tensors:
+        ops.ddpm_step_(x, o, rows, timesteps, state, next_input=next_input)
+        return x, next_input
+
+    def plain(x, o, next_input, *_) -> Tensors:
+        x0 = (a * x + b * o).clamp(-1, 1)
+        x.copy_(c0 * x0 + c1 * x + sigma * torch.randn_like(x))
+        return x, next_input.copy_(x)
+
+    def check(noise: Callable[[], dict], allowed: float) -> Callable[..., tuple[float, float]]:
+        def of(result: Tensors, x: torch.Tensor, o: torch.Tensor, *_: torch.Tensor) -> tuple[float, float]:
+            exact = ops.ddpm_step_ref(x.double(), o.double(), row, **noise())[0]
+            # One figure for both outputs: the low precision's error in units of what float32 is allowed.
+            rounded = error(result[1], exact) / OURS[torch.bfloat16] * allowed
+            return max(error(result[0], exact), rounded), allowed
+
+        return of
+
+    def torch_noise() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)  # as `examined` does before the call
+        return {"noise": torch.randn(shape, device=device).double()}
+
+    def reset() -> None:
+        state.copy_(start)
+
+    moved = 12 * numel
+    contestants = {
+        **_all(_ours(device, step), check(lambda: {"seed": SEED, "t": STEP}, 4e-6), moved),
+        PLAIN: Contestant(plain, check(torch_noise, 1e-4), moved),
+    }
+    name = f"{describe(shape, torch.float32)} in place, o and next_input bfloat16 channels_last"
+    return Case("ddpm_step_", name, make, contestants, 3, 4, reset, 8 * numel, **about)
+
+
+# ------------------------------------------------------------------------------- timestep_embedding, philox_normal
+
+
+def timestep_embedding(n: int, dim: int, device: str = "cpu", **about: object) -> Case:
+    half = dim // 2
+
+    def make() -> Tensors:
+        out = torch.zeros(n, dim, device=device)
+        return torch.randint(0, T, (n,), device=device), out, torch.empty_like(out)
+
+    def formula(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        f = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=device) / (half - 1))
+        angles = t.to(dtype)[:, None] * f
+        return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+    def truth(t: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return formula(t, torch.float64)
+
+    moved = 8 * n + 4 * n * dim
+    contestants = {
+        **_all(_ours(device, lambda t, *_: ops.timestep_embedding(t, dim)), against(truth, 2e-6), moved),
+        PLAIN: Contestant(lambda t, *_: formula(t, torch.float32), against(truth, 1e-4), moved),
+        "torch, float64 inside": Contestant(
+            lambda t, *_: formula(t, torch.float64).float(), against(truth, 2e-6), moved
+        ),
+    }
+    return Case("timestep_embedding", f"[{n}] -> {dim}", make, contestants, source=1, **about)
+
+
+def philox_normal(shape: tuple[int, ...], device: str = "cpu", **about: object) -> Case:
+    n, elements = shape[0], math.prod(shape[1:])
+    arguments = {"seed": SEED, "t": STEP, "stream": Stream.REVERSE, "device": device}
+
+    def make() -> Tensors:
+        return torch.zeros(shape, device=device), torch.empty(shape, device=device)
+
+    def kernel(kind: str, source: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        _launch_normal(kind, out, n, elements, SEED, int(Stream.REVERSE), None, STEP, None, 0)
+        return out
+
+    def truth(source: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        # The reference computes in float64 and rounds once, far below what is allowed here.
+        return ops.philox_normal_ref(shape, **arguments).double()
+
+    moved = 4 * n * elements
+    calls = _ours(device, lambda source, out: ops.philox_normal(shape, **arguments), kernel)
+    peers = {
+        PLAIN: lambda source, out: torch.randn(shape, device=device),
+        "torch, out=": lambda source, out: out.normal_(),
+    }
+    contestants = {**_all(calls, against(truth, 4e-6), moved), **_all(peers, looks_normal, moved)}
+    return Case("philox_normal", describe(shape, torch.float32), make, contestants, **about)
