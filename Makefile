@@ -14,7 +14,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt \
 	$(shell find csrc fastddpm -type f ! -name '*.pyc' ! -name '*.so' ! -name _build_info.json)
 NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: sample test slow bench gpu lint format oldest newest clean
+.PHONY: sample test slow bench ptxas gpu lint format oldest newest clean
 
 sample: $(VENV)/installed
 	$(BIN)/fastddpm sample -n 16 -o samples.png
@@ -28,6 +28,10 @@ slow: $(VENV)/test
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/steps_per_sec.py
 	$(BIN)/python benchmarks/kernels.py
+
+# Needs nvcc, and no GPU.
+ptxas: $(VENV)/installed
+	$(BIN)/python benchmarks/ptxas.py
 
 # On a machine with a GPU, with the torch that is there: installs the package into $(PYTHON) and proves it, without a
 # network. A step that fails doesn't stop the next one. 90 is an H100's and an H200's architecture.
