@@ -52,24 +52,32 @@ def _missing_reason() -> str:
     return f"the compiled module fastddpm._C does not import ({_native_missing}); reinstall with a C++ compiler at hand"
 
 
+# What does not change while a process lives is asked once: these stand before every call of an op.
 @functools.cache
-def _self_test(device: int) -> str:
-    """Empty if the CUDA kernels work on this GPU, else the reason why not."""
-    return native.cuda_self_test(device)
+def _without_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+
+
+@functools.cache
+def _without_kernels() -> str | None:
+    build = native.build_info()
+    if build["cuda"]:
+        return None
+    return f"the compiled module has no CUDA kernels ({build['cuda_reason']}); install again with nvcc on the PATH"
+
+
+@functools.cache
+def _failure(device: int) -> str | None:
+    """What became of a small test of the CUDA kernels on this GPU."""
+    failure = native.cuda_self_test(device)
+    archs = ", ".join(native.build_info()["cuda_archs"])
+    return f"its kernels, built for {archs}, do not run on this GPU: {failure}" if failure else None
 
 
 def _without_cuda(device: torch.device | None) -> str | None:
     if native is None:
         return _missing_reason()
-    build = native.build_info()
-    if not build["cuda"]:
-        return f"the compiled module has no CUDA kernels ({build['cuda_reason']}); install again with nvcc on the PATH"
-    if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device"
-    failure = _self_test(_index(device))
-    if failure:
-        return f"its kernels, built for {', '.join(build['cuda_archs'])}, do not run on this GPU: {failure}"
-    return None
+    return _without_kernels() or _without_gpu() or _failure(_index(device))
 
 
 def _interpreting() -> bool:
@@ -77,12 +85,15 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _without_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed; PyTorch's CUDA builds bring it"
-    if not torch.cuda.is_available() and not _interpreting():
-        return "PyTorch finds no CUDA device"
-    return None
+    return None if _interpreting() else _without_gpu()
 
 
 def unavailable(name: str, device: torch.device | None = None) -> str | None:
@@ -177,7 +188,7 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         reason = refuses(name, device, dtype)
         if reason is None:
             return name
-        if name == "cuda" and native is not None and native.build_info()["cuda"] and dtype in GPU_DTYPES:
+        if name == "cuda" and native is not None and not _without_kernels() and dtype in GPU_DTYPES:
             _warn_of_broken_cuda(reason)
     return "reference"
 

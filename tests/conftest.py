@@ -11,6 +11,7 @@ from collections import Counter
 
 import hypothesis
 import pytest
+import simulated
 import torch
 
 from fastddpm import UNet, UNetConfig, backend
@@ -37,22 +38,26 @@ hypothesis.settings.load_profile("fastddpm")
 
 
 def _server(device, name):
-    reason = backend.unavailable(name)
+    reason = simulated.missing() if name == SIMULATED else backend.unavailable(name)
     if device == "cuda" and not torch.cuda.is_available():
         reason = "no CUDA device"
     marks = [pytest.mark.skip(reason=f"{name} on {device}: {reason}")] if reason else []
     return pytest.param((device, name), id=f"{device}-{name}", marks=marks)
 
 
+SIMULATED = "simulated_cuda"  # the CUDA kernels' device code, run on the CPU
 # Triton on a CPU is its interpreter, which is too slow for all of this: test_triton.py runs a part there.
-SERVERS = [("cpu", "reference"), ("cpu", "cpu"), ("cuda", "reference"), ("cuda", "cuda"), ("cuda", "triton")]
+SERVERS = [
+    ("cpu", "reference"), ("cpu", "cpu"), ("cpu", SIMULATED),
+    ("cuda", "reference"), ("cuda", "cuda"), ("cuda", "triton"),
+]  # fmt: skip
 
 
 @pytest.fixture(params=[_server(*server) for server in SERVERS])
 def device(request):
     """Each device with each backend that serves it, in use while the test runs."""
     device, name = request.param
-    with backend.use(name):
+    with simulated.cuda() if name == SIMULATED else backend.use(name):
         yield device
 
 
