@@ -188,7 +188,7 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         reason = refuses(name, device, dtype)
         if reason is None:
             return name
-        if name == "cuda" and native is not None and not _without_kernels() and dtype in GPU_DTYPES:
+        if name == "cuda" and native and not _without_kernels() and not _without_gpu() and dtype in GPU_DTYPES:
             _warn_of_broken_cuda(reason)
     return "reference"
 
