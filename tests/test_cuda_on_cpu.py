@@ -45,6 +45,7 @@ def gpu(request, monkeypatch, cuda):
     [
         ("none", None),
         ("a missing barrier", "not the same twice"),
+        ("a missing cluster barrier", "not the same twice"),
         ("a divergent barrier", "deadlock: block 0 thread 0 waits at a __syncthreads that others never reach"),
         ("a collective without a lane", "waits at a warp collective that others never reach"),
         ("memory nobody wrote", "not the same twice"),

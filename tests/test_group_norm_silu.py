@@ -193,6 +193,15 @@ def test_large_add(device):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_large_add_that_cancels(device, layout):
+    """Large only by themselves: x + add is small, and exact in float32."""
+    x, weight, bias, optional = inputs((2, 8, 17, 19), device=device)
+    add = 1e4 * optional["add"]
+    x = parity.arranged(x - add[..., None, None], layout)
+    assert_close(ops.group_norm_silu(x, 2, weight, bias, EPS, add=add), x, 2, weight, bias, add=add)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("where", [(0, 0, 0), (3, 5, 7), (7, 39, 40)])  # a group's first element, inside, the last
 @pytest.mark.parametrize("value", [1e4, -1e4])

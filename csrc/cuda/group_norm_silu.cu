@@ -133,11 +133,17 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
         float pieces[kPieces] = {};
         slots.each(channels, [&](int j, int v, const Of& n) {
 #pragma unroll
-            for (int u = 0; u < kStep; ++u) pieces[kColumns ? (v + u) / kRun : 0] += data[j].get(v + u) + n[u].hi;
+            for (int u = 0; u < kStep; ++u) {
+                const float t = data[j].get(v + u) + n[u].hi;
+                pieces[kColumns ? (v + u) / kRun : 0] += kColumns ? t : t + n[u].b;
+            }
         });
         slots.sum_groups(pieces, table.sums, at.groups, [&](int g, float sum) {
-            float mean = count > 0.0f ? sum / count : 0.0f, lo = 0.0f;
-            if (k.add.data) {  // else the offset is a number of x's dtype, and lo is 0
+            float mean = count > 0.0f ? sum / count : 0.0f;
+            // Columns: the part has equally many elements of each channel, so lo can be added here. Without `add` an
+            // offset is a number of x's dtype, and lo is 0.
+            if (kColumns && k.add.data) {
+                float lo = 0.0f;
                 for (int c = thread % 32; c < k.width; c += 32) lo += table.b[g * k.width + c];
                 mean += warp_sum(lo) / k.width;
             }

@@ -167,6 +167,19 @@ inline bool release() {
     return any;
 }
 
+// Runs every thread that can, of blocks that don't sleep, to its next barrier; whether there was one.
+inline bool run(const std::vector<int>& order, const std::vector<bool>& sleeps) {
+    bool any = false;
+    for (int i : order) {
+        if (fibers[i].state != State::runs || sleeps[i / block.x]) continue;
+        me = &fibers[i];
+        change(host, fibers[i]);
+        if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+        any = true;
+    }
+    return any;
+}
+
 constexpr size_t kFence = 4096;
 
 inline void launch(int64_t blocks_of_grid, int threads, int cluster, size_t shared, const std::function<void()>& f) {
@@ -206,15 +219,17 @@ inline void launch(int64_t blocks_of_grid, int threads, int cluster, size_t shar
                 makecontext(&fiber.context, entry, 0);
             }
         }
-        do {
-            if (seed) std::shuffle(order.begin(), order.end(), random);
-            for (int i : order) {
-                if (fibers[i].state != State::runs) continue;
-                me = &fibers[i];
-                change(host, fibers[i]);
-                if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+        // In each round some blocks sleep, so that those of a cluster don't go in step.
+        std::vector<bool> sleeps(cluster);
+        for (bool going = true; going;) {
+            if (seed) {
+                std::shuffle(order.begin(), order.end(), random);
+                for (int r = 0; r < cluster; ++r) sleeps[r] = random() % 2;
             }
-        } while (release());
+            bool ran = run(order, sleeps);
+            if (!ran) ran = run(order, std::vector<bool>(cluster));
+            going = release() || ran;
+        }
         for (int i = 0; i < live; ++i) {
             const State state = fibers[i].state;
             if (state == State::done) continue;

@@ -8,16 +8,19 @@
 namespace fastddpm {
 namespace {
 
-// Every thread writes its number and reads its neighbour's.
+// Every thread writes its number, and reads its neighbour's and that of a thread of the cluster's other block.
 __global__ void neighbour(float* out, std::string bug) {
     float* values = shared_memory<float>();
-    const int i = threadIdx.x, n = blockDim.x;
-    values[bug == "shared memory's end" ? i + 1 : i] = static_cast<float>(i);
+    const int i = threadIdx.x, n = blockDim.x, at = blockIdx.x * n + i;
+    values[bug == "shared memory's end" ? i + 1 : i] = static_cast<float>(at);
     if (bug == "a divergent barrier" ? i < n / 2 : bug != "a missing barrier") __syncthreads();
-    const float next = values[(i + 1) % n];
+    float sum = values[(i + 1) % n];
     if (bug == "a collective without a lane" && i % 32 == 7) return;
-    const float sum = bug == "memory nobody wrote" ? values[n] : __shfl_xor_sync(0xffffffffu, next, 1);
-    out[bug == "an array's end" ? i + n : i] = next + sum;
+    sum += bug == "memory nobody wrote" ? values[n] : __shfl_xor_sync(0xffffffffu, sum, 1);
+    if (bug != "a missing cluster barrier") cluster_sync();
+    sum += *peer_shared(values + i, 1 - blockIdx.x);
+    cluster_sync();
+    out[bug == "an array's end" ? at + n : at] = sum;
 }
 
 }  // namespace
@@ -26,10 +29,10 @@ __global__ void neighbour(float* out, std::string bug) {
 int main(int, char** words) try {
     using namespace fastddpm;
     const std::string bug = words[1];
-    std::vector<float> first(64), again(64);
+    std::vector<float> first(128), again(128);
     for (std::vector<float>* out : {&first, &again}) {
         setenv("CUDA_ON_CPU_SEED", out == &first ? "0" : "3", 1);
-        launch(neighbour, 1, 64, 1, (64 + (bug == "memory nobody wrote")) * sizeof(float), nullptr, out->data(), bug);
+        launch(neighbour, 2, 64, 2, (64 + (bug == "memory nobody wrote")) * sizeof(float), nullptr, out->data(), bug);
     }
     const bool same = first == again;  // which NaNs are not
     std::puts(same ? "the same twice" : "not the same twice");
