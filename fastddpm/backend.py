@@ -17,7 +17,7 @@ An explicit choice (`use`, or the environment variable FASTDDPM_BACKEND) is kept
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.metadata
 import json
 import os
 import warnings
@@ -30,6 +30,7 @@ __all__ = ["NAMES", "describe", "use"]
 NAMES = ("reference", "cpu", "cuda", "triton")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_TRITON = (3, 6)
 
 try:
     from . import _C as native
@@ -86,13 +87,19 @@ def _interpreting() -> bool:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _without_triton() -> str | None:
-    if not _has_triton():
+    version = _triton_version()
+    if version is None:
         return "Triton is not installed; PyTorch's CUDA builds bring it"
+    if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}; torch 2.11 and newer bring one that serves"
     return None if _interpreting() else _without_gpu()
 
 

@@ -3,7 +3,6 @@
 Tolerances have one home, fastddpm/parity.py, as they are promises to users.
 """
 
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -16,17 +15,7 @@ import torch
 
 from fastddpm import UNet, UNetConfig, backend
 
-
-def _can_interpret():
-    """Whether Triton's kernels run on the CPU here: no GPU to run them on, and an interpreter that knows them."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return not torch.cuda.is_available() and tuple(map(int, version.split(".")[:2])) >= (3, 6)
-
-
-if _can_interpret():
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported
 
 DTYPES = (torch.float32, torch.bfloat16)  # what every kernel takes; float16 goes to the reference on a CPU

@@ -14,7 +14,7 @@
 // is known: it is three dependent reads away.
 //
 // State: the row index lies in the lower 32 bits of state[2]. Each block, when it has read it, adds one to the upper
-// 32 bits; the block that finds all others there writes the next index. So one launch is a step, and none waits.
+// 32 bits; the block that finds all others there writes the next index. So a step is one launch, and nobody waits.
 #include "../common/philox.h"
 #include "device.cuh"
 
@@ -22,7 +22,6 @@ namespace fastddpm {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocksPerSm = 4;  // as many as live there at once
 constexpr uint32_t kStream = 1;  // of the reverse step
 
 struct Row {
@@ -37,38 +36,34 @@ struct Point {
 };
 
 // What all threads do first: the row that state points at. Returns whether the step can be taken; it can't where the
-// index is beyond the table, or the row wants an x0_last that isn't there. Then state says so.
-__device__ bool arrive(const DdpmStepArgs& args, const Point& of_host, Point& point) {
+// index is beyond the table, or the row wants an x0_last that isn't there.
+__device__ __forceinline__ bool arrive(const DdpmStepArgs& args, const Point& of_host, Point& point) {
     if (args.table_on_host) {
         point = of_host;
         return true;
     }
-    uint32_t* index = shared_memory<uint32_t>();
-    if (threadIdx.x == 0) {
-        auto* counter = reinterpret_cast<unsigned long long*>(args.state + 2);
-        *index = static_cast<uint32_t>(*const_cast<volatile unsigned long long*>(counter));
-        const unsigned long long before = atomicAdd(counter, 1ull << 32);
-        if (before >> 32 == gridDim.x - 1) *counter = static_cast<unsigned long long>(*index) + 1;
-    }
-    __syncthreads();
-    point.index = *index;
-    bool possible = point.index < args.table_rows;
-    if (possible) {
-        const float* r = args.rows + 9 * point.index;
-        point.row = {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]};
-        point.t = args.timesteps[point.index];
-        point.seed = static_cast<uint64_t>(args.state[0]);
-        point.first = args.state[1];
-        possible = point.row.c2 == 0.0f || args.x0_last;
-    }
-    return possible;
+    point.index = static_cast<uint32_t>(*reinterpret_cast<const volatile unsigned long long*>(args.state + 2));
+    if (point.index >= args.table_rows) return false;
+    const float* r = args.rows + 9 * point.index;
+    point.row = {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]};
+    point.t = args.timesteps[point.index];
+    point.seed = static_cast<uint64_t>(args.state[0]);
+    point.first = args.state[1];
+    return point.row.c2 == 0.0f || args.x0_last;
 }
 
-// The first row whose output was not finite, or that could not be taken.
-__device__ void record(const DdpmStepArgs& args, const Point& point) {
-    if (!args.table_on_host)
+// What all threads do last. bad: the row's output was not finite where this thread looked, or the row can't be taken.
+__device__ __forceinline__ void leave(const DdpmStepArgs& args, const Point& point, bool bad) {
+    if (args.table_on_host) return;
+    if (bad)
         atomicCAS(reinterpret_cast<unsigned long long*>(args.state + 3), ~0ull,
                   static_cast<unsigned long long>(point.index));
+    __syncthreads();  // all of the block have read the index
+    if (threadIdx.x == 0) {
+        auto* counter = reinterpret_cast<unsigned long long*>(args.state + 2);
+        const unsigned long long before = atomicAdd(counter, 1ull << 32);
+        if (before >> 32 == gridDim.x - 1) atomicExch(counter, static_cast<unsigned long long>(point.index) + 1);
+    }
 }
 
 __device__ __forceinline__ bool finite(float v) { return v - v == 0.0f; }
@@ -114,10 +109,7 @@ __device__ __forceinline__ void draw(const Point& point, int64_t sample, uint32_
 
 __global__ void __launch_bounds__(kThreads) ddpm_step_kernel(DdpmStepArgs args, Point of_host) {
     Point point;
-    if (!arrive(args, of_host, point)) {
-        record(args, point);
-        return;
-    }
+    if (!arrive(args, of_host, point)) return leave(args, point, true);
     const Row& row = point.row;
     const bool reads_o = row.b != 0.0f || row.d != 0.0f;
     const bool learned =
@@ -154,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) ddpm_step_kernel(DdpmStepArgs args, 
                 store_any(args.next_input, args.next_dtype, place(args.next_inner, args.channels), x_prev);
         }
     }
-    if (bad) record(args, point);
+    leave(args, point, bad);
 }
 
 // ---- C channels, pixels in fours ----
@@ -169,19 +161,52 @@ struct Tile {
         return i * C * pixels + (inner ? p * C + 4 * k : k * pixels + p);
     }
 
-    template <class T>
-    __device__ __forceinline__ void load_as(const void* from, bool inner, int64_t i, int64_t p, int64_t pixels) {
-        Pack<T, 4> packs[C];
+    // Loading comes in two steps, so that the loads of several tiles are under way at once: words, and what they mean.
+    struct Words {
+        uint4 of[C];
+    };
+    static __device__ __forceinline__ Words fetch(const void* from, Dtype dtype, bool inner, int64_t i, int64_t p,
+                                                  int64_t pixels) {
+        Words words;
+        if (dtype == Dtype::float32) {
 #pragma unroll
-        for (int k = 0; k < C; ++k) packs[k].load(static_cast<const T*>(from) + at(inner, i, p, pixels, k));
-        // The branch is around the loops: register arrays want constant indices.
-        if (inner) {
-#pragma unroll
-            for (int f = 0; f < 4 * C; ++f) v[f % C][f / C] = packs[f / 4].get(f % 4);
+            for (int k = 0; k < C; ++k)
+                words.of[k] =
+                    *reinterpret_cast<const uint4*>(static_cast<const float*>(from) + at(inner, i, p, pixels, k));
         } else {
 #pragma unroll
-            for (int f = 0; f < 4 * C; ++f) v[f / 4][f % 4] = packs[f / 4].get(f % 4);
+            for (int k = 0; k < C; ++k) {
+                const auto* half = static_cast<const uint16_t*>(from) + at(inner, i, p, pixels, k);
+                const uint2 pair = *reinterpret_cast<const uint2*>(half);
+                words.of[k].x = pair.x, words.of[k].y = pair.y;
+            }
         }
+        return words;
+    }
+    template <class T>
+    static __device__ __forceinline__ void unpack(const Words& words, float (&flat)[4 * C]) {
+#pragma unroll
+        for (int k = 0; k < C; ++k) {
+            Pack<T, 4> pack;
+            pack.words[0] = words.of[k].x, pack.words[1] = words.of[k].y;
+            if constexpr (sizeof(T) == 4) pack.words[2] = words.of[k].z, pack.words[3] = words.of[k].w;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) flat[4 * k + j] = pack.get(j);
+        }
+    }
+    __device__ __forceinline__ void take(const Words& words, Dtype dtype, bool inner) {
+        float flat[4 * C];
+        if (dtype == Dtype::float32)
+            unpack<float>(words, flat);
+        else if (dtype == Dtype::bfloat16)
+            unpack<__nv_bfloat16>(words, flat);
+        else
+            unpack<__half>(words, flat);
+#pragma unroll
+        for (int e = 0; e < 4 * C; ++e) v[e / 4][e % 4] = inner ? flat[e % 4 * C + e / 4] : flat[e];
+    }
+    __device__ __forceinline__ void load(const float* from, bool inner, int64_t i, int64_t p, int64_t pixels) {
+        take(fetch(from, Dtype::float32, inner, i, p, pixels), Dtype::float32, inner);
     }
     template <class T>
     __device__ __forceinline__ void store_as(void* to, bool inner, int64_t i, int64_t p, int64_t pixels) const {
@@ -195,15 +220,6 @@ struct Tile {
         }
 #pragma unroll
         for (int k = 0; k < C; ++k) packs[k].store(static_cast<T*>(to) + at(inner, i, p, pixels, k));
-    }
-    __device__ __forceinline__ void load(const void* from, Dtype dtype, bool inner, int64_t i, int64_t p,
-                                         int64_t pixels) {
-        if (dtype == Dtype::float32)
-            load_as<float>(from, inner, i, p, pixels);
-        else if (dtype == Dtype::bfloat16)
-            load_as<__nv_bfloat16>(from, inner, i, p, pixels);
-        else
-            load_as<__half>(from, inner, i, p, pixels);
     }
     __device__ __forceinline__ void store(void* to, Dtype dtype, bool inner, int64_t i, int64_t p,
                                           int64_t pixels) const {
@@ -221,28 +237,27 @@ __global__ void __launch_bounds__(kThreads, C == 4 ? 3 : 4) ddpm_step_tile_kerne
     const int64_t tiles = args.pixels / 4, total = args.samples * tiles, stride = int64_t{gridDim.x} * kThreads;
     const bool small = total <= INT32_MAX;  // 64-bit divisions are slow
     int64_t item = int64_t{blockIdx.x} * kThreads + threadIdx.x, i = 0, p = 0;
-    Tile<C> x, o;
+    typename Tile<C>::Words x_words, o_words;
     const auto begin = [&] {
         i = small ? int64_t(uint32_t(item) / uint32_t(tiles)) : item / tiles;
         p = 4 * (item - i * tiles);
-        x.load(args.x, Dtype::float32, args.x_inner, i, p, args.pixels);
-        o.load(args.o, args.o_dtype, args.o_inner, i, p, args.pixels);
+        x_words = Tile<C>::fetch(args.x, Dtype::float32, args.x_inner, i, p, args.pixels);
+        o_words = Tile<C>::fetch(args.o, args.o_dtype, args.o_inner, i, p, args.pixels);
     };
     if (item < total) begin();
     Point point;
-    if (!arrive(args, of_host, point)) {
-        record(args, point);
-        return;
-    }
+    if (!arrive(args, of_host, point)) return leave(args, point, true);
     const Row& row = point.row;
     const bool reads_o = row.b != 0.0f || row.d != 0.0f;
     bool bad = false;
     while (item < total) {
-        Tile<C> last, z, x0;
-        if (row.c2 != 0.0f) last.load(args.x0_last, Dtype::float32, args.x_inner, i, p, args.pixels);
+        Tile<C> x, o, last, z, x0;
+        x.take(x_words, Dtype::float32, args.x_inner);
+        o.take(o_words, args.o_dtype, args.o_inner);
+        if (row.c2 != 0.0f) last.load(args.x0_last, args.x_inner, i, p, args.pixels);
         if (row.sigma != 0.0f) {
             if (args.noise) {
-                z.load(args.noise, Dtype::float32, args.x_inner, i, p, args.pixels);
+                z.load(args.noise, args.x_inner, i, p, args.pixels);
             } else {
 #pragma unroll
                 for (int c = 0; c < C; ++c) draw(point, i, static_cast<uint32_t>((c * args.pixels + p) / 4), z.v[c]);
@@ -264,21 +279,28 @@ __global__ void __launch_bounds__(kThreads, C == 4 ? 3 : 4) ddpm_step_tile_kerne
         item += stride;
         if (item < total) begin();
     }
-    if (bad) record(args, point);
+    leave(args, point, bad);
 }
 
 bool in_fours(const void* p, Dtype dtype) { return aligned(p, 4 * size_of(dtype)); }
 
-using Kernel = void (*)(DdpmStepArgs, Point);
+// A kernel, and how many of its blocks live on a multiprocessor at once.
+struct Choice {
+    void (*kernel)(DdpmStepArgs, Point);
+    int blocks;
+};
+constexpr Choice kElements{ddpm_step_kernel, 8};
+constexpr Choice kTiles[] = {
+    {ddpm_step_tile_kernel<1>, 7}, {ddpm_step_tile_kernel<3>, 4}, {ddpm_step_tile_kernel<4>, 3}};
 
-Kernel kernel_for(const DdpmStepArgs& args) {
+Choice choose(const DdpmStepArgs& args) {
     const bool tiles = args.pixels % 4 == 0 && args.o_channels == args.channels && in_fours(args.o, args.o_dtype) &&
                        in_fours(args.next_input, args.next_dtype) && aligned(args.x, 16) && aligned(args.x_prev, 16) &&
                        aligned(args.x0, 16) && aligned(args.x0_last, 16) && aligned(args.noise, 16);
-    if (tiles && args.channels == 1) return ddpm_step_tile_kernel<1>;
-    if (tiles && args.channels == 3) return ddpm_step_tile_kernel<3>;
-    if (tiles && args.channels == 4) return ddpm_step_tile_kernel<4>;
-    return ddpm_step_kernel;
+    if (tiles && args.channels == 1) return kTiles[0];
+    if (tiles && args.channels == 3) return kTiles[1];
+    if (tiles && args.channels == 4) return kTiles[2];
+    return kElements;
 }
 
 }  // namespace
@@ -295,19 +317,18 @@ void ddpm_step_cuda(const DdpmStepArgs& args, CudaPlace place) {
                    args.timesteps[index],
                    index};
     }
-    const Kernel kernel = kernel_for(args);
+    const Choice chosen = choose(args);
     const int64_t work =
-        args.samples * (kernel == ddpm_step_kernel ? ceil_div(args.channels * args.pixels, 4) : args.pixels / 4);
-    const int64_t most = kBlocksPerSm * device_attribute(cudaDevAttrMultiProcessorCount, place.device);
+        args.samples * (chosen.kernel == kElements.kernel ? ceil_div(args.channels * args.pixels, 4) : args.pixels / 4);
+    const int64_t most = chosen.blocks * device_attribute(cudaDevAttrMultiProcessorCount, place.device);
     const int64_t blocks = ceil_div(work, kThreads) < most ? ceil_div(work, kThreads) : most;
     // Without elements too a step is a step: state moves on.
-    launch(kernel, blocks ? blocks : 1, kThreads, 1, sizeof(uint32_t), place.stream, args, of_host);
+    launch(chosen.kernel, blocks ? blocks : 1, kThreads, 1, 0, place.stream, args, of_host);
 }
 
 void load_ddpm_step() {
-    for (Kernel kernel : {ddpm_step_kernel, Kernel(ddpm_step_tile_kernel<1>), Kernel(ddpm_step_tile_kernel<3>),
-                          Kernel(ddpm_step_tile_kernel<4>)})
-        load_kernel(kernel);
+    load_kernel(kElements.kernel);
+    for (const Choice& choice : kTiles) load_kernel(choice.kernel);
 }
 
 }  // namespace fastddpm

@@ -18,13 +18,9 @@ struct Scratch {
     float* memory = nullptr;
     cudaStream_t stream = nullptr;
 
-    Scratch() {
-        check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
-        check(cudaMalloc(reinterpret_cast<void**>(&memory), sizeof(float)), "allocating 4 bytes");
-    }
     ~Scratch() {
         cudaFree(memory);
-        cudaStreamDestroy(stream);
+        if (stream) cudaStreamDestroy(stream);
     }
 };
 
@@ -39,6 +35,8 @@ std::string cuda_self_test(int device) try {
     load_group_norm_silu_backward();
     load_timestep_embedding();
     Scratch scratch;
+    check(cudaStreamCreateWithFlags(&scratch.stream, cudaStreamNonBlocking), "making a stream");
+    check(cudaMalloc(reinterpret_cast<void**>(&scratch.memory), sizeof(float)), "allocating 4 bytes");
     PhiloxNormalArgs args{};
     args.out = scratch.memory;
     args.samples = args.elements = 1;

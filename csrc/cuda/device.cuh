@@ -2,7 +2,7 @@
 //
 // A kernel keeps to what tests/cuda_on_cpu can run on a CPU: launches only through launch(), shared memory only through
 // shared_memory<T>(), peers of a cluster only through the functions below, no inline PTX, no waiting for another block
-// outside cluster_sync(). Compiled with -fmad=false: what is fused is written as fmaf, so that an element's arithmetic
+// outside the cluster's barrier. Compiled with -fmad=false: what is fused is written as fmaf, so that an element's arithmetic
 // is the same wherever it lies.
 #pragma once
 
@@ -71,6 +71,7 @@ int ask_for_largest_cluster(int device, void (*kernel)(Parameters...), int threa
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(2 * kPortableCluster);
     config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = 48 << 10;  // the most that any takes
     config.attrs = &attribute;
     config.numAttrs = 1;
     const bool large = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
@@ -103,13 +104,16 @@ template <class T>
 __device__ __forceinline__ T* peer_shared(T* p, int rank) {
     return cooperative_groups::this_cluster().map_shared_rank(p, rank);
 }
-__device__ __forceinline__ void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+// A cluster's barrier in two halves: what is between them hides the others' delay.
+__device__ __forceinline__ void cluster_arrive() { __cluster_barrier_arrive(); }
+__device__ __forceinline__ void cluster_wait() { __cluster_barrier_wait(); }
 #else
 template <class T>
 __device__ __forceinline__ T* peer_shared(T* p, int) {
     return p;
 }
-__device__ __forceinline__ void cluster_sync() {}
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 #endif
 #endif  // CUDA_ON_CPU
 
@@ -121,18 +125,20 @@ class DeviceScope {
   public:
     explicit DeviceScope(int device) {
         check(cudaGetDevice(&before_), "asking for the current device");
-        check(cudaSetDevice(device), "choosing the device");
+        changes_ = before_ != device;
+        if (changes_) check(cudaSetDevice(device), "choosing the device");
         check(cudaThreadExchangeStreamCaptureMode(&mode_), "asking to load kernels during a capture");
     }
     ~DeviceScope() {
         cudaThreadExchangeStreamCaptureMode(&mode_);
-        cudaSetDevice(before_);
+        if (changes_) cudaSetDevice(before_);
     }
     DeviceScope(const DeviceScope&) = delete;
     DeviceScope& operator=(const DeviceScope&) = delete;
 
   private:
     int before_ = 0;
+    bool changes_ = false;
     cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
@@ -142,7 +148,7 @@ inline int64_t device_attribute(cudaDeviceAttr attribute, int device) {
     return value;
 }
 
-// A kernel's code goes to the device at its first use, or here.
+// A kernel's code goes to the device at its first launch, or here, before that can fall into a graph's capture.
 template <class Kernel>
 void load_kernel(Kernel* kernel) {
     cudaFuncAttributes attributes;
@@ -227,11 +233,18 @@ __device__ __forceinline__ void Pack<T, V>::put(int i, float v0, float v1) {
     }
 }
 
-// Element `at` of an array of a dtype known at run time.
+// Element `at` of an array of a dtype known at run time: its bits, and what they mean. Apart, so that several loads can
+// be under way before the first is waited for.
+__device__ __forceinline__ uint32_t load_bits(const void* p, Dtype dtype, int64_t at) {
+    return dtype == Dtype::float32 ? static_cast<const uint32_t*>(p)[at] : static_cast<const uint16_t*>(p)[at];
+}
+__device__ __forceinline__ float of_bits(uint32_t bits, Dtype dtype) {
+    if (dtype == Dtype::float32) return bits_as<float>(bits);
+    if (dtype == Dtype::bfloat16) return bits_as<float>(bits << 16);
+    return to_float(bits_as<__half>(static_cast<uint16_t>(bits)));
+}
 __device__ __forceinline__ float load_any(const void* p, Dtype dtype, int64_t at) {
-    if (dtype == Dtype::float32) return static_cast<const float*>(p)[at];
-    if (dtype == Dtype::bfloat16) return to_float(static_cast<const __nv_bfloat16*>(p)[at]);
-    return to_float(static_cast<const __half*>(p)[at]);
+    return of_bits(load_bits(p, dtype, at), dtype);
 }
 
 __device__ __forceinline__ void store_any(void* p, Dtype dtype, int64_t at, float v) {

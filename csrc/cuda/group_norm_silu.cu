@@ -14,7 +14,7 @@
 namespace fastddpm {
 namespace {
 
-// 80 registers a thread, of which 32 hold data: 96 KB of a device's multiprocessor.
+// Of the column kernels: 80 registers a thread, of which 32 hold data, 96 KB of a device's multiprocessor.
 constexpr Limits kLimits{384, 2, 8};
 
 struct Forward {
@@ -59,6 +59,10 @@ struct Table {
     float* sums;  // of the threads
 
     static constexpr int kChannelFloats = 7;  // offset counts twice
+    // Of the workspace for a block whose channels are too many for shared memory: even, for a double comes first.
+    static __host__ __device__ int64_t elsewhere(int channels) {
+        return (int64_t{kChannelFloats} * channels + 1) / 2 * 2;
+    }
 
     static size_t bytes(int channels, int groups, int64_t sums) {
         return (kChannelFloats * channels + 4 * groups + sums) * sizeof(float);
@@ -87,9 +91,10 @@ struct Channels {
     __device__ __forceinline__ void compute(int c) const {
         const int channel = at.first_channel + c, g = c / k.width;
         if (kPass == kMean) {
-            table.offset[c] = channel_offset<T>(k, at.sample, channel);
-            table.gain[c] = static_cast<float>(gain_of(k, at.sample, channel));
-            table.beta[c] = static_cast<float>(bias_of(k, at.sample, channel));
+            const Operands of = operands_of<T>(k, at.sample, channel);
+            table.offset[c] = of.offset;
+            table.gain[c] = static_cast<float>(of.gain);
+            table.beta[c] = static_cast<float>(of.beta);
         }
         const double mean = kPass == kMean ? 0.0 : kPass == kDeviation ? table.part_mean[g] : table.mean[g];
         const double centred = table.offset[c] - mean;
@@ -110,6 +115,25 @@ struct Channels {
     __device__ __forceinline__ Numbers operator()(int c) const { return {table.hi[c], table.a[c], table.b[c]}; }
 };
 
+// The moments of group g of a slice in parts: from the other blocks of the cluster, or from what the first stage left
+// in `parts`. Lane 0 gets them.
+__device__ __forceinline__ Moments merged(const Norm& k, const Table& table, const float* parts, int g, float unit) {
+    Moments m{};
+    for (int p = threadIdx.x % 32; p < k.parts; p += 32) {
+        Moments of_part;
+        of_part.count = static_cast<float>(Part::size_before(k, p + 1) - Part::size_before(k, p)) * unit;
+        if (k.stage == kRest) {
+            of_part.mean = parts[2 * p * k.slice_groups + g];
+            of_part.m2 = parts[(2 * p + 1) * k.slice_groups + g];
+        } else {
+            of_part.mean = *peer_shared(table.part_mean + g, p);
+            of_part.m2 = *peer_shared(table.part_m2 + g, p);
+        }
+        m = merge(m, of_part);
+    }
+    return warp_merge(m);
+}
+
 // kRun: channels that are summed together in a thread, a divisor of the group's width and of V.
 template <class T, int V, int N, int kRun, bool kColumns>
 __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_silu_kernel(Norm k, Forward f) {
@@ -122,7 +146,7 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
 
     float* elsewhere = nullptr;
     if (!kColumns && k.width > kTabledChannels)
-        elsewhere = k.workspace + k.stage_floats + int64_t{Table::kChannelFloats} * k.width * blockIdx.x;
+        elsewhere = k.workspace + k.stage_floats + Table::elsewhere(k.width) * blockIdx.x;
     const Table table(k.slice_groups * k.width, k.slice_groups, elsewhere);
     const Channels<T> channels{k, at, table};
     const int thread = threadIdx.x, threads = blockDim.x;
@@ -174,22 +198,17 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
         return;
     }
     const bool clustered = k.stage == kWhole && k.parts > 1;
-    if (clustered) cluster_sync();
+    if (clustered) {
+        cluster_arrive();
+        cluster_wait();
+    }
     for (int g = thread / 32; g < at.groups; g += threads / 32) {
-        Moments m{};
-        for (int p = thread % 32; p < k.parts; p += 32) {
-            Moments of_part;
-            of_part.count = static_cast<float>(Part::size_before(k, p + 1) - Part::size_before(k, p)) * unit;
-            if (k.stage == kRest) {
-                of_part.mean = parts[2 * p * k.slice_groups + g];
-                of_part.m2 = parts[(2 * p + 1) * k.slice_groups + g];
-            } else {
-                of_part.mean = *peer_shared(table.part_mean + g, p);
-                of_part.m2 = *peer_shared(table.part_m2 + g, p);
-            }
-            m = merge(m, of_part);
+        Moments m{static_cast<float>(k.total) * unit, 0.0f, 0.0f};
+        if (k.parts == 1) {
+            m.mean = table.part_mean[g], m.m2 = table.part_m2[g];
+        } else {
+            m = merged(k, table, parts, g, unit);
         }
-        m = warp_merge(m);
         if (thread % 32 == 0) {
             table.mean[g] = m.mean;
             table.rstd[g] = 1.0f / sqrtf(m.m2 / m.count + f.eps);
@@ -200,6 +219,7 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
             }
         }
     }
+    if (clustered) cluster_arrive();  // the peers' sums are read
     __syncthreads();
 
     channels.template tabulate<kResult>();
@@ -213,7 +233,7 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
         put_lanes(data[j], v, out);
     });
     slots.template store<T>(f.y, data);
-    if (clustered) cluster_sync();  // or a block could be gone while another reads its shared memory
+    if (clustered) cluster_wait();  // or a block could be gone while another reads its shared memory
 }
 
 using Kernel = void (*)(Norm, Forward);
@@ -242,7 +262,7 @@ Kernel kernel_for(const Split& s, Dtype dtype, int64_t width) {
 
 Split split_of(const GroupNormSiluArgs& args, bool pointers_aligned, int device) {
     return split(args, pointers_aligned, kLimits,
-                 device_facts(device, group_norm_silu_kernel<float, 4, kLimits.many, 4, true>, kLimits.threads));
+                 device_facts(device, group_norm_silu_kernel<float, 4, kLimits.many, 1, false>, kLimits.threads));
 }
 
 // Means and squared deviations, rounded up so that a double may follow.
@@ -257,7 +277,8 @@ int64_t group_norm_silu_workspace(const GroupNormSiluArgs& args, int device) {
         const Split s = split_of(args, pointers_aligned, device);
         const int64_t width = args.channels / args.groups;
         int64_t these = stage_floats(s);
-        if (!s.columns && width > kTabledChannels) these += Table::kChannelFloats * width * s.blocks(s.batch);
+        if (!s.columns && width > kTabledChannels)
+            these += Table::elsewhere(static_cast<int>(width)) * s.blocks(s.batch);
         if (these > floats) floats = these;
     }
     return floats;

@@ -16,7 +16,7 @@
 namespace fastddpm {
 namespace {
 
-constexpr int kTabledChannels = 2048;  // of a flat slice: per-channel numbers of so many fit into shared memory
+constexpr int kTabledChannels = 1536;  // of a flat slice: per-channel numbers of so many fit into shared memory
 constexpr int kColumnChannels = 384;   // likewise of columns, backward
 
 enum Stage { kWhole, kSums, kRest };
@@ -32,7 +32,7 @@ struct Norm {
 
     int slice_groups, slices, parts;
     uint32_t total, part_size;  // of a slice and of a part: pixels (columns) or vectors (flat)
-    int columns;                // vectors of a slice's pixel; 1 where flat
+    int columns, rows;          // vectors of a slice's pixel, 1 where flat; threads for each of them
     Stage stage;
     float* workspace;  // first what one stage leaves to the other: `stage_floats` of them
     int64_t stage_floats;
@@ -47,13 +47,13 @@ __device__ __forceinline__ V warp_sum(V v) {
     return v;
 }
 
-// Calls f(i, the sum of values[i * run .. i * run + run)) for i < count, a warp for each; f on every lane.
+// Calls f(i, the sum of values[i * stride .. i * stride + run)) for i < count, a warp for each; f on every lane.
 template <class F>
-__device__ __forceinline__ void sum_runs(const float* values, int count, int run, const F& f) {
+__device__ __forceinline__ void sum_runs(const float* values, int count, int run, int stride, const F& f) {
     const int lane = threadIdx.x % 32;
     for (int i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
         float sum = 0.0f;
-        for (int k = lane; k < run; k += 32) sum += values[int64_t{i} * run + k];
+        for (int k = lane; k < run; k += 32) sum += values[i * stride + k];
         f(i, warp_sum(sum));
     }
 }
@@ -109,7 +109,7 @@ struct Slots {
         if constexpr (kColumns) {
             column = thread % k.columns;
             row = thread / k.columns;
-            rows = threads / k.columns;
+            rows = k.rows;
             const uint32_t first = at.begin + row;
             const bool works = row < rows && column * V < at.channels && first < at.end;
             count = works ? static_cast<int>((at.end - first + rows - 1) / rows) : 0;
@@ -158,7 +158,8 @@ struct Slots {
             for (int s = 0; s < kPieces; ++s) sums[(column * kPieces + s) * rows + row] = pieces[s];
         }
         __syncthreads();
-        sum_runs(sums, groups, kColumns ? width / (V / kPieces) * rows : rows, f);
+        const int run = kColumns ? width / (V / kPieces) * rows : rows;
+        sum_runs(sums, groups, run, run, f);
         __syncthreads();
     }
     // Calls f(slot, lane, numbers) for all that hold data, kStep lanes from an even one at a time; numbers[u] is what
@@ -189,11 +190,12 @@ struct Slots {
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 if (kFull || j < count) {
+                    const Numbers first = of(channel[j]);
 #pragma unroll
                     for (int v = 0; v < V; v += kStep) {
                         Numbers numbers[kStep];
 #pragma unroll
-                        for (int u = 0; u < kStep; ++u) numbers[u] = of(channel[j] + (channel_per_lane ? v + u : 0));
+                        for (int u = 0; u < kStep; ++u) numbers[u] = channel_per_lane ? of(channel[j] + v + u) : first;
                         f(j, v, numbers);
                     }
                 }
@@ -213,30 +215,31 @@ __device__ __forceinline__ void put_lanes(Pack<T, V>& pack, int v, const float (
 
 // ---- numbers of a channel ----
 
-// Element `channel` of an optional per-channel vector.
-__device__ __forceinline__ float of_channel(const ChannelVector& v, int64_t sample, int channel, float absent) {
-    return v.data ? load_any(v.data, v.dtype, sample * v.sample_stride + channel) : absent;
+// An element of an optional per-channel vector, as bits.
+__device__ __forceinline__ uint32_t bits_of_channel(const ChannelVector& v, int64_t sample, int channel) {
+    return v.data ? load_bits(v.data, v.dtype, sample * v.sample_stride + channel) : 0;
 }
 
-// add less the first element of the channel's group, x + add: exact, so that x + offset is x + add - first.
+// What is known of a channel before x's statistics are.
+struct Operands {
+    double offset;      // add less the first element of the channel's group: x + offset is x + add - first, exactly
+    double gain, beta;  // weight * (1 + scale), bias * (1 + scale) + shift
+};
+
 template <class T>
-__device__ double channel_offset(const Norm& k, int64_t sample, int channel) {
+__device__ __forceinline__ Operands operands_of(const Norm& k, int64_t sample, int channel) {
     const int first = channel - channel % k.width;
     const int64_t at = sample * k.pixels * k.channels + first * (k.inner ? 1 : k.pixels);
-    double offset = -static_cast<double>(to_float(static_cast<const T*>(k.x)[at]));
-    if (k.add.data)
-        offset += static_cast<double>(of_channel(k.add, sample, channel, 0.0f)) -
-                  static_cast<double>(of_channel(k.add, sample, first, 0.0f));
-    return offset;
-}
-
-// weight * (1 + scale) and bias * (1 + scale) + shift.
-__device__ __forceinline__ double gain_of(const Norm& k, int64_t sample, int channel) {
-    return of_channel(k.weight, sample, channel, 1.0f) * (1.0 + of_channel(k.scale, sample, channel, 0.0f));
-}
-__device__ __forceinline__ double bias_of(const Norm& k, int64_t sample, int channel) {
-    return of_channel(k.bias, sample, channel, 0.0f) * (1.0 + of_channel(k.scale, sample, channel, 0.0f)) +
-           of_channel(k.shift, sample, channel, 0.0f);
+    const T x = static_cast<const T*>(k.x)[at];
+    const uint32_t add = bits_of_channel(k.add, sample, channel), add_first = bits_of_channel(k.add, sample, first),
+                   weight = bits_of_channel(k.weight, sample, channel), bias = bits_of_channel(k.bias, sample, channel),
+                   scale = bits_of_channel(k.scale, sample, channel), shift = bits_of_channel(k.shift, sample, channel);
+    Operands o{-static_cast<double>(to_float(x)), 0.0, 0.0};  // zero bits are 0 in every dtype: what is absent adds 0
+    o.offset += static_cast<double>(of_bits(add, k.add.dtype)) - static_cast<double>(of_bits(add_first, k.add.dtype));
+    const double factor = 1.0 + of_bits(scale, k.scale.dtype);
+    o.gain = of_bits(weight, k.weight.dtype) * factor;
+    o.beta = of_bits(bias, k.bias.dtype) * factor + of_bits(shift, k.shift.dtype);
+    return o;
 }
 
 // ---- activation ----
@@ -294,16 +297,21 @@ inline void split_slice(Split& s, const Limits& limits, const Device& device, in
         while (parts < most && slices * parts < device.sms && ceil_div(total, 2 * parts) * columns >= 256) parts *= 2;
     }
     const int64_t size = ceil_div(total, parts);
-    s.slots = size * columns <= limits.threads * limits.few ? limits.few : limits.many;
-    const int64_t threads = round_up(ceil_div(size, s.slots) * columns, 32);
-    s.threads = static_cast<int>(threads < 64 ? 64 : threads);
+    const auto threads_for = [&](int slots) { return round_up(ceil_div(size, slots) * columns, 32); };
+    // Few slots where the whole grid lives on the device at once, and the time is one block's; else a thread's
+    // beginnings count, and are better spent on many elements.
+    const bool few = size <= limits.threads / columns * limits.few &&
+                     slices * parts * threads_for(limits.few) <= device.sms * 2 * limits.threads;
+    s.slots = few ? limits.few : limits.many;
+    s.threads = static_cast<int>(threads_for(s.slots));
     s.parts = static_cast<int>(parts);
     s.total = static_cast<uint32_t>(total);
     s.part_size = static_cast<uint32_t>(size);
     s.slice_columns = columns;
+    if (s.threads > limits.threads)
+        throw std::logic_error("group_norm_silu: a block of " + std::to_string(s.threads) + " threads");
 }
 
-// Samples of a launch: in two stages so few that the second finds in the L2 what the first read.
 template <class Args>
 void limit_batch(Split& s, const Args& args, const Device& device) {
     s.batch = INT32_MAX / s.blocks(1);
@@ -317,7 +325,7 @@ void limit_batch(Split& s, const Args& args, const Device& device) {
 template <class Args>
 Split split(const Args& args, bool pointers_aligned, const Limits& limits, const Device& device) {
     const int64_t element = size_of(args.dtype), width = args.channels / args.groups, lanes = 16 / element;
-    if (args.channels > INT32_MAX || args.pixels > INT32_MAX || width * args.pixels > UINT32_MAX)
+    if (args.channels > INT32_MAX || args.pixels > INT32_MAX || width * args.pixels > UINT32_MAX - 1024)
         throw std::runtime_error("group_norm_silu: more than 2^31 channels or pixels, or 2^32 elements in a group");
     Split s{};
     s.vectors = pointers_aligned && (args.inner ? args.channels : args.pixels) % lanes == 0;
@@ -336,8 +344,15 @@ Split split(const Args& args, bool pointers_aligned, const Limits& limits, const
                         static_cast<int>(groups * width / lanes));
             return t;
         };
+        // Wider: 64 bytes; and where blocks are many and images small, so wide that a block has something to do.
         int64_t wide = narrow;
-        while (wide * width * element < 64 && wide + narrow <= args.groups) wide += narrow;
+        const auto small = [&] {
+            return args.pixels * wide * width < 256 * lanes &&
+                   args.samples * ceil_div(args.groups, 2 * wide) >= 4 * device.sms;
+        };
+        while ((wide * width * element < 64 || small()) && 2 * wide <= args.groups &&
+               2 * wide * width <= kColumnChannels)
+            wide *= 2;
         const Split narrowest = with_groups(narrow);
         s = with_groups(wide);
         // Narrower slices where they keep on chip what would not fit, or all of the device busy.
@@ -375,6 +390,7 @@ Norm norm_of(const Args& args, const Split& s, int64_t stage_floats) {
     k.total = s.total;
     k.part_size = s.part_size;
     k.columns = s.slice_columns;
+    k.rows = s.threads / s.slice_columns;
     k.workspace = args.workspace;
     k.stage_floats = stage_floats;
     return k;

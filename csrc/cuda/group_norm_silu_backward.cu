@@ -37,12 +37,14 @@ template <class T>
 __device__ __forceinline__ Numbers first_numbers(const Norm& k, const Backward& f, int64_t sample, int channel,
                                                  double& lo) {
     const int64_t group = sample * k.groups + channel / k.width;
-    const double offset = channel_offset<T>(k, sample, channel) - f.mean[group];
+    const float mean = f.mean[group], rstd = f.rstd[group];
+    const Operands of = operands_of<T>(k, sample, channel);
+    const double offset = of.offset - mean;
     Numbers n{};
     n.hi = static_cast<float>(offset);
     lo = offset - n.hi;
-    n.a = static_cast<float>(f.rstd[group] * gain_of(k, sample, channel));
-    n.b = static_cast<float>(lo * n.a + bias_of(k, sample, channel));
+    n.a = static_cast<float>(rstd * of.gain);
+    n.b = static_cast<float>(lo * n.a + of.beta);
     return n;
 }
 
@@ -102,6 +104,9 @@ __device__ __forceinline__ void second_numbers(const Norm& k, const Backward& f,
 
 // ---- columns ----
 
+// Rows of the threads' sums lie so far apart: threads that store at once then meet other banks.
+__host__ __device__ inline int odd(int rows) { return rows | 1; }
+
 // In shared memory, for the slice's channels and groups.
 struct Table {
     double* lo;
@@ -151,6 +156,7 @@ __global__ void __launch_bounds__(kLimits.threads, 2) group_norm_silu_backward_k
 
     float* parts = k.workspace + int64_t{kSums3} * channels * (at.index - at.part);  // [parts, 3, channels]
     if (k.stage != kRest) {
+        const int stride = odd(slots.rows);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             const int c = slots.channel[0] + v;
@@ -168,28 +174,32 @@ __global__ void __launch_bounds__(kLimits.threads, 2) group_norm_silu_backward_k
                 }
             }
             if (slots.row < slots.rows) {
-                float* to = table.sums + c * slots.rows + slots.row;  // [3, channels, rows]
-                to[kG * channels * slots.rows] = g;
-                to[kGt * channels * slots.rows] = gt;
-                to[kT * channels * slots.rows] = t;
+                float* to = table.sums + c * stride + slots.row;  // [3, channels, rows]
+                to[kG * channels * stride] = g;
+                to[kGt * channels * stride] = gt;
+                to[kT * channels * stride] = t;
             }
         }
         __syncthreads();
         float* to = k.stage == kSums ? parts + int64_t{kSums3} * channels * at.part : table.part;
-        sum_runs(table.sums, kSums3 * channels, slots.rows, [&](int i, float sum) {
+        sum_runs(table.sums, kSums3 * channels, slots.rows, stride, [&](int i, float sum) {
             if (thread % 32 == 0) to[i] = sum;
         });
         if (k.stage == kSums) return;
         __syncthreads();
     }
     const bool clustered = k.stage == kWhole && k.parts > 1;
-    if (clustered) cluster_sync();
+    if (clustered) {
+        cluster_arrive();
+        cluster_wait();
+    }
     for (int i = thread; i < kSums3 * channels; i += threads) {
         float sum = 0.0f;
         for (int p = 0; p < k.parts; ++p)
             sum += k.stage == kRest ? parts[kSums3 * channels * p + i] : *peer_shared(table.part + i, p);
         table.total[i] = sum;
     }
+    if (clustered) cluster_arrive();  // the peers' sums are read
     __syncthreads();
     for (int g = thread / 32; g < at.groups; g += threads / 32) {
         const Common common = common_of(
@@ -214,7 +224,7 @@ __global__ void __launch_bounds__(kLimits.threads, 2) group_norm_silu_backward_k
         put_lanes(x[j], v, out);
     });
     slots.template store<T>(f.dx, x);
-    if (clustered) cluster_sync();  // or a block could be gone while another reads its shared memory
+    if (clustered) cluster_wait();  // or a block could be gone while another reads its shared memory
 }
 
 // ---- flat ----
@@ -369,7 +379,7 @@ void group_norm_silu_backward_cuda(const GroupNormSiluBackwardArgs& args, CudaPl
     const Split s = split_of(args, aligned(args.x, 16) && aligned(args.dy, 16) && aligned(args.dx, 16), place.device);
     const Norm k = norm_of(args, s, stage_floats(args, s));
     const size_t shared = s.columns ? Table::bytes(s.slice_groups * k.width, s.slice_groups,
-                                                   int64_t{kSums3} * s.lanes(args.dtype) * s.threads)
+                                                   int64_t{kSums3} * s.slice_groups * k.width * odd(k.rows))
                                     : sizeof(Common);
     launch_batches(kernel_for(s, args.dtype), k, s, shared, args.samples,
                    Backward{args.dy, args.dx, args.mean, args.rstd, args.sum_g, args.sum_g_xhat, args.sum_dx}, place);

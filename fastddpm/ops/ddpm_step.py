@@ -116,7 +116,8 @@ def _functional(x, o, row, noise, seed, t, first, x0_last, clip):
     if kind != "reference" and x.numel():
         native = _native(x, "x")
         result = torch.empty_like(native), torch.empty_like(native)
-        table = row.float(), torch.tensor([t or 0]), torch.tensor([seed or 0, first, 0, -1])
+        host = torch.device("cpu")  # whatever the default device is
+        table = row.float(), torch.tensor([t or 0], device=host), torch.tensor([seed or 0, first, 0, -1], device=host)
         _launch(
             kind, native, result[0], _native(o, "o"), _like(x0_last, native), result[1], None, _like(noise, native),
             table, clip, table_on_host=True,
@@ -221,7 +222,7 @@ def _prepared(x, o, row, noise, seed, t, first, x0_last, clip):
     _check_like("noise", noise, x)
     _check_like("x0_last", x0_last, x)
     if not isinstance(row, torch.Tensor):
-        row = torch.tensor(row, dtype=torch.float64)
+        row = torch.tensor(row, dtype=torch.float64, device="cpu")
     if tuple(row.shape) != (9,) or row.device.type != "cpu":
         raise ValueError(f"row: got shape {list(row.shape)} on {row.device}; expected 9 coefficients on the CPU")
     if seed is not None:

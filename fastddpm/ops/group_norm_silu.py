@@ -103,7 +103,7 @@ def _workspace(kind: str, backward: bool, x: torch.Tensor, inner: bool, num_grou
     index, _ = backend.place(kind, x.device)
     n, c = x.shape[:2]
     size = backend.native.norm_workspace(backward, backend.buffer(x), inner, n, c, x[0, 0].numel(), num_groups, index)
-    return torch.empty(size, device=x.device) if size else None
+    return torch.empty(size, dtype=torch.float32, device=x.device) if size else None
 
 
 def _launch_forward(kind, x, y, inner, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu):
@@ -146,7 +146,7 @@ def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
         native, inner = _native(x)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         y_native = y if native is x else torch.empty_like(native)
-        mean, rstd = (torch.empty(len(x), num_groups, device=x.device) for _ in range(2))
+        mean, rstd = (torch.empty(len(x), num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
         _launch_forward(
             kind, native, y_native, inner, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu
         )
@@ -171,7 +171,9 @@ def _backward(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, si
         native, inner = _native(x)
         dx_native = dx if native is x else torch.empty_like(native)
         dy_native = dy if dy.stride() == native.stride() else torch.empty_like(native).copy_(dy)
-        sums = [torch.empty(x.shape[:2], device=x.device) for _ in range(3)]  # outputs must not alias
+        sums = [
+            torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(3)
+        ]  # outputs must not alias
         _launch_backward(
             kind, dy_native, native, dx_native, inner, mean, rstd, weight, bias, add, scale, shift, sums,
             num_groups, silu,

@@ -135,11 +135,13 @@ def _checked(shape, seed, t, stream, first, sample, device):
         tensors = [v for v in (t, sample) if isinstance(v, torch.Tensor)]
         device = tensors[0].device if tensors else torch.device("cpu")
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     for name, value in (("t", t), ("sample", sample)):
         if isinstance(value, torch.Tensor):
             if value.dtype != torch.int64 or tuple(value.shape) != (shape[0],):
                 raise ValueError(f"{name}: got {short(value.dtype)} {list(value.shape)}; expected int64 [{shape[0]}]")
-            if value.device.type != device.type:
+            if value.device != device:
                 raise ValueError(f"{name}: is on {value.device}, the noise is wanted on {device}")
     if not isinstance(t, torch.Tensor) and not 0 <= t < 1 << 20:
         raise ValueError(f"t: got {t}; expected an int in [0, 2^20)")

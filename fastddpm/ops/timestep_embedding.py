@@ -35,7 +35,7 @@ def _implementation(t, dim, max_period, flip_sin_to_cos, freq_shift):
     kind = backend.choose(t.device, _out_dtype(t))
     if kind == "reference":
         return _reference(t, dim, max_period, flip_sin_to_cos, freq_shift)
-    out = torch.empty((t.shape[0], dim), device=t.device)
+    out = torch.empty((t.shape[0], dim), dtype=torch.float32, device=t.device)
     rate = _rate(dim, max_period, freq_shift)
     if kind == "triton":
         from ._triton import timestep_embedding as twin

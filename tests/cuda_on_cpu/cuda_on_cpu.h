@@ -5,8 +5,8 @@
 // gives other results for another seed. Shared memory starts as NaNs, lies between fences for the address sanitizer, and
 // is gone when its block is. What deadlocks on a GPU throws here and names the thread that waits.
 //
-// Kernels keep to launch(), shared_memory<T>(), peer_shared() and cluster_sync() of csrc/cuda/device.cuh, of which these
-// are the other half; no inline PTX, no textures, no cp.async, no waiting for another block outside a cluster.
+// Kernels keep to launch(), shared_memory<T>(), peer_shared(), cluster_arrive() and cluster_wait() of
+// csrc/cuda/device.cuh, of which these are the other half; no inline PTX, no textures, no cp.async, no waiting for another block outside a cluster.
 //
 // CUDA_ON_CPU_{SEED,SMS,MAJOR,L2} in the environment: the order (0: by index), multiprocessors, major compute
 // capability and bytes of L2 that kernels are told of.
@@ -38,6 +38,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+// What a kernel promises of its blocks is checked by its host.
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
@@ -56,8 +57,9 @@ struct Slot {
 
 struct Block {
     uint3 index;
-    int rank;
     std::unique_ptr<char[]> shared;
+    size_t size;
+    bool gone;
     std::vector<Slot> slots[2];  // what the threads hold up to their warps
 };
 
@@ -73,6 +75,7 @@ struct Fiber {
     int linear = 0;
     unsigned mask = 0;
     int parity = 0;
+    int arrivals = 0;  // at the cluster's barrier
 };
 
 constexpr size_t kStack = 256 * 1024;
@@ -145,8 +148,16 @@ inline void resume(int first, int count) {
 inline bool release() {
     const int threads = static_cast<int>(block.x);
     bool any = false;
-    if (all(0, live, State::at_cluster)) resume(0, live), any = true;
+    int arrivals = INT32_MAX;  // that all have made
+    for (int i = 0; i < live; ++i) arrivals = std::min(arrivals, fibers[i].arrivals);
+    for (int i = 0; i < live; ++i)
+        if (fibers[i].state == State::at_cluster && fibers[i].arrivals <= arrivals) resume(i, 1), any = true;
     for (int first = 0; first < live; first += threads) {
+        Block& done = blocks[first / threads];
+        if (!done.gone && all(first, threads, State::done)) {
+            std::memset(done.shared.get(), 0xff, done.size);  // a peer that still reads it gets NaNs
+            done.gone = true;
+        }
         if (all(first, threads, State::at_block)) resume(first, threads), any = true;
         for (int w = first; w < first + threads; w += 32) {
             const int lanes = std::min(32, first + threads - w);
@@ -200,7 +211,7 @@ inline void launch(int64_t blocks_of_grid, int threads, int cluster, size_t shar
         blocks.resize(cluster);
         for (int r = 0; r < cluster; ++r) {
             Block& b = blocks[r];
-            b.index = {static_cast<unsigned>(first + r), 0, 0}, b.rank = r;
+            b.index = {static_cast<unsigned>(first + r), 0, 0}, b.size = shared, b.gone = false;
             b.shared.reset(new char[shared + kFence]);
             std::memset(b.shared.get(), 0xff, shared + kFence);  // a NaN in every format
 #if defined(__SANITIZE_ADDRESS__)
@@ -211,6 +222,7 @@ inline void launch(int64_t blocks_of_grid, int threads, int cluster, size_t shar
                 Fiber& fiber = fibers[r * threads + t];
                 if (!fiber.stack) fiber.stack.reset(new char[kStack]);
                 fiber.started = false, fiber.state = State::runs, fiber.fake_stack = nullptr, fiber.parity = 0;
+                fiber.arrivals = 0;
                 fiber.block = &b, fiber.linear = t, fiber.thread = {static_cast<unsigned>(t), 0, 0};
                 getcontext(&fiber.context);
                 fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -283,6 +295,10 @@ T atomicAdd(T* p, T v) {
     return std::exchange(*p, *p + v);
 }
 template <class T>
+T atomicExch(T* p, T v) {
+    return std::exchange(*p, v);
+}
+template <class T>
 T atomicCAS(T* p, T expected, T v) {
     return std::exchange(*p, *p == expected ? v : *p);
 }
@@ -315,7 +331,8 @@ T* peer_shared(T* p, int rank) {
     char* const mine = sim::me->block->shared.get();
     return reinterpret_cast<T*>(sim::blocks.at(rank).shared.get() + (reinterpret_cast<char*>(p) - mine));
 }
-inline void cluster_sync() { sim::wait(sim::State::at_cluster); }
+inline void cluster_arrive() { ++sim::me->arrivals; }
+inline void cluster_wait() { sim::wait(sim::State::at_cluster); }
 
 }  // namespace
 }  // namespace fastddpm

@@ -391,6 +391,10 @@ int main(int count, char** words) try {
     if (wanted("group_norm_silu")) {
         test_group_norm_silu(1, 16, 16384, 2, Dtype::bfloat16, true, true, 1.0);  // more than a portable cluster takes
         test_group_norm_silu(2, 8, 50000, 4, Dtype::float16, true, true);         // or any: two stages, twice
+        test_group_norm_silu(1, 960, 196, 32, Dtype::bfloat16, true, false);  // threads that don't come in whole rows
+        test_group_norm_silu(1, 320, 196, 2, Dtype::bfloat16, true, false);
+        for (int64_t channels : {1500, 1750, 2049})  // in shared memory, and beyond
+            for (bool inner : {true, false}) test_group_norm_silu(2, channels, 3, 1, Dtype::float32, inner, true);
         for (Dtype dtype : dtypes)
             for (bool inner : {true, false}) {
                 test_group_norm_silu(2, 64, 49, 32, dtype, inner, true);        // columns, two channels a group

@@ -17,9 +17,14 @@ __global__ void neighbour(float* out, std::string bug) {
     float sum = values[(i + 1) % n];
     if (bug == "a collective without a lane" && i % 32 == 7) return;
     sum += bug == "memory nobody wrote" ? values[n] : __shfl_xor_sync(0xffffffffu, sum, 1);
-    if (bug != "a missing cluster barrier") cluster_sync();
+    cluster_arrive();
+    if (bug != "a missing cluster barrier") cluster_wait();
     sum += *peer_shared(values + i, 1 - blockIdx.x);
-    cluster_sync();
+    cluster_arrive();
+    if (bug == "a block gone too early")
+        sum += *peer_shared(values + i, 1 - blockIdx.x);
+    else
+        cluster_wait();
     out[bug == "an array's end" ? at + n : at] = sum;
 }
 
@@ -29,13 +34,16 @@ __global__ void neighbour(float* out, std::string bug) {
 int main(int, char** words) try {
     using namespace fastddpm;
     const std::string bug = words[1];
-    std::vector<float> first(128), again(128);
-    for (std::vector<float>* out : {&first, &again}) {
-        setenv("CUDA_ON_CPU_SEED", out == &first ? "0" : "3", 1);
-        launch(neighbour, 2, 64, 2, (64 + (bug == "memory nobody wrote")) * sizeof(float), nullptr, out->data(), bug);
+    std::vector<float> first;
+    bool same = true;
+    for (int seed = 0; seed < 6; ++seed) {
+        setenv("CUDA_ON_CPU_SEED", std::to_string(seed).c_str(), 1);
+        std::vector<float> out(128);
+        launch(neighbour, 2, 64, 2, (64 + (bug == "memory nobody wrote")) * sizeof(float), nullptr, out.data(), bug);
+        if (seed == 0) first = out;
+        same &= first == out;  // which NaNs are not
     }
-    const bool same = first == again;  // which NaNs are not
-    std::puts(same ? "the same twice" : "not the same twice");
+    std::puts(same ? "always the same" : "not always the same");
     return !same;
 } catch (const std::exception& error) {
     std::puts(error.what());

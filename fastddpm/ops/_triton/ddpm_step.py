@@ -1,0 +1,237 @@
+"""One reverse step, with a row (a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi):
+
+    x0     = clamp(a*x + b*o, -clip, clip)                                          a NaN stays a NaN
+    x_prev = c0*x0 + c1*x + c2*x0_last + d*o + sigma*exp((f*lv_hi + (1-f)*lv_lo)/2)*z,  f = (v+1)/2
+
+A term whose coefficient is 0 plays no part, whatever its memory holds; x0_last, noise and v are not read then, their loads
+being masked off. The exponential is there only for learned variances.
+
+Layout: x, x_prev, x0, x0_last and noise share one, channels outer or inner; o and next_input have each their own. Where
+all have channels outer, a sample is one channel of channels*pixels elements.
+
+Work: a program has a tile of one sample, BLOCK_C channels times BLOCK_P pixels. Noise goes by an element's index in
+channels-outer order: BLOCK_P/4 quads per channel, where a channel has whole quads. Elsewhere, with odd sizes in mixed
+layouts, each element computes its quad and takes its own of the four.
+
+The state (seed, first, row index, first bad row) is read and advanced in place. All programs need the row index before
+it may change, and a second kernel to advance it would cost as much as the step of a small batch. So each program draws
+its number from the upper half of state[2] with the same atomic that reads the row index from the lower, and who draws
+the last number knows that all others have read: it stores the next index, with no number drawn. Nobody waits.
+
+Bytes: x and o are read once, x_prev (and x0, next_input) written once; drawn noise never leaves the registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._library import layout
+from .launch import OPTIONS, needs_int64, on
+from .philox import normals
+
+TILE = 1024  # elements, eight per thread
+
+
+@triton.jit
+def _everywhere(condition, like):
+    """A scalar condition in the shape of a mask. By way of an integer, as the interpreter needs it."""
+    return tl.broadcast_to(tl.where(condition, 1, 0), like.shape) != 0
+
+
+@triton.jit
+def _add_term(total, coefficient, value):
+    return tl.where(coefficient != 0.0, tl.fma(coefficient, value, total), total)
+
+
+@triton.jit
+def _exp(x):
+    """e^x within 1e-7 + 2e-9 |x| for |x| <= 87; the values at +-87 beyond. exp2.approx is just too coarse for the bound."""
+    x = tl.where(x > 87.0, 87.0, tl.where(x < -87.0, -87.0, x))
+    shifted = tl.fma(x, 1.44269504, 12583039.0)  # 1.5 2^23 + 127: n = round(x / ln 2), biased, in the low bits
+    n = shifted - 12583039.0
+    r = tl.fma(n, -1.42860677e-6, tl.fma(n, -0.693145752, x))  # ln 2 in two parts
+    p = tl.fma(r, 0.00138144672, 0.00836878084)
+    p = tl.fma(p, r, 0.0416683927)
+    p = tl.fma(p, r, 0.166665196)
+    p = tl.fma(p, r, 0.49999994)
+    p = tl.fma(p, r, 1.0)
+    p = tl.fma(p, r, 1.0)
+    return p * (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _offset(c, p, channels, pixels, INNER: tl.constexpr):
+    return p * channels + c if INNER else c * pixels + p
+
+
+@triton.jit(do_not_specialize=["table_rows", "seed", "first", "timestep", "pixels"])
+def ddpm_step_kernel(
+    x,
+    x_prev,
+    o,
+    x0_last,
+    x0,
+    next_input,
+    noise,
+    rows,  # [table_rows, 9], or None: the row and what follows by value
+    timesteps,
+    state,
+    table_rows,
+    a,
+    b,
+    c0,
+    c1,
+    c2,
+    d,
+    sigma,
+    lv_lo,
+    lv_hi,
+    seed: tl.int64,
+    first: tl.int64,
+    timestep: tl.int64,
+    clip,
+    pixels,
+    CHANNELS: tl.constexpr,
+    O_CHANNELS: tl.constexpr,
+    X_INNER: tl.constexpr,
+    O_INNER: tl.constexpr,
+    NEXT_INNER: tl.constexpr,
+    ALIGNED: tl.constexpr,  # pixels is a multiple of 4
+    LARGE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    if LARGE:
+        pixels = pixels.to(tl.int64)
+    if ALIGNED:
+        pixels = pixels // 4 * 4  # says so to the compiler
+    pid = tl.program_id(0)
+    blocks_p = tl.cdiv(pixels, BLOCK_P).to(tl.int32)
+    blocks_c: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    i = (pid // (blocks_p * blocks_c)).to(tl.int64)
+    begin = (pid % blocks_p).to(pixels.dtype) * BLOCK_P
+    p = begin + tl.arange(0, BLOCK_P)[None, :]
+    c = pid // blocks_p % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    inside = (c < CHANNELS) & (p < pixels)
+
+    # Everything is loaded before anything is stored: x_prev may be x, and x0 be x0_last. These are under way before the
+    # row is known, which is three dependent reads away.
+    at, o_at = i * CHANNELS * pixels, i * O_CHANNELS * pixels
+    offset, o_offset = _offset(c, p, CHANNELS, pixels, X_INNER), _offset(c, p, O_CHANNELS, pixels, O_INNER)
+    xs = tl.load(x + at + offset, mask=inside, other=0.0)
+    eps = tl.load(o + o_at + o_offset, mask=inside, other=0.0).to(tl.float32)
+
+    if rows is not None:
+        drawn = tl.atomic_add(state + 2, 4294967296, sem="relaxed")
+        index = (drawn << 32) >> 32
+        if (drawn - index) >> 32 == tl.num_programs(0) - 1:
+            tl.store(state + 2, index + 1)
+        known = (index >= 0) & (index < table_rows)
+        row = rows + 9 * index
+        a = tl.load(row, mask=known, other=0.0)
+        b = tl.load(row + 1, mask=known, other=0.0)
+        c0 = tl.load(row + 2, mask=known, other=0.0)
+        c1 = tl.load(row + 3, mask=known, other=0.0)
+        c2 = tl.load(row + 4, mask=known, other=0.0)
+        d = tl.load(row + 5, mask=known, other=0.0)
+        sigma = tl.load(row + 6, mask=known, other=0.0)
+        lv_lo = tl.load(row + 7, mask=known, other=0.0)
+        lv_hi = tl.load(row + 8, mask=known, other=0.0)
+        timestep = tl.load(timesteps + index, mask=known, other=0)
+        seed = tl.load(state)
+        first = tl.load(state + 1)
+        if x0_last is None:
+            known = known & (c2 == 0.0)
+
+    if O_CHANNELS > CHANNELS:
+        learned = _everywhere((sigma != 0.0) & ((lv_lo != 0.0) | (lv_hi != 0.0)), inside)
+        v_at = o_at + _offset(CHANNELS, 0, O_CHANNELS, pixels, O_INNER)
+        v = tl.load(o + v_at + o_offset, mask=inside & learned, other=0.0).to(tl.float32)
+    if x0_last is not None:
+        last = tl.load(x0_last + at + offset, mask=inside & _everywhere(c2 != 0.0, inside), other=0.0)
+    if noise is not None:
+        z = tl.load(noise + at + offset, mask=inside & _everywhere(sigma != 0.0, inside), other=0.0)
+    elif ALIGNED or CHANNELS == 1:
+        z0, z1, z2, z3 = normals(
+            seed, (c * pixels + begin) // 4 + tl.arange(0, BLOCK_P // 4)[None, :], timestep, first.to(tl.int64) + i, 1
+        )
+        z = tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(BLOCK_C, BLOCK_P)
+    else:
+        e = c * pixels + p
+        z0, z1, z2, z3 = normals(seed, e // 4, timestep, first.to(tl.int64) + i, 1)
+        z = tl.where(e % 4 < 2, tl.where(e % 4 == 0, z0, z1), tl.where(e % 4 == 2, z2, z3))
+
+    nothing = tl.zeros_like(xs)
+    x0_new = _add_term(_add_term(nothing, b, eps), a, xs)
+    if clip is not None:
+        x0_new = tl.where(x0_new > clip, clip, x0_new)
+        x0_new = tl.where(x0_new < -clip, -clip, x0_new)
+    result = _add_term(_add_term(nothing, c1, xs), c0, x0_new)
+    if x0_last is not None:
+        result = _add_term(result, c2, last)
+    result = _add_term(result, d, eps)
+    spread = sigma
+    if O_CHANNELS > CHANNELS:
+        f = (v + 1.0) * 0.5
+        log_variance = tl.fma(f, lv_hi, (1.0 - f) * lv_lo)
+        of_v = tl.where(log_variance == log_variance, sigma * _exp(log_variance * 0.5), log_variance)
+        spread = tl.where(learned, of_v, sigma)
+    result = tl.where(sigma != 0.0, tl.fma(spread, z, result), result)
+
+    if rows is not None:
+        # All who see a bad value store the same number, and only where none stands: no atomic is needed. The sum over
+        # the program is also the barrier between its loads and its stores.
+        bad = (tl.abs(eps) < float("inf")) == 0
+        bad = bad & _everywhere((b != 0.0) | (d != 0.0), inside)
+        if O_CHANNELS > CHANNELS:
+            bad = bad | ((tl.abs(v) < float("inf")) == 0)
+        any_bad = (tl.sum(tl.where(bad, 1, 0)) > 0) | (known == 0)
+        tl.store(state + 3, index, mask=any_bad & (tl.load(state + 3) < 0))
+        inside = inside & _everywhere(known, inside)
+
+    if x0 is not None:
+        tl.store(x0 + at + offset, x0_new, mask=inside)
+    tl.store(x_prev + at + offset, result, mask=inside)
+    if next_input is not None:
+        next_offset = _offset(c, p, CHANNELS, pixels, NEXT_INNER)
+        tl.store(next_input + at + next_offset, result.to(next_input.dtype.element_ty), mask=inside)
+
+
+def ddpm_step(
+    x: torch.Tensor,
+    x_prev: torch.Tensor,
+    o: torch.Tensor,
+    x0_last: torch.Tensor | None,
+    x0: torch.Tensor | None,
+    next_input: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    rows: torch.Tensor,
+    timesteps: torch.Tensor,
+    state: torch.Tensor,
+    clip: float | None,
+    table_on_host: bool,
+) -> None:
+    """x, x_prev, x0, x0_last, noise: float32 in one native layout; x_prev may be x, and x0 be x0_last.
+
+    table_on_host: rows [9], timesteps [1] and state are host memory, read by the call and not written. A row index
+    outside the table, or a row with c2 != 0 without x0_last, stores nothing but what the state says of it.
+    """
+    n, channels, o_channels, pixels = *x.shape[:2], o.shape[1], x[0, 0].numel()
+    x_inner, o_inner = layout(x) == "inner", layout(o) == "inner"
+    next_inner = next_input is not None and layout(next_input) == "inner"
+    if not (x_inner or o_inner or next_inner):
+        channels, o_channels, pixels = 1, o_channels // channels, channels * pixels
+    if table_on_host:
+        table = (None, None, None, 0, *rows.tolist(), *state[:2].tolist(), timesteps.item())
+    else:
+        table = (rows, timesteps, state, timesteps.numel(), *[0.0] * 9, 0, 0, 0)
+    block_c = min(triton.next_power_of_2(channels), 32)
+    block_p = TILE // block_c
+    programs = n * triton.cdiv(channels, block_c) * triton.cdiv(pixels, block_p)
+    with on(x.device):
+        ddpm_step_kernel[(programs,)](
+            x, x_prev, o, x0_last, x0, next_input, noise, *table, clip, pixels,
+            CHANNELS=channels, O_CHANNELS=o_channels, X_INNER=x_inner, O_INNER=o_inner, NEXT_INNER=next_inner,
+            ALIGNED=pixels % 4 == 0, LARGE=needs_int64(o_channels * (pixels + block_p)),
+            BLOCK_C=block_c, BLOCK_P=block_p, num_warps=4, **OPTIONS,
+        )  # fmt: skip

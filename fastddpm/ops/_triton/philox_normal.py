@@ -1,0 +1,64 @@
+"""out[i, e] = the e-th standard normal of (seed, stream, t_i, sample_i); see philox.py.
+
+Layout: [samples, elements], contiguous. Work: a program draws up to BLOCK quads of four elements of one sample.
+Bytes: out is written once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import OPTIONS, needs_int64, on
+from .philox import normals
+
+BLOCK = 256  # quads
+
+
+@triton.jit(do_not_specialize=["elements", "seed", "stream", "t_all", "first"])
+def philox_normal_kernel(
+    out,
+    t,
+    sample,
+    elements,
+    seed: tl.int64,
+    stream: tl.int64,
+    t_all: tl.int64,
+    first: tl.int64,
+    ALIGNED: tl.constexpr,  # every sample begins at a multiple of 16 bytes
+    LARGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(elements, 4 * BLOCK)
+    i = tl.program_id(0) // blocks
+    if LARGE:
+        elements = elements.to(tl.int64)
+    if ALIGNED:
+        elements = elements // 4 * 4  # says so to the compiler
+    begin = (tl.program_id(0) % blocks).to(elements.dtype) * BLOCK
+    time = t_all if t is None else tl.load(t + i)
+    name = first.to(tl.int64) + i if sample is None else tl.load(sample + i)
+    z0, z1, z2, z3 = normals(seed, begin + tl.arange(0, BLOCK), time, name, stream)
+    z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+    e = 4 * begin + tl.arange(0, 4 * BLOCK)
+    tl.store(out + i.to(tl.int64) * elements + e, z, mask=e < elements)
+
+
+def philox_normal(
+    out: torch.Tensor,
+    n: int,
+    elements: int,
+    seed: int,
+    stream: int,
+    t: torch.Tensor | None,
+    t_all: int,
+    sample: torch.Tensor | None,
+    first: int,
+) -> None:
+    """out: float32, contiguous. seed: its int64 bits. t, sample: int64 [n], or None for t_all and first + i."""
+    if out.numel() == 0:
+        return
+    with on(out.device):
+        philox_normal_kernel[(n * triton.cdiv(elements, 4 * BLOCK),)](
+            out, t, sample, elements, seed, stream, t_all, first,
+            ALIGNED=elements % 4 == 0, LARGE=needs_int64(elements + 4 * BLOCK), BLOCK=BLOCK, num_warps=4, **OPTIONS,
+        )  # fmt: skip
