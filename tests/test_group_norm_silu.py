@@ -324,6 +324,18 @@ def test_hard_gradients(device, make, layout):
     assert max(map(parity.share, got, truth, bound)) <= 1
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_saved_mean_counts_from_the_first_element(device, layout):
+    """On every backend, to the digits that x + add itself has: counted from 0 a large mean would lose more."""
+    x, weight, bias, optional = inputs((2, 8, 17, 19), device=device, layout=layout)
+    x += 1e5
+    add = optional["add"]
+    _, mean, rstd = torch.ops.fastddpm.group_norm_silu(x, 2, weight, bias, EPS, add, None, None, True)
+    h = (double(x) + double(add)[..., None, None]).reshape(2, 2, -1)
+    torch.testing.assert_close(double(mean), (h - h[..., :1]).mean(-1), rtol=0, atol=0.02)
+    torch.testing.assert_close(double(rstd), 1 / h.var(-1, correction=0).sqrt(), rtol=5e-3, atol=0)
+
+
 def test_gradients_of_what_needs_none(device):
     """A frozen norm, and x without a gradient."""
     x, weight, bias, _ = inputs((2, 4, 3, 3), device=device)

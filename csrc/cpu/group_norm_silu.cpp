@@ -230,6 +230,13 @@ void split_offsets(const Slice& at, Scratch& k) {
     }
 }
 
+// x + add at the group's first element. Saved means count from there.
+template <class T>
+double first_element(const T* x, const Slice& at, const Scratch& k, int64_t g) {
+    const int64_t c = g * at.width;
+    return double(scalar(x + at.base + c * at.channel_stride)) + k.add[c];
+}
+
 // Mean of x + add per group, and variance (in k.rstd).
 template <class T, bool kInner>
 void statistics(const T* x, Slice at, bool has_add, Scratch& k) {
@@ -238,8 +245,7 @@ void statistics(const T* x, Slice at, bool has_add, Scratch& k) {
         at.channels = at.width = 1;
     }
     for (int64_t g = 0; g < at.groups(); ++g) {
-        int64_t c = g * at.width;
-        k.mean[g] = double(scalar(x + at.base + c * at.channel_stride)) + k.add[c];
+        k.mean[g] = first_element(x, at, k, g);
         k.rstd[g] = -1;  // not known yet
     }
     // A few pixels from all over the image; channels outer, where a group is small, all of it.
@@ -318,7 +324,7 @@ void forward_slice(const GroupNormSiluArgs& args, const Slice& at, Scratch& k) {
     int64_t out = at.sample * args.groups + at.begin / at.width;
     for (int64_t g = 0; g < at.groups(); ++g) {
         k.rstd[g] = 1 / std::sqrt(k.rstd[g] + args.eps);
-        args.mean[out + g] = float(k.mean[g]);
+        args.mean[out + g] = float(k.mean[g] - first_element(x, at, k, g));
         args.rstd[out + g] = float(k.rstd[g]);
     }
     set_coefficients(at, k);
@@ -405,8 +411,8 @@ void apply_gradients(const T* dy, const T* x, T* dx, const Slice& at, const Scra
 
 // The saved means are rounded to float32; those for which that is coarse against the deviation are found again.
 template <class T, bool kInner>
-void refine_means(const T* x, const Slice& at, Scratch& k) {
-    auto coarse = [&](int64_t g) { return std::fabs(k.mean[g]) * k.rstd[g] > 4; };
+void refine_means(const T* x, const Slice& at, const float* saved, Scratch& k) {
+    auto coarse = [&](int64_t g) { return std::fabs(saved[g]) * k.rstd[g] > 4; };
     bool any = false;
     for (int64_t g = 0; g < at.groups(); ++g) any |= coarse(g);
     if (!any) return;
@@ -426,12 +432,12 @@ void backward_slice(const GroupNormSiluBackwardArgs& args, const Slice& at, Scra
     const T* x = static_cast<const T*>(args.x);
     T* dx = static_cast<T*>(args.dx);
     int64_t in = at.sample * args.groups + at.begin / at.width, out = at.sample * args.channels + at.begin;
+    load_vectors(args, at, k);
     for (int64_t g = 0; g < at.groups(); ++g) {
-        k.mean[g] = args.mean[in + g];
+        k.mean[g] = args.mean[in + g] + first_element(x, at, k, g);
         k.rstd[g] = args.rstd[in + g];
     }
-    load_vectors(args, at, k);
-    refine_means<T, kInner>(x, at, k);
+    refine_means<T, kInner>(x, at, args.mean + in, k);
     set_coefficients(at, k);
     if (args.silu)
         sum_gradients<T, kInner, true>(dy, x, dx, at, k);
