@@ -3,6 +3,7 @@
 Tolerances have one home, fastddpm/parity.py, as they are promises to users.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import torch
 from fastddpm import UNet, UNetConfig, backend
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported: here, before a test takes it away
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
 
 DTYPES = (torch.float32, torch.bfloat16)  # what every kernel takes; float16 goes to the reference on a CPU
 LAYOUTS = ("contiguous", "channels_last", "permuted")
