@@ -43,6 +43,7 @@ class BackendError(RuntimeError):
     """An explicitly chosen backend cannot serve this call."""
 
 
+@functools.cache
 def _missing_reason() -> str:
     """Why there is no compiled module: what the build wrote down, else what the import said."""
     note = Path(__file__).with_name("_build_info.json")
@@ -100,7 +101,19 @@ def _without_triton() -> str | None:
         return "Triton is not installed; PyTorch's CUDA builds bring it"
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_TRITON:
         return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}; torch 2.11 and newer bring one that serves"
-    return None if _interpreting() else _without_gpu()
+    return None if _interpreting() else _without_gpu() or _triton_failure()
+
+
+@functools.cache
+def _triton_failure() -> str | None:
+    """Why Triton doesn't start on this GPU: it compiles its driver when first asked, with a C compiler."""
+    try:
+        import triton
+
+        triton.runtime.driver.active.get_current_device()
+    except Exception as error:  # of whatever kind: torch, Triton, the compiler and the driver all have a say
+        return f"Triton does not start: {str(error).partition(chr(10))[0]}"
+    return None
 
 
 def unavailable(name: str, device: torch.device | None = None) -> str | None:
@@ -175,9 +188,9 @@ def refuses(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def _warn_of_broken_cuda(reason: str) -> None:
-    """Once: CUDA kernels that were built and cannot be used are not what the user expects."""
-    warnings.warn(f"fastddpm: the cuda backend is left out, as {reason}", stacklevel=4)
+def _warn(name: str, reason: str) -> None:
+    """Once: kernels that are there and don't work are not what the user expects."""
+    warnings.warn(f"fastddpm: the {name} backend is left out, as {reason}", stacklevel=4)
 
 
 def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -195,8 +208,10 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         reason = refuses(name, device, dtype)
         if reason is None:
             return name
-        if name == "cuda" and native and not _without_kernels() and not _without_gpu() and dtype in GPU_DTYPES:
-            _warn_of_broken_cuda(reason)
+        if name != "cpu" and not _without_gpu() and dtype in GPU_DTYPES:
+            there = native is not None and not _without_kernels() if name == "cuda" else _triton_version() is not None
+            if there:
+                _warn(name, reason)
     return "reference"
 
 

@@ -73,6 +73,7 @@ def poisoned_and_seeded():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+    torch.set_grad_enabled(True)  # the benchmarks' functions switch it off for their whole process
 
 
 @pytest.fixture

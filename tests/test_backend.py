@@ -105,6 +105,20 @@ def test_without_triton(monkeypatch):
         backend.use("triton")
 
 
+def test_kernels_that_do_not_start_are_left_out(monkeypatch):
+    """With one warning: Triton, say, on a GPU's machine without a C compiler."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "_without_gpu", lambda: None)
+    monkeypatch.setattr(backend, "_without_kernels", lambda: "no nvcc")
+    monkeypatch.setattr(backend, "_triton_version", lambda: "3.7.1")
+    monkeypatch.setattr(backend, "_triton_failure", lambda: "Triton does not start: no compiler")
+    backend._warn.cache_clear()
+    with backend.use(None), pytest.warns(UserWarning, match="the triton backend is left out, as Triton does not start"):
+        assert backend.choose(CUDA) == "reference"
+    with pytest.raises(backend.BackendError, match="'triton' was asked for, but Triton does not start: no compiler"):
+        backend.use("triton")
+
+
 def test_errors_say_what_and_why(kernels):
     with pytest.raises(ValueError, match="backend: unknown name 'gpu'; expected one of reference, cpu, cuda, triton"):
         backend.use("gpu")

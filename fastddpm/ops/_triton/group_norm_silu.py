@@ -19,6 +19,9 @@ the tile keeps a running mean and sum of squares about it (Welford), and all are
 backward centres d anew, as the saved mean was rounded; in chunks only where that would show.
 """
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -360,12 +363,17 @@ def group_norm_silu_backward_merge_kernel(
     j = tl.arange(0, BLOCK_C)
     channel = tl.program_id(0) % slices * SLICE + j
     counts = (j < SLICE) & (channel < C)
-    k = tl.arange(0, BLOCK_K)[:, None]
-    at = (n * chunks + k) * 3 * C + channel[None, :]
-    there = (k < chunks) & counts[None, :]
-    of_g = tl.sum(tl.load(partials + at, mask=there, other=0.0).to(tl.float64), axis=0)
-    of_g_xhat = tl.sum(tl.load(partials + C + at, mask=there, other=0.0).to(tl.float64), axis=0)
-    of_xhat = tl.sum(tl.load(partials + 2 * C + at, mask=there, other=0.0).to(tl.float64), axis=0)
+    of_g = tl.zeros((BLOCK_C,), tl.float64)
+    of_g_xhat = tl.zeros((BLOCK_C,), tl.float64)
+    of_xhat = tl.zeros((BLOCK_C,), tl.float64)
+    step: tl.constexpr = BLOCK_K if BLOCK_K * BLOCK_C <= 4096 else max(4096 // BLOCK_C, 1)  # what registers hold
+    for begin in range(0, BLOCK_K, step):
+        k = begin + tl.arange(0, step)[:, None]
+        at = (n * chunks + k) * 3 * C + channel[None, :]
+        there = (k < chunks) & counts[None, :]
+        of_g += tl.sum(tl.load(partials + at, mask=there, other=0.0).to(tl.float64), axis=0)
+        of_g_xhat += tl.sum(tl.load(partials + C + at, mask=there, other=0.0).to(tl.float64), axis=0)
+        of_xhat += tl.sum(tl.load(partials + 2 * C + at, mask=there, other=0.0).to(tl.float64), axis=0)
     w, _ = _affine(weight, None, scale, None, n, channel, counts, SCALE_STRIDE, 0)
     w = w.to(tl.float64)
     size = pixels.to(tl.float64) * WIDTH
@@ -409,47 +417,72 @@ def group_norm_silu_backward_apply_kernel(
 # ------------------------------------------------------------------------------------------------ launch
 
 
-def _blocks(x: torch.Tensor, inner: bool, groups: int, limit: int) -> tuple[int, int, int, int, int]:
+# triton's own cdiv and next_power_of_2 take microseconds on the host.
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The next one, n itself included."""
+    return 1 << (n - 1).bit_length()
+
+
+def _blocks(
+    channels: int, pixels: int, size: int, inner: bool, groups: int, limit: int
+) -> tuple[int, int, int, int, int]:
     """(channels of a slice, BLOCK_C, BLOCK_P, chunks, tiles of a chunk); no chunks where a slice fits into `limit`."""
-    channels, pixels, size = x.shape[1], x[0, 0].numel(), x.element_size()
     width = channels // groups
-    # Whole groups. Channels outer, each is one run of memory, and several share a program only where they are small.
-    slice_ = width * min(triton.cdiv(32 // size if inner else triton.cdiv(1024, pixels), width), groups)
-    block_c, block_p = triton.next_power_of_2(slice_), triton.next_power_of_2(pixels)
+    # Whole groups. Channels outer, each is one run of memory, and several share a program only where they are small;
+    # not too many, for the table of their groups grows with the square.
+    least = 32 // size if inner else min(_cdiv(1024, pixels), 64)
+    slice_ = width * min(_cdiv(least, width), groups)
+    block_c, block_p = _power_of_2(slice_), _power_of_2(pixels)
     if block_c * block_p <= limit:
         return slice_, block_c, block_p, 0, 0
     # In chunks a slice costs no registers: 64 bytes of it make longer runs of memory.
     slice_ = width * max(min(64 // size // width, groups), 1) if inner else width
-    block_c = triton.next_power_of_2(slice_)
+    block_c = _power_of_2(slice_)
     block_p = max(TILE // block_c, 1)
-    tiles = triton.cdiv(triton.cdiv(pixels, block_p), CHUNKS)
-    return slice_, block_c, block_p, triton.cdiv(pixels, tiles * block_p), tiles
+    tiles = _cdiv(_cdiv(pixels, block_p), CHUNKS)
+    return slice_, block_c, block_p, _cdiv(pixels, tiles * block_p), tiles
 
 
 class _Plan:
-    """How a call is cut, and what its kernels are told of it."""
+    """How calls of one kind are cut, and what their kernels are told of it."""
 
-    def __init__(self, x, inner, groups, limit, add, scale, shift, silu):
-        (n, channels), self.pixels = x.shape[:2], x[0, 0].numel()
-        slice_, block_c, block_p, self.chunks, self.tiles = _blocks(x, inner, groups, limit)
-        self.inverse = groups / (channels * self.pixels)
-        self.programs = n * triton.cdiv(channels, slice_)
-        add, scale, shift = (channels if v is not None and v.dim() == 2 else 0 for v in (add, scale, shift))
+    def __init__(self, n, channels, pixels, size, inner, groups, limit, add, scale, shift, silu):
+        slice_, block_c, block_p, self.chunks, self.tiles = _blocks(channels, pixels, size, inner, groups, limit)
+        self.pixels, self.elements = pixels, block_c * block_p
+        self.inverse = groups / (channels * pixels)
+        self.programs = n * _cdiv(channels, slice_)
+        add, scale, shift = (channels if per_sample else 0 for per_sample in (add, scale, shift))
         self.constants = {
             "C": channels, "WIDTH": channels // groups, "SLICE": slice_, "INNER": inner, "SILU": silu,
             "ADD_STRIDE": add, "SCALE_STRIDE": scale, "SHIFT_STRIDE": shift,
-            "TILES": self.tiles, "ALIGNED": self.pixels % 8 == 0,
-            "LARGE": needs_int64(channels * (self.pixels + max(self.tiles, 1) * block_p)),
-            "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_G": triton.next_power_of_2(slice_ * groups // channels),
-            "BLOCK_K": triton.next_power_of_2(max(self.chunks, 1)),
+            "TILES": self.tiles, "ALIGNED": pixels % 8 == 0,
+            "LARGE": needs_int64(channels * (pixels + max(self.tiles, 1) * block_p)),
+            "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_G": _power_of_2(slice_ * groups // channels),
+            "BLOCK_K": _power_of_2(max(self.chunks, 1)),
         }  # fmt: skip
+        self.known = {}  # of the constants, what each kernel takes
 
-    def launch(self, kernel, programs, *arguments, most=8, constants=None, **options):
+    def launch(self, kernel, programs, *arguments, most=8, **options):
         """16 elements per thread, as long as that takes no more than `most` warps."""
-        constants = {**self.constants, **(constants or {})}
-        known = {name: v for name, v in constants.items() if name in kernel.arg_names}
-        warps = self.constants["BLOCK_P"] * self.constants["BLOCK_C"] // 512
-        kernel[(programs,)](*arguments, **known, num_warps=min(max(warps, 1), most), **options, **OPTIONS)
+        known = self.known.get(kernel)
+        if known is None:
+            known = {name: v for name, v in self.constants.items() if name in kernel.arg_names}
+            self.known[kernel] = known
+        warps = min(max(self.elements // 512, 1), most)
+        kernel[(programs,)](*arguments, **{**known, "num_warps": warps, **options, **OPTIONS})
+
+
+_plan_of = functools.lru_cache(maxsize=1024)(_Plan)
+
+
+def _plan(x, inner, groups, limit, add, scale, shift, silu):
+    n, channels, *spatial = x.shape
+    per_sample = (v is not None and v.dim() == 2 for v in (add, scale, shift))
+    return _plan_of(n, channels, math.prod(spatial), x.element_size(), inner, groups, limit, *per_sample, silu)
 
 
 def forward(
@@ -468,19 +501,19 @@ def forward(
     silu: bool,
 ) -> None:
     """x, y: one native layout; weight, bias [C]; add, scale, shift [C] or [N, C]; mean, rstd float32 [N, G]: outputs."""
-    plan = _Plan(x, inner, num_groups, RESIDENT, add, scale, shift, silu)
+    plan = _plan(x, inner, num_groups, RESIDENT, add, scale, shift, silu)
     operands, pixels = (x, y, mean, rstd, weight, bias, add, scale, shift), plan.pixels
     with on(x.device):
         if not plan.chunks:
             # 128 registers hold 64 elements, and a GPU has enough of them for two programs of 8 such warps: one loads
             # while the other computes.
-            most = 8 if plan.constants["BLOCK_P"] * plan.constants["BLOCK_C"] <= 16384 else 16
+            most = 8 if plan.elements <= 16384 else 16
             plan.launch(
                 group_norm_silu_kernel, plan.programs, *operands, pixels, plan.inverse, eps, most=most, maxnreg=128
             )
             return
         programs = plan.programs * plan.chunks
-        partials = torch.empty(*mean.shape, plan.chunks, 2, device=x.device)
+        partials = torch.empty(*mean.shape, plan.chunks, 2, dtype=torch.float32, device=x.device)
         plan.launch(group_norm_silu_partials_kernel, programs, x, add, partials, pixels, plan.chunks)
         plan.launch(
             group_norm_silu_merge_kernel, mean.numel(), partials, mean, rstd, pixels, plan.inverse, eps, plan.chunks,
@@ -508,7 +541,7 @@ def backward(
     silu: bool,
 ) -> None:
     """dy, x, dx: one native layout; mean, rstd: as forward left them; sums float32 [N, C]: outputs, as dx."""
-    plan = _Plan(x, inner, num_groups, RESIDENT_BACKWARD, add, scale, shift, silu)
+    plan = _plan(x, inner, num_groups, RESIDENT_BACKWARD, add, scale, shift, silu)
     vectors, sums = (mean, rstd, weight, bias, add, scale, shift), (sum_g, sum_g_xhat, sum_dx)
     pixels, inverse = plan.pixels, plan.inverse
     with on(x.device):
@@ -521,11 +554,11 @@ def backward(
         n, channels = x.shape[:2]
         programs = plan.programs * plan.chunks
         rest = torch.empty_like(mean)
-        partials = torch.empty(n, plan.chunks, 3, channels, device=x.device)
-        means = torch.empty(n, 2, channels, device=x.device)
+        partials = torch.empty(n, plan.chunks, 3, channels, dtype=torch.float32, device=x.device)
+        means = torch.empty(n, 2, channels, dtype=torch.float32, device=x.device)
         plan.launch(
             group_norm_silu_centre_kernel, plan.programs, x, mean, rstd, add, rest, pixels, inverse,
-            constants={"TILES": plan.chunks * plan.tiles},
+            TILES=plan.chunks * plan.tiles,
         )  # fmt: skip
         plan.launch(
             group_norm_silu_backward_partials_kernel, programs, dy, x, *vectors, rest, partials, pixels, plan.chunks

@@ -28,10 +28,10 @@ def philox_normal_kernel(
     LARGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(elements, 4 * BLOCK)
-    i = tl.program_id(0) // blocks
     if LARGE:
         elements = elements.to(tl.int64)
+    blocks = tl.cdiv(elements, 4 * BLOCK)
+    i = tl.program_id(0) // blocks
     if ALIGNED:
         elements = elements // 4 * 4  # says so to the compiler
     begin = (tl.program_id(0) % blocks).to(elements.dtype) * BLOCK
