@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -15,8 +16,8 @@ import pytest
 from fastddpm import backend
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
-# Kept from run to run, where make finds what has not changed.
-BUILD = Path(tempfile.gettempdir()) / f"fastddpm-cuda-on-cpu-{os.getuid() if hasattr(os, 'getuid') else 0}"
+# One for each checkout, kept from run to run, where make finds what has not changed.
+BUILD = Path(tempfile.gettempdir()) / f"fastddpm-cuda-on-cpu-{hashlib.sha256(bytes(HERE)).hexdigest()[:16]}"
 
 
 @functools.cache
