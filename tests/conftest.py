@@ -3,7 +3,6 @@
 Tolerances have one home, fastddpm/parity.py, as they are promises to users.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -16,10 +15,11 @@ import torch
 
 from fastddpm import UNet, UNetConfig, backend
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported: here, before a test takes it away
-    with contextlib.suppress(ImportError):
-        import triton  # noqa: F401
+os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported: here, before a test takes it away
+if torch.cuda.is_available() or backend.unavailable("triton"):
+    del os.environ["TRITON_INTERPRET"]  # there is a GPU to run the kernels, or no triton that can
+else:
+    import triton  # noqa: F401
 
 DTYPES = (torch.float32, torch.bfloat16)  # what every kernel takes; float16 goes to the reference on a CPU
 LAYOUTS = ("contiguous", "channels_last", "permuted")

@@ -58,7 +58,7 @@ from test_timestep_embedding import (  # noqa: F401
 
 from fastddpm import backend, ops, parity
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", minversion="3.6")
 tl = triton.language
 
 from fastddpm.ops._triton import group_norm_silu as norm_twin  # noqa: E402
