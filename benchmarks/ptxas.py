@@ -83,7 +83,10 @@ def main() -> None:
     print_table(header, [[k.name, k.arch, str(k.registers), str(k.spilled), str(k.stack)] for k in kernels])
     if settings.json is not None:
         version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-        write_json(settings.json, {"nvcc": version.split("release ")[1].split(",")[0], "kernels": [k._asdict() for k in kernels]})
+        write_json(
+            settings.json,
+            {"nvcc": version.split("release ")[1].split(",")[0], "kernels": [k._asdict() for k in kernels]},
+        )
     spilling = [f"{k.name} for {k.arch}" for k in kernels if k.spilled]
     if spilling:
         sys.exit(f"registers are spilled in {', '.join(spilling)}")
