@@ -6,11 +6,12 @@ quarter turn; what is left, at most an eighth of a turn, goes to the float32 pol
 Work: a program has ROWS timesteps and BLOCK frequencies, each of which it computes once. Bytes: out is written once.
 """
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from .launch import OPTIONS, on
+from .launch import OPTIONS, cdiv, on, power_of_2
 from .philox import sine_cosine
 
 ROWS = 16
@@ -47,10 +48,10 @@ def timestep_embedding(out: torch.Tensor, t: torch.Tensor, rate: float, flip_sin
     count, dim = out.shape
     if count == 0:
         return
-    block = min(triton.next_power_of_2(dim // 2), 256)
-    high = torch.tensor(rate, dtype=torch.float64).float().item()
+    block = min(power_of_2(dim // 2), 256)
+    high = float(np.float32(rate))
     with on(out.device):
-        timestep_embedding_kernel[(triton.cdiv(count, ROWS), triton.cdiv(dim // 2, block))](
+        timestep_embedding_kernel[(cdiv(count, ROWS), cdiv(dim // 2, block))](
             out, t, count, dim, high, rate - high,
             FLIP=flip_sin_to_cos, ODD=dim % 2 == 1, ROWS=ROWS, BLOCK=block, num_warps=4, **OPTIONS,
         )  # fmt: skip
