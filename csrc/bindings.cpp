@@ -287,13 +287,13 @@ void group_norm_silu_backward(const py::object& dy_, const py::object& x, const 
 }
 
 #ifdef FASTDDPM_CUDA
-// Floats of workspace that a call of group_norm_silu, or its backward, needs. x: its buffer, for dtype and alignment.
+// Floats of workspace that a call of group_norm_silu, or its backward, needs, wherever x lies. x: its buffer, for the
+// dtype.
 int64_t norm_workspace(bool backward, const py::object& x_, bool inner, int64_t samples, int64_t channels,
                        int64_t pixels, int64_t groups, int device) {
     Buffer x("x", x_);
     auto fill = [&](auto args) {
-        args.x = x.required().data;
-        args.dtype = x.floating().code();
+        args.dtype = x.required().floating().code();
         args.inner = inner;
         args.samples = samples;
         args.channels = channels;

@@ -11,7 +11,7 @@
 // is used up by one thread. Otherwise a thread takes the four elements of one counter, one by one.
 //
 // Bytes: x and o are read once, x_prev (and x0, next_input) written once. The first loads are under way before the row
-// is known: it is three dependent reads away.
+// is known: it is two dependent reads away.
 //
 // State: the row index lies in the lower 32 bits of state[2]. Each block, when it has read it, adds one to the upper
 // 32 bits; the block that finds all others there writes the next index. So a step is one launch, and nobody waits.

@@ -36,24 +36,34 @@ inline void check(cudaError_t error, const char* what) {
 constexpr int kPortableCluster = 8;  // blocks that every device with clusters takes
 
 #ifndef CUDA_ON_CPU
-// kernel<<<grid, block, shared, stream>>>(arguments...), `cluster` blocks in a row sharing a thread-block cluster.
+// kernel<<<grid, block, shared, stream>>>, `cluster` blocks in a row sharing a thread-block cluster. Its address goes to
+// the runtime with that of its attribute: it stays where it is.
+struct Launch {
+    cudaLaunchAttribute attribute{};
+    cudaLaunchConfig_t config{};
+
+    Launch(int64_t grid, int block, int cluster, size_t shared, void* stream) {
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        config.gridDim = dim3(static_cast<unsigned>(grid));
+        config.blockDim = dim3(static_cast<unsigned>(block));
+        config.dynamicSmemBytes = shared;
+        config.stream = static_cast<cudaStream_t>(stream);
+        config.attrs = &attribute;
+        config.numAttrs = cluster > 1 ? 1 : 0;
+    }
+    Launch(const Launch&) = delete;
+    Launch& operator=(const Launch&) = delete;
+};
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, int cluster, size_t shared, void* stream,
             const Arguments&... arguments) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(grid));
-    config.blockDim = dim3(static_cast<unsigned>(block));
-    config.dynamicSmemBytes = shared;
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = cluster > 1 ? 1 : 0;
+    const Launch how(grid, block, cluster, shared, stream);
     if (cluster > kPortableCluster)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "asking for a cluster");
-    check(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
+    check(cudaLaunchKernelEx(&how.config, kernel, arguments...), "launching a kernel");
 }
 
 template <class... Parameters>
@@ -64,20 +74,12 @@ int ask_for_largest_cluster(int device, void (*kernel)(Parameters...), int threa
     check(cudaFuncGetAttributes(&attributes, kernel), "asking for a kernel's attributes");
     // Where the driver compiled older code for the device at hand, that has no clusters.
     if (major < 9 || attributes.ptxVersion < 90) return 1;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = 2 * kPortableCluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(2 * kPortableCluster);
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = 48 << 10;  // the most that any takes
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    const int most = 2 * kPortableCluster;
+    const Launch how(most, threads, most, 48 << 10, nullptr);  // with the most shared memory that any takes
     const bool large = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-                       cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
+                       cudaOccupancyMaxActiveClusters(&clusters, kernel, &how.config) == cudaSuccess && clusters > 0;
     cudaGetLastError();  // a refusal is an answer
-    return large ? 2 * kPortableCluster : kPortableCluster;
+    return large ? most : kPortableCluster;
 }
 
 // The most blocks that a cluster of the kernel can have: 1, 8, or the 16 that some devices allow. Asked once.

@@ -265,8 +265,8 @@ Split split_of(const GroupNormSiluArgs& args, bool pointers_aligned, int device)
                  device_facts(device, group_norm_silu_kernel<float, 4, kLimits.many, 1, false>, kLimits.threads));
 }
 
-// Means and squared deviations, rounded up so that a double may follow.
-int64_t stage_floats(const Split& s) { return s.two_stage ? round_up(2 * s.blocks(s.batch) * s.slice_groups, 2) : 0; }
+// Means and squared deviations: an even number, for a double may follow.
+int64_t stage_floats(const Split& s) { return s.two_stage ? 2 * s.blocks(s.batch) * s.slice_groups : 0; }
 
 }  // namespace
 

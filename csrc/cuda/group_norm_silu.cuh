@@ -64,7 +64,7 @@ __device__ __forceinline__ void sum_runs(const float* values, int count, int run
 struct Part {
     int64_t sample;
     int64_t index;  // of the block among those of this launch, in the order of memory
-    int slice, part;
+    int part;
     int first_group, groups;  // of the slice
     int first_channel, channels;
     uint32_t begin, end;
@@ -73,11 +73,10 @@ struct Part {
         // The second stage goes backwards, from what the first read last.
         const unsigned i = k.stage == kRest ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
         const unsigned whole = i / unsigned(k.parts), row = whole / unsigned(k.slices);
-        index = static_cast<int>(i);
+        index = i;
         part = static_cast<int>(i - whole * k.parts);
-        slice = static_cast<int>(whole - row * k.slices);
         sample = k.first_sample + row;
-        first_group = slice * k.slice_groups;
+        first_group = static_cast<int>(whole - row * k.slices) * k.slice_groups;
         groups = k.groups - first_group < k.slice_groups ? k.groups - first_group : k.slice_groups;
         first_channel = first_group * k.width;
         channels = groups * k.width;
@@ -312,6 +311,7 @@ inline void split_slice(Split& s, const Limits& limits, const Device& device, in
         throw std::logic_error("group_norm_silu: a block of " + std::to_string(s.threads) + " threads");
 }
 
+// Samples of a launch: in two stages so few that the second finds in the L2 what the first read.
 template <class Args>
 void limit_batch(Split& s, const Args& args, const Device& device) {
     s.batch = INT32_MAX / s.blocks(1);

@@ -68,17 +68,17 @@ struct Common {
     float shift, k1, k0;  // shift: what the saved mean was off by
 };
 
-// sum(c, which) of channel c in [begin, begin + k.width), numbers(c, lo) as above.
-template <class SumOf, class LoOf, class AOf>
-__device__ __forceinline__ Common common_of(const Norm& k, float rstd, int begin, const SumOf& sum, const LoOf& lo,
-                                            const AOf& a) {
+// Of channel c in [begin, begin + k.width): sum(c, which), and a(c, lo), which sets lo too.
+template <class SumOf, class AOf>
+__device__ __forceinline__ Common common_of(const Norm& k, float rstd, int begin, const SumOf& sum, const AOf& a) {
     const double pixels = static_cast<double>(k.pixels), count = pixels * k.width;
     double t = 0.0, ag = 0.0, agt = 0.0;
     for (int c = begin + threadIdx.x % 32; c < begin + k.width; c += 32) {
-        const double ac = a(c), g = sum(c, kG), lc = lo(c);
-        t += sum(c, kT) + pixels * lc;
+        double lo;
+        const double ac = a(c, lo), g = sum(c, kG);
+        t += sum(c, kT) + pixels * lo;
         ag += ac * g;
-        agt += ac * (sum(c, kGt) + lc * g);
+        agt += ac * (sum(c, kGt) + lo * g);
     }
     const double shift = warp_sum(t) / count;
     ag = warp_sum(ag), agt = warp_sum(agt) - shift * ag;
@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(kLimits.threads, 2) group_norm_silu_backward_k
     for (int g = thread / 32; g < at.groups; g += threads / 32) {
         const Common common = common_of(
             k, f.rstd[at.sample * k.groups + at.first_group + g], g * k.width,
-            [&](int c, Sum which) { return table.total[which * channels + c]; }, [&](int c) { return table.lo[c]; },
-            [&](int c) { return table.a[c]; });
+            [&](int c, Sum which) { return table.total[which * channels + c]; },
+            [&](int c, double& lo) { return lo = table.lo[c], table.a[c]; });
         if (thread % 32 == 0) table.common[g] = common;
     }
     __syncthreads();
@@ -287,15 +287,7 @@ __global__ void __launch_bounds__(kFlatThreads) group_norm_silu_backward_flat_ke
     if (warp == 0) {
         const Common of = common_of(
             k, f.rstd[at.sample * k.groups + at.first_group], 0, [&](int c, Sum which) { return sum_of(c, which); },
-            [&](int c) {
-                double lo;
-                first_numbers<T>(k, f, at.sample, at.first_channel + c, lo);
-                return lo;
-            },
-            [&](int c) {
-                double lo;
-                return first_numbers<T>(k, f, at.sample, at.first_channel + c, lo).a;
-            });
+            [&](int c, double& lo) { return first_numbers<T>(k, f, at.sample, at.first_channel + c, lo).a; });
         if (lane == 0) *common = of;
     }
     __syncthreads();

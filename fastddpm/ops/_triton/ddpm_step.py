@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from .._library import layout
-from .launch import OPTIONS, needs_int64, on
+from .launch import OPTIONS, cdiv, needs_int64, on, power_of_2
 from .philox import normals
 
 TILE = 1024  # elements, eight per thread
@@ -115,7 +115,7 @@ def ddpm_step_kernel(
     inside = (c < CHANNELS) & (p < pixels)
 
     # Everything is loaded before anything is stored: x_prev may be x, and x0 be x0_last. These are under way before the
-    # row is known, which is three dependent reads away.
+    # row is known, which is two dependent reads away.
     at, o_at = i * CHANNELS * pixels, i * O_CHANNELS * pixels
     offset, o_offset = _offset(c, p, CHANNELS, pixels, X_INNER), _offset(c, p, O_CHANNELS, pixels, O_INNER)
     xs = tl.load(x + at + offset, mask=inside, other=0.0)
@@ -179,8 +179,7 @@ def ddpm_step_kernel(
     result = tl.where(sigma != 0.0, tl.fma(spread, z, result), result)
 
     if rows is not None:
-        # All who see a bad value store the same number, and only where none stands: no atomic is needed. The sum over
-        # the program is also the barrier between its loads and its stores.
+        # All who see a bad value store the same number, and only where none stands: no atomic is needed.
         bad = (tl.abs(eps) < float("inf")) == 0
         bad = bad & _everywhere((b != 0.0) | (d != 0.0), inside)
         if O_CHANNELS > CHANNELS:
@@ -225,9 +224,9 @@ def ddpm_step(
         table = (None, None, None, 0, *rows.tolist(), *state[:2].tolist(), timesteps.item())
     else:
         table = (rows, timesteps, state, timesteps.numel(), *[0.0] * 9, 0, 0, 0)
-    block_c = min(triton.next_power_of_2(channels), 32)
+    block_c = min(power_of_2(channels), 32)
     block_p = TILE // block_c
-    programs = n * triton.cdiv(channels, block_c) * triton.cdiv(pixels, block_p)
+    programs = n * cdiv(channels, block_c) * cdiv(pixels, block_p)
     with on(x.device):
         ddpm_step_kernel[(programs,)](
             x, x_prev, o, x0_last, x0, next_input, noise, *table, clip, pixels,

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import OPTIONS, needs_int64, on
+from .launch import OPTIONS, cdiv, needs_int64, on, power_of_2
 
 RESIDENT = 32768  # elements of a slice, in the forward
 RESIDENT_BACKWARD = 16384
@@ -417,16 +417,6 @@ def group_norm_silu_backward_apply_kernel(
 # ------------------------------------------------------------------------------------------------ launch
 
 
-# triton's own cdiv and next_power_of_2 take microseconds on the host.
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_2(n: int) -> int:
-    """The next one, n itself included."""
-    return 1 << (n - 1).bit_length()
-
-
 def _blocks(
     channels: int, pixels: int, size: int, inner: bool, groups: int, limit: int
 ) -> tuple[int, int, int, int, int]:
@@ -434,17 +424,17 @@ def _blocks(
     width = channels // groups
     # Whole groups. Channels outer, each is one run of memory, and several share a program only where they are small;
     # not too many, for the table of their groups grows with the square.
-    least = 32 // size if inner else min(_cdiv(1024, pixels), 64)
-    slice_ = width * min(_cdiv(least, width), groups)
-    block_c, block_p = _power_of_2(slice_), _power_of_2(pixels)
+    least = 32 // size if inner else min(cdiv(1024, pixels), 64)
+    slice_ = width * min(cdiv(least, width), groups)
+    block_c, block_p = power_of_2(slice_), power_of_2(pixels)
     if block_c * block_p <= limit:
         return slice_, block_c, block_p, 0, 0
     # In chunks a slice costs no registers: 64 bytes of it make longer runs of memory.
     slice_ = width * max(min(64 // size // width, groups), 1) if inner else width
-    block_c = _power_of_2(slice_)
+    block_c = power_of_2(slice_)
     block_p = max(TILE // block_c, 1)
-    tiles = _cdiv(_cdiv(pixels, block_p), CHUNKS)
-    return slice_, block_c, block_p, _cdiv(pixels, tiles * block_p), tiles
+    tiles = cdiv(cdiv(pixels, block_p), CHUNKS)
+    return slice_, block_c, block_p, cdiv(pixels, tiles * block_p), tiles
 
 
 class _Plan:
@@ -454,15 +444,15 @@ class _Plan:
         slice_, block_c, block_p, self.chunks, self.tiles = _blocks(channels, pixels, size, inner, groups, limit)
         self.pixels, self.elements = pixels, block_c * block_p
         self.inverse = groups / (channels * pixels)
-        self.programs = n * _cdiv(channels, slice_)
+        self.programs = n * cdiv(channels, slice_)
         add, scale, shift = (channels if per_sample else 0 for per_sample in (add, scale, shift))
         self.constants = {
             "C": channels, "WIDTH": channels // groups, "SLICE": slice_, "INNER": inner, "SILU": silu,
             "ADD_STRIDE": add, "SCALE_STRIDE": scale, "SHIFT_STRIDE": shift,
             "TILES": self.tiles, "ALIGNED": pixels % 8 == 0,
             "LARGE": needs_int64(channels * (pixels + max(self.tiles, 1) * block_p)),
-            "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_G": _power_of_2(slice_ * groups // channels),
-            "BLOCK_K": _power_of_2(max(self.chunks, 1)),
+            "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_G": power_of_2(slice_ * groups // channels),
+            "BLOCK_K": power_of_2(max(self.chunks, 1)),
         }  # fmt: skip
         self.known = {}  # of the constants, what each kernel takes
 

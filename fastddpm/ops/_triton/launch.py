@@ -17,3 +17,13 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 def needs_int64(elements: int) -> bool:
     """Whether offsets within so many elements don't fit an int32."""
     return elements >= 1 << 31
+
+
+# Triton's own of these two take microseconds on the host.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The next one, n itself included."""
+    return 1 << (n - 1).bit_length()

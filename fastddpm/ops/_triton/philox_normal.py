@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import OPTIONS, needs_int64, on
+from .launch import OPTIONS, cdiv, needs_int64, on
 from .philox import normals
 
 BLOCK = 256  # quads
@@ -58,7 +58,7 @@ def philox_normal(
     if out.numel() == 0:
         return
     with on(out.device):
-        philox_normal_kernel[(n * triton.cdiv(elements, 4 * BLOCK),)](
+        philox_normal_kernel[(n * cdiv(elements, 4 * BLOCK),)](
             out, t, sample, elements, seed, stream, t_all, first,
             ALIGNED=elements % 4 == 0, LARGE=needs_int64(elements + 4 * BLOCK), BLOCK=BLOCK, num_warps=4, **OPTIONS,
         )  # fmt: skip
