@@ -259,6 +259,21 @@ void group_norm_silu(const py::object& x, const py::object& y_, bool inner, cons
     FASTDDPM_CALL(group_norm_silu, args, place);
 }
 
+// (h, a, b) [3, samples, channels], channels inner, with group_norm_silu(x) = silu((x + h) * a + b).
+void group_norm_coefficients(const py::object& x, const py::object& coefficients_, const py::object& weight,
+                             const py::object& bias, const py::object& add, int64_t samples, int64_t channels,
+                             int64_t pixels, int64_t groups, float eps, int threads) {
+    Buffer coefficients("coefficients", coefficients_);
+    GroupNormSiluArgs args{};
+    const py::object none = py::none();
+    fill_group_norm(args, x, true, weight, bias, add, none, none, samples, channels, pixels, groups, true, none,
+                    Place(py::int_(threads)));
+    args.coefficients = coefficients.required().size(product(3, samples, channels)).floats();
+    args.eps = eps;
+    py::gil_scoped_release release;
+    group_norm_silu_cpu(args);
+}
+
 void group_norm_silu_backward(const py::object& dy_, const py::object& x, const py::object& dx_, bool inner,
                               const py::object& mean_, const py::object& rstd_, const py::object& weight,
                               const py::object& bias, const py::object& add, const py::object& scale,
@@ -326,39 +341,58 @@ void timestep_embedding(const py::object& out_, const py::object& t_, int64_t co
     FASTDDPM_CALL(timestep_embedding, args, place);
 }
 
-WinogradArgs winograd(const py::object& image_, const py::object& products_, int64_t samples, int64_t height,
-                      int64_t width, int64_t channels, int threads) {
-    Buffer image("image", image_), transformed("transformed", products_);
+void check_winograd(int64_t channels, int64_t outputs, int dtype, int threads) {
+    check(channels % 32 == 0 && outputs % 32 == 0, "channels and outputs must be divisible by 32");
+    if (dtype > 1 || !winograd_serves(static_cast<Dtype>(dtype)))
+        throw py::type_error("this processor has no Winograd convolution in that dtype");
     check(threads >= 1, "threads must be at least 1");
-    check(height % 4 == 0 && width % 4 == 0 && channels % 16 == 0,
-          "height and width must be divisible by 4, channels by 16");
+}
+
+void winograd(const py::object& x_, const py::object& coefficients_, const py::object& weights_,
+              const py::object& bias_, const py::object& residual_, const py::object& y_, bool upsample,
+              int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t outputs, int threads) {
+    Buffer x("x", x_), weights("weights", weights_), bias("bias", bias_), residual("residual", residual_), y("y", y_);
+    Buffer coefficients("coefficients", coefficients_);
+    check_winograd(channels, outputs, weights.required().dtype, threads);
+    check(height % 2 == 0 && width % 2 == 0, "height and width must be even");
+    for (Buffer* v : {&x, &y})  // float32, or the products' dtype
+        if (v->required().dtype != 0) v->type(weights.dtype);
+    const int shrink = upsample ? 2 : 1;
     WinogradArgs args{};
-    args.image = image.required().size(product(samples, height, width, channels)).floats();
-    args.transformed = transformed.required().size(product(samples, height / 4, width / 4, 36, channels)).floats();
+    args.x = x.size(product(samples, height / shrink, width / shrink, channels)).data;
+    args.x_dtype = x.code();
+    args.y_dtype = y.code();
+    args.coefficients = coefficients.size(product(3, samples, channels)).floats();
+    args.upsample = upsample;
+    args.weights = weights.size(product(upsample ? 9 : 16, outputs, channels)).data;
+    args.bias = bias.size(outputs).floats();
+    args.y = y.size(product(samples, height, width, outputs)).data;
+    args.residual = residual.type(y.dtype).size(y.numel).data;
+    args.dtype = weights.code();
     args.samples = samples;
     args.height = height;
     args.width = width;
     args.channels = channels;
+    args.outputs = outputs;
     args.threads = threads;
-    return args;
+    py::gil_scoped_release release;
+    winograd_cpu(args);
 }
 
-void winograd_input(const py::object& image, const py::object& transformed, int64_t samples, int64_t height,
-                    int64_t width, int64_t channels, int threads) {
-    const WinogradArgs args = winograd(image, transformed, samples, height, width, channels, threads);
+void winograd_weights(const py::object& weight_, const py::object& packed_, bool upsample, int64_t outputs,
+                      int64_t channels, int threads) {
+    Buffer weight("weight", weight_), packed("packed", packed_);
+    check_winograd(channels, outputs, packed.required().dtype, threads);
+    WinogradWeightsArgs args{};
+    args.weight = weight.required().size(product(9, outputs, channels)).floats();
+    args.packed = packed.size(product(upsample ? 9 : 16, outputs, channels)).data;
+    args.upsample = upsample;
+    args.dtype = packed.code();
+    args.outputs = outputs;
+    args.channels = channels;
+    args.threads = threads;
     py::gil_scoped_release release;
-    winograd_input_cpu(args);
-}
-
-void winograd_output(const py::object& transformed, const py::object& bias_, const py::object& residual_,
-                     const py::object& image, int64_t samples, int64_t height, int64_t width, int64_t channels,
-                     int threads) {
-    WinogradArgs args = winograd(image, transformed, samples, height, width, channels, threads);
-    Buffer bias("bias", bias_), residual("residual", residual_);
-    args.bias = bias.required().size(channels).floats();
-    args.residual = residual.size(samples * height * width * channels).floats();
-    py::gil_scoped_release release;
-    winograd_output_cpu(args);
+    winograd_weights_cpu(args);
 }
 
 py::dict build_info() {
@@ -386,10 +420,14 @@ PYBIND11_MODULE(FASTDDPM_MODULE, module) {
     module.def("philox_normal", &philox_normal);
     module.def("ddpm_step", &ddpm_step);
     module.def("group_norm_silu", &group_norm_silu);
+    module.def("group_norm_coefficients", &group_norm_coefficients);
     module.def("group_norm_silu_backward", &group_norm_silu_backward);
     module.def("timestep_embedding", &timestep_embedding);
-    module.def("winograd_input", &winograd_input);
-    module.def("winograd_output", &winograd_output);
+    module.def("winograd", &winograd);
+    module.def("winograd_weights", &winograd_weights);
+    module.def("winograd_serves", [](const char* dtype) {
+        return winograd_serves(std::string(dtype) == "bfloat16" ? Dtype::bfloat16 : Dtype::float32);
+    });
     module.def("cpu_variant", &cpu_variant);
     module.def("build_info", &build_info);
 #ifdef FASTDDPM_CUDA

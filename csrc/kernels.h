@@ -90,6 +90,8 @@ struct GroupNormSiluArgs {
     bool silu;
     float* mean;  // [samples, groups] of (x + add) minus its group's first element: so a large mean costs no accuracy
     float* rstd;  // [samples, groups]
+    // CPU: if not null, (h, a, b) [3, samples, channels] with y = act((x + h) * a + b), instead of y, mean and rstd.
+    float* coefficients;
     float* workspace;  // CUDA: as many floats as group_norm_silu_workspace says
     int threads;
 };
@@ -130,16 +132,33 @@ struct TimestepEmbeddingArgs {
     int threads;
 };
 
-// What surrounds the products of a 3x3 convolution, stride 1, padding 1, by Winograd's method F(4x4, 3x3).
-// input: transformed = B^T d B of each 6x6 patch d of the image; output: image = A^T m A + bias + residual, m = transformed.
+// y = w * x + bias + residual: a 3x3 convolution, stride 1, padding 1, by Winograd's method F(2x2, 3x3), channels inner.
+// In float32; in bfloat16 where winograd_serves says so: then x and y, each for itself, may still be float32.
 struct WinogradArgs {
-    float* image;           // [samples, height, width, channels], sides divisible by 4, channels by 16
-    float* transformed;     // [samples * height * width / 16, 36, channels]
-    const float* bias;      // [channels]; output only
-    const float* residual;  // layout of image; output only; null: 0; may be image itself
+    const void* x;  // [samples, height, width, channels], sides even, channels divisible by 32
+    bool upsample;  // w * x2 instead, x2 = x with each pixel four times; x: [samples, height/2, width/2, channels]
+    void* y;        // [samples, height, width, outputs], outputs divisible by 32
+    const void* residual;       // like y, may be y; null: 0
+    Dtype dtype;                // of the products and weights
+    Dtype x_dtype, y_dtype;     // y's is also the residual's
+    const float* coefficients;  // of group_norm_silu; if not null, x stands for silu((x + h) * a + b)
+    const void* weights;        // as winograd_weights left them
+    const float* bias;          // [outputs]; null: 0
     int64_t samples;
     int64_t height;
     int64_t width;
+    int64_t channels;
+    int64_t outputs;
+    int threads;
+};
+
+// The weights of the above, transformed, in an order that depends on the instruction set.
+struct WinogradWeightsArgs {
+    const float* weight;  // [outputs, channels, 3, 3]
+    void* packed;         // [16 * outputs * channels], with upsample 9 * outputs * channels
+    bool upsample;
+    Dtype dtype;  // of packed
+    int64_t outputs;
     int64_t channels;
     int threads;
 };
@@ -149,8 +168,9 @@ void ddpm_step_cpu(const DdpmStepArgs&);
 void group_norm_silu_cpu(const GroupNormSiluArgs&);
 void group_norm_silu_backward_cpu(const GroupNormSiluBackwardArgs&);
 void timestep_embedding_cpu(const TimestepEmbeddingArgs&);
-void winograd_input_cpu(const WinogradArgs&);
-void winograd_output_cpu(const WinogradArgs&);
+void winograd_cpu(const WinogradArgs&);
+void winograd_weights_cpu(const WinogradWeightsArgs&);
+bool winograd_serves(Dtype);
 
 #ifdef FASTDDPM_CUDA
 // Each launches on `place` and throws std::runtime_error where CUDA reports an error. All may be captured into a graph.

@@ -1,80 +1,317 @@
-"""The network as the machine wants it, for inference: same weights, another layout and dtype, t taken out of the loop."""
+"""The network as the machine wants it, for inference: same weights, another layout and dtype, t taken out of the loop.
+
+A UNet's engine is kept from one call of `sample` to the next, as long as nothing that it was made from has changed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import hashlib
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
 
-from .merged import merge
-from .unet import UNet
+from . import backend, graphs
+from .merged import merge, spend
+from .unet import (
+    Attention,
+    Downsample,
+    GroupNormSiLU,
+    Level,
+    Middle,
+    ResBlock,
+    TimestepEmbedding,
+    UNet,
+    UNetConfig,
+    Upsample,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GROWTH = 1.2  # of the model's weights: what an engine's own may come to, on a CPU
 
 
 class Plain:
     """Any model called as model(x, t) or model(x, t, class_labels)."""
 
     memory_format = torch.contiguous_format
+    captured = False  # whether its steps may become a CUDA graph
+    chain = None  # for the loop to keep what it has captured
 
-    def __init__(self, model: Callable, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, dtype
+    def __init__(self, model: Callable, device: torch.device, dtype: torch.dtype, notice: str | None = None) -> None:
+        """notice: what the user should know about how the model runs."""
+        self.model, self.device, self.dtype, self.notice = model, device, dtype, notice
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         return self.model(x, t) if class_labels is None else self.model(x, t, class_labels)
 
+    def settings(self) -> contextlib.AbstractContextManager:
+        """What must hold while it is captured or runs: a foreign model runs as its owner has set things."""
+        return contextlib.nullcontext()
+
+    def per_step(self, timesteps: torch.Tensor, n: int) -> torch.Tensor:
+        """What a step of n images needs of its timestep, one row for each of timesteps [S]: here t itself, [S, n]."""
+        return timesteps[:, None].expand(-1, n).contiguous()
+
+    def predict(self, x: torch.Tensor, row: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """The network's output for x, with its timestep's row of `per_step`."""
+        return self(x, row, class_labels)
+
 
 class Engine(Plain):
-    """A copy of a UNet with merged layers and channels_last weights, its timestep part computed for all steps at once."""
+    """A copy of a UNet with merged layers and channels_last weights, its timestep part computed for all steps at once.
+
+    Tensors that need no other layout, dtype or device are the model's own memory. No module of the model is referred to.
+    """
 
     memory_format = torch.channels_last
 
     def __init__(self, model: UNet, device: torch.device, dtype: torch.dtype) -> None:
+        changed = changed_layers(model)
+        # Foreign layers may write into their tensors, so that they get copies.
+        shared = () if changed else (*model.parameters(), *model.buffers())
         # deepcopy and not state_dict: the module may carry hooks or replaced layers of its owner.
-        network = copy.deepcopy(model).eval()
-        if type(network).body is UNet.body:  # another body may read what merged layers don't keep
-            merge(network)
-        network.to(device, dtype, memory_format=torch.channels_last)
-        super().__init__(network, dtype)
+        network = copy.deepcopy(model, {id(v): v for v in shared}).eval()
+        self.whole = "" not in changed
+        left = []
+        if self.whole:  # else another body may read what merged layers don't keep
+            left = merge(network)
+            if device.type == "cpu":
+                spend(network, dtype, GROWTH * sum(p.numel() * p.element_size() for p in model.parameters()))
+        _place(network, device, dtype, network.embedding_layers() if self.whole else ())
+        super().__init__(network, device, dtype, _notice(model, left or changed))
+        self.captured = not changed
+        self.hoisted = self.whole and model.config.classes is None
 
-    def body(self, x: torch.Tensor, embedding: list[torch.Tensor]) -> torch.Tensor:
-        return self.model.body(x, embedding)
+    def settings(self) -> contextlib.AbstractContextManager:
+        return graphs.cudnn_for(self.device)
+
+    def per_step(self, timesteps: torch.Tensor, n: int) -> torch.Tensor:
+        """What all residual blocks add, float32 [S, their widths together], where that depends on t alone."""
+        if not self.hoisted:
+            return super().per_step(timesteps, n)
+        parts = self.model.embed(timesteps)
+        self.widths = [part.shape[1] for part in parts]
+        return torch.cat(parts, dim=1).float()
+
+    def predict(self, x: torch.Tensor, row: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        if self.hoisted:
+            return self.model.body(x, row.split(self.widths))
+        if self.whole:
+            return self.model.body(x, [part.float() for part in self.model.embed(row, class_labels)])
+        return super().predict(x, row, class_labels)
 
 
-def table_embedding(net: Plain, timesteps: torch.Tensor) -> list[torch.Tensor] | None:
-    """What every residual block adds at every step, [S, width] each, where that depends on t alone; else None."""
-    if not isinstance(net, Engine) or net.model.config.classes is not None:
+def _place(network: nn.Module, device: torch.device, dtype: torch.dtype, exact: Iterable[nn.Module]) -> None:
+    """Convert tensor by tensor: module.to would write into parameters that are the caller's.
+
+    exact: modules whose dtype stays as it is; what they compute is needed once for a whole chain.
+    """
+    stays = {part for module in exact for part in module.modules()}
+
+    def placed(v: torch.Tensor) -> torch.Tensor:
+        kind = dtype if v.is_floating_point() and module not in stays else v.dtype
+        layout = torch.channels_last if v.dim() == 4 else torch.preserve_format
+        return v.detach().to(device, kind, memory_format=layout)
+
+    for module in network.modules():
+        if hasattr(module, "place"):  # a merged layer that keeps its weight's precision until it packs it
+            module.place(device, dtype)
+            continue
+        for name, v in module._parameters.items():
+            if v is not None:
+                module._parameters[name] = nn.Parameter(placed(v), requires_grad=False)
+        for name, v in module._buffers.items():
+            if v is not None:
+                module._buffers[name] = placed(v)
+
+
+# ------------------------------------------------------------------------------- what an engine is made from
+
+OURS = {
+    Attention, Downsample, GroupNormSiLU, Level, Middle, ResBlock, TimestepEmbedding, Upsample,
+    nn.Conv2d, nn.Dropout, nn.Embedding, nn.Linear, nn.ModuleList,
+}  # fmt: skip
+METHODS = ("forward", "body", "embed", "resblocks")  # of a UNet, which the engine calls or replaces
+SIMPLE = (bool, int, float, str, tuple, types.NoneType, UNetConfig)
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether nobody has hooked the module or put a function into it. Functions may also hold the model itself."""
+    state = {**vars(module), "_compiled_call_impl": None}  # of module.compile(), which copies don't have
+    return not any(callable(v) or ("_hooks" in name and v) for name, v in state.items())
+
+
+def changed_layers(model: UNet) -> list[str]:
+    """The names of modules whose code is not this package's own; "" is the model itself."""
+
+    def ours(module: nn.Module) -> bool:
+        if module is model:
+            return all(getattr(type(model), name) is getattr(UNet, name) for name in METHODS)
+        return type(module) in OURS
+
+    return [name for name, module in model.named_modules() if not (ours(module) and _untouched(module))]
+
+
+def _notice(model: UNet, layers: list[str]) -> str | None:
+    if not layers:
         return None
-    return [part.float() for part in net.model.embed(timesteps)]
+    if "" in layers:
+        name = type(model).__name__
+        return f"the {name} has hooks or functions put into it, or a forward of its own, so it runs as it is"
+    names = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+    return f"the network's {names}: not as fastddpm makes such layers, so they run as they are"
+
+
+def structure(model: UNet) -> list[tuple]:
+    """What a UNet of unchanged layers is besides its tensors."""
+    return [
+        (name, type(module), {k: repr(v) for k, v in vars(module).items() if k != "training" and isinstance(v, SIMPLE)})
+        for name, module in model.named_modules()
+    ]
+
+
+def fingerprint(tensors: list[torch.Tensor]) -> tuple:
+    """Equal for equal tensors in the same place, and only for these: the last part is a checksum of all values.
+
+    `_version` alone misses what is written through .data, NumPy or a fused optimiser.
+    """
+    places = [
+        (v.data_ptr(), None if v.is_inference() else v._version, v.dtype, v.shape, v.stride(), v.device)
+        for v in tensors
+    ]
+    on_host = [v for v in tensors if v.device.type == "cpu"]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the interpreter
+        digests = list(pool.map(_digest, on_host))
+    sums = [_sum(v) for v in tensors if v.device.type != "cpu"]
+    return places, digests, torch.stack(sums).tolist() if sums else []  # one wait for the device
+
+
+def _bits(v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The elements of v [...] in the order of memory, as integers of `dtype`; a copy only where v has gaps."""
+    by_stride = sorted(range(v.dim()), key=lambda d: -v.stride(d))
+    return v.detach().permute(by_stride).contiguous().flatten().view(dtype)
+
+
+def _digest(v: torch.Tensor) -> bytes:
+    return hashlib.sha256(_bits(v, torch.uint8).numpy()).digest()
+
+
+def _sum(v: torch.Tensor) -> torch.Tensor:
+    """A checksum where v is, int64 []: the sum of all elements' bits, each mixed with its index one to one (as splitmix64 does).
+
+    So a change of one element always shows; any other one, such as two that change places, but for 1 in 2^64.
+    """
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[v.element_size()]
+
+    def folded(w: torch.Tensor, shift: int) -> torch.Tensor:
+        # The mask makes it a shift of unsigned numbers: w and ~w must not become the same.
+        return w.bitwise_xor_((w >> shift).bitwise_and_((1 << 64 - shift) - 1))
+
+    w = torch.arange(1, v.numel() + 1, device=v.device).mul_(-0x61C8864680B583EB).add_(_bits(v, integer))
+    w = folded(w, 30).mul_(-0x40A7B892E31B1A47)
+    w = folded(w, 27).mul_(-0x6B2FB644ECCEEE15)
+    return folded(w, 31).sum()
+
+
+def _settings(device: torch.device, dtype: torch.dtype) -> tuple:
+    """What else packed weights and captured kernels depend on."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        torch.get_num_threads(),
+        {backend.choose(device, kind) for kind in (dtype, torch.float32)},
+        torch.backends.mkldnn.enabled,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.deterministic,
+        matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- one per model
+
+
+class _Kept:
+    """A model's lock, for a whole chain at a time, and its latest engine."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # again from the same thread: a callback that samples
+        self.busy = False
+        self.engine: Engine | None = None
+        self.key: tuple | None = None
+
+
+_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_keeping = threading.Lock()
 
 
 @contextlib.contextmanager
-def network(model: nn.Module | Callable, device: torch.device, dtype: torch.dtype | None) -> Iterator[Plain]:
-    """The model ready for the loop on `device` in `dtype`; the caller's module is never changed, its mode restored."""
+def network(
+    model: nn.Module | Callable, device: torch.device, dtype: torch.dtype | None, shape: tuple[int, ...]
+) -> Iterator[Plain]:
+    """The model ready for a loop over x of `shape` [N, C, H, W] on `device`, in `dtype`; default its own.
+
+    The caller's module is never changed, its mode restored. Threads that use the same module take turns.
+    """
     if not isinstance(model, nn.Module):
         if dtype is not None:
             raise ValueError(
                 f"dtype: {dtype} was asked for, but a bare callable cannot be cast; cast it yourself and leave dtype"
             )
-        yield Plain(model, torch.float32)
+        yield Plain(model, device, torch.float32)
         return
     parameter = next(model.parameters(), None)
     own = torch.float32 if parameter is None else parameter.dtype
     dtype = own if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype}; expected float32, bfloat16 or float16")
-    if isinstance(model, UNet):
-        yield Engine(model, device, dtype)
+    with _keeping:
+        kept = _kept.setdefault(model, _Kept())
+    with kept.lock:
+        if isinstance(model, UNet):
+            with _engine(kept, model, device, dtype, shape) as engine:
+                yield engine
+            return
+        moved = dtype != own or (parameter is not None and parameter.device != device)
+        used = copy.deepcopy(model).to(device, dtype) if moved else model
+        modes = [(module, module.training) for module in used.modules()]
+        used.eval()
+        try:
+            yield Plain(used, device, dtype, f"{type(model).__name__} is not a fastddpm.UNet, so it runs as it is")
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextlib.contextmanager
+def _engine(
+    kept: _Kept, model: UNet, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Iterator[Engine]:
+    """The kept engine where it still is the model's; else a new one, kept where it can be told whether it still is."""
+    tensors = [*model.parameters(), *model.buffers()]
+    why = None
+    if torch.is_autocast_enabled(device.type):
+        why = "torch.autocast is on"
+    elif any(type(v) not in (nn.Parameter, torch.Tensor) or v.device != tensors[0].device for v in tensors):
+        why = "its parameters are not plain tensors on one device"
+    if kept.busy or why or changed_layers(model):
+        engine = Engine(model, device, dtype)
+        engine.captured = False
+        if why and graphs.usable(device):
+            engine.notice = engine.notice or f"steps are not captured as a CUDA graph, as {why}"
+        yield engine
         return
-    moved = dtype != own or (parameter is not None and parameter.device.type != device.type)
-    used = copy.deepcopy(model).to(device, dtype) if moved else model
-    modes = [(module, module.training) for module in used.modules()]
-    used.eval()
+    key = device, dtype, shape, _settings(device, dtype), structure(model), fingerprint(tensors)
+    if kept.key != key:
+        kept.engine = kept.key = None  # its memory goes before a new one's comes
+        kept.engine = Engine(model, device, dtype)
+        kept.key = key
+    kept.busy = True
     try:
-        yield Plain(used, dtype)
+        yield kept.engine
     finally:
-        for module, training in modes:
-            module.training = training
+        kept.busy = False

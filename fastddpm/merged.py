@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import winograd
-from .unet import Attention, Downsample, GroupNormSiLU, Level, Middle, ResBlock, Upsample
+from .unet import EPS, Attention, Downsample, GroupNormSiLU, Level, Middle, ResBlock, TimestepEmbedding, UNet, Upsample
 
 ONEDNN = (
     "_convolution_pointwise",
@@ -30,39 +32,54 @@ def _onednn_takes(x: torch.Tensor) -> bool:
 
 
 class Convolution(nn.Module):
-    """conv(x), or residual + conv(x), with constant weights: [O, I, K, K]; transposed [I, O, K, K].
+    """conv(x), or residual + conv(x), with constant weights [O, I, K, K]; with upsample, conv of x with doubled sides.
 
     On a CPU the first call puts the weights into the layout that oneDNN wants, which would otherwise happen in every
     call, and keeps no others: x must then keep its height and width. There a residual is added before the one
-    rounding, without a pass of its own, and 3x3 convolutions go Winograd's way where that is faster.
+    rounding, without a pass of its own, and 3x3 convolutions go Winograd's way where `spend` let them.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor, stride: int, padding: int, transposed: bool = False
+        self, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int, upsample: bool = False
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-        self.stride, self.padding, self.transposed = [stride, stride], [padding, padding], transposed
+        self.stride, self.padding, self.upsample = [stride, stride], [padding, padding], upsample
+        self.fast = False
         self.packed, self.winograd = None, False
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Convolution:
         return cls(conv.weight.detach(), conv.bias.detach(), conv.stride[0], conv.padding[0])
 
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """As module.to, for a network in this dtype."""
+        self.dtype = dtype
+        cpu = device.type == "cpu"
+        if cpu and self.fast:
+            return  # Winograd's weights are rounded once, behind their transformation
+        if self.upsample:
+            self.weight = transposed(self.weight)
+        layout = torch.preserve_format if cpu else torch.channels_last
+        self.weight = self.weight.to(device, dtype, memory_format=layout)
+        self.bias = None if self.bias is None else self.bias.to(device, dtype)
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, overwrite: bool = False) -> torch.Tensor:
         """overwrite: the result may take the residual's memory."""
-        if self.packed is None and _onednn_takes(x):
-            self._pack(x)
         if self.packed is None:
-            convolve = F.conv_transpose2d if self.transposed else F.conv2d
-            y = convolve(x, self.weight, self.bias, self.stride, self.padding)
-            return y if residual is None else residual + y
+            self._pack(x)
         if self.winograd:
-            return winograd.convolve(x, self._products, self.bias, residual, residual if overwrite else None)
-        if self.transposed:
+            out = residual if overwrite else None
+            return winograd.convolve(x, self.packed, self.bias, residual, out, upsample=self.upsample)
+        if self.packed is None:
+            if self.upsample:
+                return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
+            y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+            return y if residual is None else residual + y
+        if self.upsample:
             return torch.ops.mkldnn._convolution_transpose_pointwise(
-                x, self.packed, self.bias, self.padding, [0, 0], self.stride, [1, 1], 1, "none", [], ""
+                x, self.packed, self.bias, [1, 1], [0, 0], [2, 2], [1, 1], 1, "none", [], ""
             )
         given = self.packed, self.bias, self.padding, self.stride, [1, 1], 1
         if residual is None:
@@ -72,42 +89,77 @@ class Convolution(nn.Module):
             return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *given, *add)
         return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *given, *add)
 
-    def _products(self, patches: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(
-            patches, self.packed, None, [0, 0], [1, 1], [1, 1], winograd.GROUPS, "none", [], ""
-        )
+    def behind(
+        self,
+        norm: GroupNormSiLU,
+        x: torch.Tensor,
+        add: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        overwrite: bool = False,
+        exact: bool = False,
+    ) -> torch.Tensor:
+        """self(norm(x, add), residual, overwrite). exact: the result may be float32 in a network of another dtype."""
+        if self.packed is None:
+            self._pack(x)
+        if not (self.winograd and x.is_contiguous(memory_format=torch.channels_last)):
+            return self(norm(x, add), residual, overwrite)
+        coefficients = winograd.norm_coefficients(x, norm.groups, norm.weight, norm.bias, EPS, add)
+        out, dtype = residual if overwrite else None, torch.float32 if exact else None
+        return winograd.convolve(x, self.packed, self.bias, residual, out, coefficients=coefficients, dtype=dtype)
 
     def _pack(self, x: torch.Tensor) -> None:
         """For this shape of x; another batch size then works too, but may cost a reordering in every call."""
+        if self.fast and winograd.suits(x, self.dtype, self.upsample):
+            self.packed, self.winograd = winograd.pack(self.weight, self.dtype, self.upsample), True
+            self.weight, self.bias = None, None if self.bias is None else self.bias.float()
+            return
+        if self.fast:
+            self.fast = False
+            self.place(x.device, self.dtype)
+        if not _onednn_takes(x):
+            return
         weight, self.weight = self.weight, None
-        if self.transposed:
+        if self.upsample:
             self.packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(
-                weight.contiguous(), self.padding, [0, 0], self.stride, [1, 1], 1, x.shape
+                weight.contiguous(), [1, 1], [0, 0], [2, 2], [1, 1], 1, x.shape
             )
             return
-        self.winograd = winograd.suits(x, weight, self.stride, self.padding)
-        if self.winograd:
-            weight, shape = winograd.weights(weight), winograd.patches_shape(x.shape)
-            settings = [0, 0], [1, 1], [1, 1], winograd.GROUPS, shape
-        else:
-            settings = self.padding, self.stride, [1, 1], 1, x.shape
+        settings = self.padding, self.stride, [1, 1], 1, x.shape
         self.packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *settings)
 
 
+def transposed(weight: torch.Tensor) -> torch.Tensor:
+    """Nearest upsampling and a 3x3 convolution behind it as one transposed convolution, stride 2, padding 1: 4 products
+    for each output pixel instead of 9. [O, I, 3, 3] -> [I, O, 4, 4].
+
+    Nearest upsampling is a transposed convolution with a 2x2 block of ones, stride 2; a 3x3 convolution behind it makes
+    the 4x4 kernel that is the sum of the 3x3 one (mirrored, as transposed convolutions have it) at the block's 4 places.
+    """
+    taps = weight.double().flip(2, 3).transpose(0, 1)
+    return sum(F.pad(taps, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1))
+
+
 class MergedResBlock(nn.Module):
-    """`ResBlock` with the last convolution adding to the shortcut."""
+    """`ResBlock` with the first convolution's bias in what is added behind it, and the last adding to the shortcut."""
 
     def __init__(self, block: ResBlock) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.time_emb_proj = block.norm1, block.norm2, block.time_emb_proj
+        self.norm1, self.norm2 = block.norm1, block.norm2
         self.conv1, self.conv2 = Convolution.of(block.conv1), Convolution.of(block.conv2)
         self.conv_shortcut = None if block.conv_shortcut is None else Convolution.of(block.conv_shortcut)
+        self.time_emb_proj = copy.copy(block.time_emb_proj)
+        self.time_emb_proj._parameters = {
+            "weight": block.time_emb_proj.weight,
+            "bias": nn.Parameter(block.time_emb_proj.bias.detach() + self.conv1.bias, requires_grad=False),
+        }
+        self.conv1.bias = None
 
     def forward(self, x: torch.Tensor, add: torch.Tensor) -> torch.Tensor:
-        h = self.norm2(self.conv1(self.norm1(x)), add)
+        # What lies between the convolutions needn't be rounded where both take float32 as it is.
+        h = self.conv1.behind(self.norm1, x, exact=self.conv2.fast)
         if self.conv_shortcut is None:
-            return self.conv2(h, x)
-        return self.conv2(h, self.conv_shortcut(x), overwrite=True)
+            return self.conv2.behind(self.norm2, h, add, x)
+        return self.conv2.behind(self.norm2, h, add, self.conv_shortcut(x), overwrite=True)
 
 
 class MergedAttention(nn.Module):
@@ -143,14 +195,8 @@ class MergedAttention(nn.Module):
 
 
 def merged_upsample(upsample: Upsample) -> Convolution:
-    """`Upsample` as one transposed convolution, with 4 products for each output pixel instead of 9.
-
-    Nearest upsampling is a transposed convolution with a 2x2 block of ones, stride 2; a 3x3 convolution behind it makes
-    the 4x4 kernel that is the sum of the 3x3 one (mirrored, as transposed convolutions have it) at the block's 4 places.
-    """
-    taps = upsample.conv.weight.detach().double().flip(2, 3).transpose(0, 1)
-    weight = sum(F.pad(taps, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1))
-    return Convolution(weight, upsample.conv.bias.detach(), stride=2, padding=1, transposed=True)
+    conv = upsample.conv
+    return Convolution(conv.weight.detach(), conv.bias.detach(), stride=1, padding=1, upsample=True)
 
 
 MERGED = {
@@ -189,13 +235,38 @@ def _as_made(layer: nn.Module) -> bool:
     return all(type(part) in known and _untouched(part) for part in parts) and all(map(_sized_as_made, parts))
 
 
-def merge(network: nn.Module) -> None:
-    """Replace, in place, the layers that have a merged form and are as this package made them.
+# Layers that have no merged form; TimestepEmbedding stays out of the loop.
+PLAIN = (GroupNormSiLU, TimestepEmbedding, nn.Linear, nn.Embedding)
+
+
+def merge(network: nn.Module, prefix: str = "") -> list[str]:
+    """Replace, in place, the layers that have a merged form and are as this package made them; names of those left alone.
 
     What others have put in or hooked is not looked into: it may read its convolutions' weights, which merged ones don't keep.
     """
+    kept = []
     for name, layer in network.named_children():
         if type(layer) in MERGED and _as_made(layer):
             setattr(network, name, MERGED[type(layer)](layer))
         elif type(layer) in (Level, Middle, Downsample, nn.ModuleList) and _untouched(layer):
-            merge(layer)
+            kept += merge(layer, f"{prefix}{name}.")
+        elif not all(type(part) in PLAIN and _untouched(part) for part in layer.modules()):
+            kept.append(prefix + name)
+    return kept
+
+
+def spend(network: UNet, dtype: torch.dtype, allowance: float) -> None:
+    """Let convolutions go Winograd's way, those on the largest images first, while all weights together stay below
+    `allowance` bytes: transformed ones are larger."""
+    last = len(network.down_blocks) - 1
+    levels = [*enumerate(network.down_blocks), (last, network.mid_block)]
+    levels += [(last - i, level) for i, level in enumerate(network.up_blocks)]
+    layers = [layer for layer in network.modules() if isinstance(layer, Convolution)]
+    allowance -= sum(layer.weight.numel() for layer in layers) * dtype.itemsize
+    for _, level in sorted(levels, key=lambda entry: entry[0]):
+        for layer in level.modules():
+            if isinstance(layer, Convolution) and winograd.shaped(layer.weight, layer.stride, layer.padding):
+                growth = 0 if layer.upsample else (winograd.GROWTH - 1) * layer.weight.numel() * dtype.itemsize
+                if growth <= allowance:
+                    layer.fast = True
+                    allowance -= growth

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
+import weakref
+from collections import deque
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from . import memory, ops, samplers
+from . import graphs, memory, ops, samplers
 from .diffusion import random_seed
-from .engine import network, table_embedding
+from .engine import Plain, network
 from .ops._library import as_int64_bits, check_first, check_seed
 from .ops.philox_normal import Stream
 from .progress import bar as progress_bar
@@ -21,6 +24,7 @@ from .unet import UNet
 __all__ = ["SamplingError", "StepState", "sample"]
 
 SEGMENT = 50  # steps between two looks at the device state: the bar moves and a bad output is noticed
+UNROLL = 10  # steps in one CUDA graph
 
 
 class SamplingError(RuntimeError):
@@ -107,85 +111,177 @@ def sample(
         torch.inference_mode(False),  # the result is an ordinary tensor even where the caller is in inference mode
         torch.no_grad(),
         memory.kept(device),
-        network(model, device, dtype) as net,
+        network(model, device, dtype, (batch_size, *shape)) as net,
         progress_bar(progress, total=steps * len(chunks), unit="step", leave=progress is True) as bar,
     ):
         out = torch.empty(n, *shape, device=device)
-        chain = _Chain(net, table, (batch_size, *shape), bound, seed, device)
+        chain = prepared(net, table, (batch_size, *shape), bound, class_labels is not None, callback is not None)
+        if net.notice is not None:
+            _warn(model, net.notice)
         for start in chunks:
             count = min(batch_size, n - start)
             x_T = None if noise is None else _padded(noise[start : start + count], batch_size)
             labels = None if class_labels is None else _padded(class_labels[start : start + count], batch_size)
-            out[start : start + count] = chain.run(first + start, count, x_T, labels, bar, callback)[:count]
+            chain.run(net, out[start : start + count], seed, first + start, x_T, labels, bar, callback)
     return out
 
 
-class _Chain:
-    """The loop over one batch, with the buffers that all batches of a call share."""
+def prepared(
+    net: Plain, table: samplers.Table, shape: tuple[int, ...], bound: float | None, labelled: bool, callback: bool
+) -> Chain:
+    """A chain over x of `shape` [N, C, H, W], captured where it can be: the one that `net` keeps, if it fits."""
+    key = len(table.timesteps), shape, bound, labelled, callback
+    if net.chain is not None and net.chain.key == key:
+        net.chain.load(net, table)
+        return net.chain
+    net.chain = None  # the old one's memory goes before the new one's comes
+    chain = Chain(net, table, key)
+    if net.captured and graphs.usable(net.device):
+        try:
+            chain.capture(net)
+        except graphs.CaptureError as error:
+            net.notice = f"steps are launched kernel by kernel, as they could not be captured as a CUDA graph ({error})"
+        net.chain = chain  # also then: the next call needn't fail once more
+    return chain
 
-    def __init__(self, net, table, shape, bound, seed, device) -> None:
-        self.net, self.bound, self.seed, self.device = net, bound, seed, device
-        self.steps = len(table.timesteps)
+
+class Chain:
+    """The loop over one batch, with the buffers that all batches of a call share, and later calls where they are captured.
+
+    A step reads and writes nothing but these buffers and the network, so that as a CUDA graph it serves every seed and table.
+    """
+
+    def __init__(self, net: Plain, table: samplers.Table, key: tuple) -> None:
+        """key: (number of steps, shape of x, bound on x0, whether there are class labels, whether there is a callback)."""
+        self.key = key
+        self.steps, shape, self.bound, labelled, callback = key
+        self.device = net.device
+        self.x = torch.zeros(shape, device=self.device)
+        self.x0 = torch.zeros_like(self.x) if callback else None
+        self.input = torch.empty(shape, device=self.device, dtype=net.dtype, memory_format=net.memory_format).zero_()
+        self.state = torch.zeros(4, dtype=torch.int64, device=self.device)
+        self.labels = torch.zeros(shape[0], dtype=torch.int64, device=self.device) if labelled else None
+        self.table: tuple[torch.Tensor, ...] | None = None
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # Two segments on their way: a GPU doesn't wait for the host to look at the first one's end.
+        on_gpu = self.device.type == "cuda"
+        self.in_flight = 2 if on_gpu and not callback else 1
+        self.seen = torch.empty(2, 4, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        self.load(net, table)
+
+    def load(self, net: Plain, table: samplers.Table) -> None:
+        """Take another table of as many steps."""
         self.host_timesteps = table.timesteps.tolist()
-        self.timesteps = table.timesteps.to(device)
-        self.rows = table.rows.float().to(device)
-        self.x = torch.empty(shape, device=device)
-        self.x0 = None
-        self.input = torch.empty(shape, device=device, dtype=net.dtype, memory_format=net.memory_format)
-        self.embedding = table_embedding(net, self.timesteps)
-        self.t = self.timesteps[:, None].expand(self.steps, shape[0]).contiguous() if self.embedding is None else None
+        timesteps = table.timesteps.to(self.device)
+        fresh = timesteps, table.rows.float().to(self.device), net.per_step(timesteps, len(self.x))
+        if self.table is None:
+            self.table = fresh
+        else:
+            for v, new in zip(self.table, fresh, strict=True):
+                v.copy_(new)
 
-    def run(self, first, count, x_T, labels, bar, callback) -> torch.Tensor:
-        """The whole chain for images first.. of the sequence; the returned tensor is reused by the next call."""
+    def capture(self, net: Plain) -> None:
+        """Make graphs of the step. Raises graphs.CaptureError; the buffers then hold nothing that `run` would use."""
+        counts = (UNROLL, 1) if self.x0 is None else (1,)
+        with net.settings():
+            self.graphs = graphs.capture(lambda: self.step(net), counts, self.device)
+
+    def run(self, net, out, seed, first, x_T, labels, bar, callback) -> None:
+        """The whole chain for images first.. of the sequence; the leading len(out) of them go into `out`."""
         x = self.x
         if x_T is None:
-            x_T = ops.philox_normal(x.shape, seed=self.seed, t=0, stream=Stream.X_T, first=first, device=self.device)
+            x_T = ops.philox_normal(x.shape, seed=seed, t=0, stream=Stream.X_T, first=first, device=self.device)
         x.copy_(x_T)
         self.input.copy_(x)
-        state = torch.tensor([as_int64_bits(self.seed), first, 0, -1], device=self.device)
-        self.x0 = torch.empty_like(x) if callback is not None else None
+        self.state.copy_(torch.tensor([as_int64_bits(seed), first, 0, -1], device="cpu"))
+        if labels is not None:
+            self.labels.copy_(labels)
         segment = SEGMENT if callback is None else 1
-        shown = 0
-        labels = None if labels is None else labels.to(self.device)
-        for step in range(self.steps):
-            o = self._predict(step, labels)
-            ops.ddpm_step_(x, o, self.rows, self.timesteps, state, x0=self.x0, next_input=self.input, clip=self.bound)
-            if (step + 1) % segment == 0 or step + 1 == self.steps:
-                self._check(state)
-                bar.update(step + 1 - shown)
-                shown = step + 1
+        launched = deque()
+        try:
+            for start in range(0, self.steps, segment):
+                count = min(segment, self.steps - start)
+                with net.settings():
+                    self._launch(net, start, count)
+                launched.append((count, *self._look(start // segment)))
+                if len(launched) == self.in_flight:
+                    self._settle(*launched.popleft(), bar)
                 if callback is not None:
-                    indices = range(first, first + count)
-                    callback(
-                        StepState(step, self.host_timesteps[step], x[:count].clone(), self.x0[:count].clone(), indices)
-                    )
-        return x
+                    self._tell(callback, start, range(first, first + len(out)))
+            while launched:
+                self._settle(*launched.popleft(), bar)
+            out.copy_(x[: len(out)])
+        finally:
+            if self.device.type == "cuda":  # the next call may use these buffers on another stream
+                torch.cuda.current_stream(self.device).synchronize()
 
-    def _predict(self, step: int, labels: torch.Tensor | None) -> torch.Tensor:
-        if self.embedding is not None:
-            o = self.net.body(self.input, [table[step] for table in self.embedding])
-        else:
-            o = self.net(self.input, self.t[step], labels)
+    def predict(self, net: Plain, step: int | None = None) -> torch.Tensor:
+        """The network's output for `input`. step: its number; None: where `state` points, which the host needn't know."""
+        per_step = self.table[2]
+        row = per_step.index_select(0, self.state[2:3])[0] if step is None else per_step[step]
+        o = net.predict(self.input, row, self.labels)
         n, c, *spatial = self.x.shape
         if not isinstance(o, torch.Tensor):
             raise SamplingError(
                 f"model: it returned {type(o).__name__}; expected a tensor. Wrap it, e.g. lambda x, t: model(x, t).sample"
             )
         if list(o.shape) not in ([n, c, *spatial], [n, 2 * c, *spatial]):
+            step = step or 0
             raise SamplingError(
                 f"model: at step {step} (timestep {self.host_timesteps[step]}) its output has shape {list(o.shape)}; "
                 f"expected {[n, c, *spatial]}"
             )
         return o
 
-    def _check(self, state: torch.Tensor) -> None:
-        """Read the device state: the only place where the host waits for it."""
-        bad = int(state[3])
+    def step(self, net: Plain, step: int | None = None) -> None:
+        timesteps, rows, _ = self.table
+        o = self.predict(net, step)
+        ops.ddpm_step_(self.x, o, rows, timesteps, self.state, x0=self.x0, next_input=self.input, clip=self.bound)
+
+    def _launch(self, net: Plain, start: int, count: int) -> None:
+        if not self.graphs:
+            for step in range(start, start + count):
+                self.step(net, step)
+            return
+        many, few = divmod(count, UNROLL)
+        for unrolled in [UNROLL] * many + [1] * few:
+            self.graphs[unrolled].replay()
+
+    def _look(self, segment: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """(the device's state on its way to the host, the event of its arrival)."""
+        seen, arrival = self.seen[segment % 2], None
+        seen.copy_(self.state, non_blocking=True)
+        if self.device.type == "cuda":
+            arrival = torch.cuda.Event(blocking=True)  # the host's core is free meanwhile
+            arrival.record(torch.cuda.current_stream(self.device))
+        return seen, arrival
+
+    def _settle(self, count: int, seen: torch.Tensor, arrival: torch.cuda.Event | None, bar) -> None:
+        """Check a segment of `count` steps: the only place where the host waits for the device."""
+        if arrival is not None:
+            arrival.synchronize()
+        bad = int(seen[3])
         if bad >= 0:
             raise SamplingError(
                 f"model: its output at step {bad} (timestep {self.host_timesteps[bad]}) holds a NaN or an infinity; "
                 "try dtype=torch.float32, and check the weights"
             )
+        bar.update(count)
+
+    def _tell(self, callback: Callable[[StepState], None], step: int, indices: range) -> None:
+        x, x0 = (v[: len(indices)].clone() for v in (self.x, self.x0))
+        callback(StepState(step, self.host_timesteps[step], x, x0, indices))
+
+
+_notices: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+def _warn(model: nn.Module, notice: str) -> None:
+    """Once for each model and notice: what the user gets is right, and could be had faster."""
+    told = _notices.setdefault(model, set())
+    if notice not in told:
+        told.add(notice)
+        warnings.warn(f"fastddpm: {notice}. Images are the same, only slower", stacklevel=3)
 
 
 def _padded(v: torch.Tensor, size: int) -> torch.Tensor:
@@ -241,7 +337,10 @@ def _shape(model: object, shape: tuple[int, int, int] | None) -> tuple[int, int,
 
 def _device(model: object, device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return device
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return torch.device("cpu") if parameter is None else parameter.device
 

@@ -287,6 +287,11 @@ class UNet(nn.Module):
         levels = [*self.down_blocks, self.mid_block, *self.up_blocks]
         return [block for level in levels for block in level.resnets]
 
+    def embedding_layers(self) -> list[nn.Module]:
+        """All that `embed` calls and `body` doesn't."""
+        classes = [self.class_embedding] if self.config.classes is not None else []
+        return [self.time_embedding, *classes, *(block.time_emb_proj for block in self.resblocks())]
+
     def embed(self, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> list[torch.Tensor]:
         """What each residual block adds for timesteps t [N] (and class labels int64 [N]): a list of [N, width]."""
         if (class_labels is None) != (self.config.classes is None):

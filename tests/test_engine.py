@@ -1,14 +1,24 @@
-"""The engine's copy of a network against the network: merged layers are the same function, changed layers stay as they are."""
+"""The engine's copy of a network against the network: merged layers are the same function, changed layers stay as they are.
+
+And from call to call: kept while the model is what it was, never stale, and gone with it.
+"""
 
 import copy
+import gc
+import threading
 import types
+import warnings
+import weakref
 
 import pytest
 import torch
 from conftest import randomised
+from test_unet import as_diffusers
 from torch import nn
 
-from fastddpm import UNet, UNetConfig, merged
+import fastddpm
+from fastddpm import Schedule, UNet, UNetConfig, backend, merged
+from fastddpm import engine as engines
 from fastddpm.engine import Engine
 from fastddpm.unet import Upsample
 
@@ -42,6 +52,84 @@ def test_engine_is_the_network(config, dtype, bound):
     model = randomised(config)
     expected, got = both(model.to(dtype), dtype)
     assert (got - expected).norm() <= bound * expected.norm()
+
+
+WIDE = UNetConfig(sample_size=16, channels=32, multipliers=(1, 2), attention=(8,), groups=8)
+
+
+@pytest.mark.skipif(backend.native is None, reason="there are no compiled kernels")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_wide_layers_go_winograd_s_way(dtype, bound):
+    if not backend.native.winograd_serves(str(dtype)[6:]):
+        pytest.skip("this processor has no bfloat16 products")
+    model = randomised(WIDE)
+    engine = Engine(model, CPU, dtype)
+    x, t = torch.randn(2, *model.shape), torch.tensor([3, 800])
+    with torch.inference_mode():
+        got = engine(x.to(dtype, memory_format=torch.channels_last), t, None).double()
+        expected = model.double()(x.double(), t)
+    assert (got - expected).norm() <= bound * expected.norm()
+    used = [m.winograd for m in engine.model.modules() if isinstance(m, merged.Convolution)]
+    assert sum(used) >= 10 and not all(used)
+
+
+def test_a_float64_model_in_float32():
+    for config in (CONFIGS["two levels"], CONFIGS["classes"]):
+        model = randomised(config).double()
+        labels = None if config.classes is None else 1
+        images = fastddpm.sample(
+            model, 2, schedule=Schedule.linear(3), seed=0, dtype=torch.float32, class_labels=labels
+        )
+        expected = fastddpm.sample(model.float(), 2, schedule=Schedule.linear(3), seed=0, class_labels=labels)
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+
+
+def added_bytes(engine, model):
+    """What the engine's weights take beside the model's own memory."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    tensors = [*engine.model.parameters(), *engine.model.buffers()]
+    added = sum(v.numel() * v.element_size() for v in tensors if v.untyped_storage().data_ptr() not in own)
+    packed = [m.packed for m in engine.model.modules() if isinstance(m, merged.Convolution)]
+    return added + sum(v.numel() * v.element_size() for v in packed if v is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_memory_is_the_weights_and_a_fifth(own, dtype):
+    if own == torch.bfloat16 and dtype == torch.float32:
+        pytest.skip("float32 weights are twice the bfloat16 ones")
+    model = randomised(UNetConfig(sample_size=16, channels=64, multipliers=(1, 2, 2), attention=(8,))).to(own)
+    engine = Engine(model, CPU, dtype)
+    with torch.inference_mode():
+        engine(torch.randn(1, *model.shape).to(dtype, memory_format=torch.channels_last), torch.tensor([5]), None)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert 0.3 * weights <= added_bytes(engine, model) <= 1.2 * weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_the_paper_s_network_at_twenty_timesteps(dtype, bound):
+    """And on average no further from the truth than diffusers' network in the same dtype."""
+    model = UNet.from_preset("cifar10").eval()
+    for name, layer in model.named_modules():  # a fresh network has layers close to zero
+        if name.endswith(("conv2", "conv_out", "to_out.0")):
+            nn.init.xavier_uniform_(layer.weight, 0.5)
+    for p in model.parameters():
+        if p.dim() == 1:
+            nn.init.normal_(p, mean=float(p.detach().mean()), std=0.1)
+    peer = as_diffusers(model.config)
+    peer.load_state_dict(model.state_dict())
+    peer.to(dtype, memory_format=torch.channels_last).eval()
+    engine, truth = Engine(model, CPU, dtype), copy.deepcopy(model).double()
+    ours, theirs = [], []
+    with torch.inference_mode():
+        for t in torch.linspace(0, 999, 20).long()[:, None]:
+            x = torch.randn(1, *model.shape)
+            expected = truth(x.double(), t)
+            x = x.to(dtype, memory_format=torch.channels_last)
+            for errors, got in ((ours, engine(x, t, None)), (theirs, peer(x, t).sample)):
+                errors.append(float((got.double() - expected).norm() / expected.norm()))
+    assert max(ours) <= bound and sum(ours) <= sum(theirs), (max(ours), sum(ours) / 20, sum(theirs) / 20)
 
 
 def test_every_layer_that_can_be_merged_is():
@@ -203,3 +291,485 @@ def test_under_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             got = Engine(model, CPU, torch.float32)(x, t, labels)
     assert got.dtype == torch.bfloat16 and (got - truth).norm() <= 5e-2 * truth.norm()
+
+
+# ------------------------------------------------------------------------------------- from call to call
+
+
+def small(seed=0):
+    config = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4, blocks=1)
+    model = randomised(config, seed)
+    model.schedule = Schedule.linear(3, 0.1, 0.6)
+    return model
+
+
+def draw(model, n=2, **options):
+    return fastddpm.sample(model, n, seed=0, **options)
+
+
+def kept(model):
+    return engines._kept[model].engine
+
+
+def packed(engine):
+    return [m.packed for m in engine.model.modules() if isinstance(m, merged.Convolution)]
+
+
+def test_an_unchanged_model_keeps_its_engine():
+    model = small()
+    first = draw(model)
+    engine = kept(model)
+    before = packed(engine)
+    for p in model.parameters():
+        p.requires_grad_(not p.requires_grad)
+    model.train()
+    assert torch.equal(draw(model), first) and model.training
+    assert kept(model) is engine
+    assert all(a is b for a, b in zip(packed(engine), before, strict=True))
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})  # the same values, written anew
+    assert torch.equal(draw(model), first) and kept(model) is not engine
+    engine = kept(model)
+    model.conv_in.bias.data = model.conv_in.bias.data.clone()  # and elsewhere
+    assert torch.equal(draw(model), first) and kept(model) is not engine
+
+
+def through_data(model, p):
+    p.data.copy_(-p)
+
+
+def into_data(model, p):
+    p.data[0] = 3
+
+
+def through_numpy(model, p):
+    p.detach().numpy()[0] = 3
+
+
+def in_place(model, p):
+    with torch.no_grad():
+        p.mul_(2)
+
+
+def other_memory(model, p):
+    p.data = 2 * p.data
+
+
+def one_bit(model, p):
+    p.data.view(torch.int32).view(-1)[-1] ^= 1 << 20
+
+
+def two_elements_swapped(model, p):
+    p.data.view(-1)[[0, -1]] = p.data.view(-1)[[-1, 0]]
+
+
+def optimizer(model, p, **options):
+    p.grad = torch.ones_like(p)
+    torch.optim.Adam([p], lr=0.3, **options).step()
+
+
+def fused_optimizer(model, p):
+    optimizer(model, p, fused=True)
+
+
+def new_parameter(model, p):
+    for module in model.modules():
+        for name, v in module._parameters.items():
+            if v is p:
+                setattr(module, name, nn.Parameter(2 * p.detach()))
+
+
+def state_dict(model, p):
+    model.load_state_dict({k: 2 * v if v.data_ptr() == p.data_ptr() else v for k, v in model.state_dict().items()})
+
+
+WRITES = [
+    through_data, into_data, through_numpy, in_place, other_memory, one_bit, two_elements_swapped, optimizer,
+    fused_optimizer, new_parameter, state_dict,
+]  # fmt: skip
+# Packed, transformed with others, in the caller's memory, out of the loop.
+WEIGHTS = [
+    "mid_block.resnets.0.conv1.weight",
+    "mid_block.attentions.0.to_q.weight",
+    "mid_block.resnets.0.norm2.bias",
+    "time_embedding.linear_2.weight",
+]
+
+
+def drawn_as_by_a_copy(model, **options):
+    """What sample gives, held against the same of a copy that has no past."""
+    x = draw(model, **options)
+    assert torch.equal(x, draw(copy.deepcopy(model), **options))
+    return x
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_written_weights_are_seen(weight, write):
+    model = small()
+    before = draw(model)
+    write(model, model.get_parameter(weight))
+    assert not torch.equal(drawn_as_by_a_copy(model), before)
+
+
+def swap_a_layer(model):
+    old = model.conv_in
+    model.conv_in = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1)
+
+
+def without_attention(model):
+    model.down_blocks[1].attention = False
+
+
+def hook_the_model(model):
+    model.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def hook_the_embedding(model):
+    model.time_embedding.linear_1.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def patch_the_body(model):
+    body = model.body
+    model.body = lambda x, embedding: 2 * body(x, embedding)
+
+
+SEEN = [
+    *(change for change in CHANGES if change not in (hook_that_reads, hook_a_container, pad_by_name)),  # which change no number
+    swap_a_layer, without_attention, hook_the_model, hook_the_embedding, patch_the_body,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", SEEN)
+@pytest.mark.filterwarnings("ignore:fastddpm")
+def test_changed_layers_are_seen(change):
+    model = small()
+    before = draw(model)
+    change(model)
+    x = draw(model)
+    assert not torch.equal(x, before)
+    model.eval()
+    plain = fastddpm.sample(lambda x, t: model(x, t), 2, shape=model.shape, schedule=model.schedule, seed=0)
+    torch.testing.assert_close(x, plain, rtol=0, atol=1e-4)
+
+
+class Scaled(nn.Conv2d):
+    scale = None  # a tensor that is no parameter and no buffer
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def test_a_foreign_layer_that_changes_its_mind():
+    """What it keeps where cannot be known: such a model's engine is made for each call."""
+    model = small()
+    model.conv_in = Scaled(3, model.conv_in.out_channels, 3, padding=1)
+    model.conv_in.scale = torch.ones(())
+    with pytest.warns(UserWarning, match="the network's conv_in: not as fastddpm"):
+        before = draw(model)
+    model.conv_in.scale *= 2
+    with pytest.warns(UserWarning, match="conv_in"):  # of the copy
+        assert not torch.equal(drawn_as_by_a_copy(model), before)
+
+
+def test_another_dtype_mode_batch_or_setting():
+    model = small()
+    first = draw(model)
+    model.bfloat16()
+    low = drawn_as_by_a_copy(model)
+    assert not torch.equal(low, first)
+    model = small().train()
+    for options in ({"dtype": torch.bfloat16}, {"n": 5}, {"batch_size": 1}):
+        assert torch.equal(draw(model), first)
+        engine = kept(model)
+        drawn_as_by_a_copy(model, **options)
+        assert kept(model) is not engine
+        assert model.training and all(m.training for m in model.modules())
+    assert torch.equal(draw(model), first)
+    for setting in (backend.use("reference"), torch.backends.mkldnn.flags(enabled=False)):
+        engine = kept(model)
+        with setting:
+            drawn_as_by_a_copy(model)
+            assert kept(model) is not engine
+        assert torch.equal(draw(model), first)
+    engine = kept(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn_as_by_a_copy(model)
+    assert kept(model) is engine and torch.equal(draw(model), first)
+
+
+def test_threads_are_part_of_what_is_kept(with_threads):
+    model = small()
+    draw(model)
+    engine = kept(model)
+    with_threads(torch.get_num_threads() + 1, lambda: draw(model))
+    assert kept(model) is not engine
+
+
+def test_the_copy_shares_what_it_can():
+    """Parameters that are not packed are read where the caller has them; the caller's own stay what they are."""
+    model = small()
+    before = {k: (v, v.data_ptr(), v.dtype, v.requires_grad) for k, v in model.named_parameters()}
+    draw(model), draw(model, dtype=torch.bfloat16)
+    assert {k: (v, v.data_ptr(), v.dtype, v.requires_grad) for k, v in model.named_parameters()} == before
+    draw(model)
+    ours = dict(kept(model).model.named_parameters())
+    for name in ("mid_block.resnets.0.norm2.bias", "time_embedding.linear_2.weight"):
+        assert ours[name].data_ptr() == before[name][1]
+
+
+@pytest.mark.filterwarnings("ignore:fastddpm")
+def test_a_foreign_layer_writes_into_its_copy():
+    class Counting(nn.Conv2d):
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model = small()
+    model.conv_in = Counting(3, model.conv_in.out_channels, 3, padding=1)
+    model.conv_in.register_buffer("calls", torch.zeros(()))
+    draw(model)
+    assert model.conv_in.calls == 0
+
+
+@pytest.mark.filterwarnings("ignore:fastddpm")
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_engine_goes_with_its_model(hooked):
+    model = small()
+    if hooked:  # by closures that hold the model, of whatever kind
+        model.mid_block.register_forward_hook(lambda module, args, output, model=model: output)
+        model.conv_in.register_state_dict_pre_hook(lambda *args, model=model: None)
+        model.conv_out.name = lambda model=model: "out"
+    draw(model)
+    gone = [weakref.ref(model), *([] if hooked else [weakref.ref(kept(model))])]
+    del model
+    gc.collect()
+    assert not any(r() for r in gone)
+
+
+@pytest.mark.filterwarnings("ignore:fastddpm")
+def test_layers_that_are_kept_do_not_train():
+    model = UNet(UNetConfig(sample_size=8, channels=8, multipliers=(1,), attention=(), groups=4, dropout=0.5))
+    model.schedule = Schedule.linear(3, 0.1, 0.6)
+    with torch.no_grad():
+        for block in model.resblocks():
+            block.conv2.weight.normal_()
+            block.register_forward_hook(lambda module, args, output: output)
+    assert torch.equal(draw(model), draw(model)) and model.training
+
+
+def test_two_models_keep_an_engine_each():
+    a, b = small(0), small(1)
+    first = draw(a), draw(b)
+    both = kept(a), kept(b)
+    assert torch.equal(draw(a), first[0]) and torch.equal(draw(b), first[1])
+    assert (kept(a), kept(b)) == both and not torch.equal(*first)
+
+
+# --------------------------------------------------------------------------------------------- the fingerprint
+
+
+@pytest.mark.parametrize("checksum", [engines._digest, lambda v: int(engines._sum(v))], ids=["digest", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
+def test_checksums_see_every_bit_and_every_place(checksum, dtype):
+    layouts = [
+        torch.randn(3, 4, 5, 2).to(dtype),
+        torch.randn(3, 4, 5, 2).to(dtype, memory_format=torch.channels_last),
+        torch.randn(3, 4, 5, 4).to(dtype)[..., ::2],  # with gaps
+        torch.randn(1).to(dtype)[0],
+    ]
+    bits = 8 * dtype.itemsize
+    integer = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[bits]
+    for v in layouts:
+        seen = {checksum(v)}
+        assert checksum(v.clone()) in seen
+        places = [tuple(int(torch.randint(0, size, ())) for size in v.shape) for _ in range(20)]
+        for i, place in enumerate(places):
+            for bit in (0, bits - 1, int(torch.randint(0, bits, ()))):
+                changed = v.clone()
+                changed.view(integer)[place] ^= 1 << bit if bit < bits - 1 else -(1 << bit)
+                seen.add(checksum(changed))
+                assert checksum(changed) != checksum(v)
+            swapped, other = v.clone(), places[i - 1]
+            swapped[place], swapped[other] = v[other].clone(), v[place].clone()
+            assert torch.equal(swapped, v) or checksum(swapped) != checksum(v)
+        # A distance moved from one element to another, and a shift of all: what sums with weights might miss.
+        if v.dim():
+            moved = v.clone()
+            moved.view(integer)[0, 0, 0, 0] += 2
+            moved.view(integer)[1, 1, 1, 1] -= 2
+            assert checksum(moved) != checksum(v) and checksum(v.roll(1, 0)) != checksum(v)
+
+
+def test_the_sum_is_that_of_splitmix64():
+    """Its constants, and shifts that bring in zeros: with signs, a number and its complement would be the same."""
+
+    def mixed(state):
+        z = state % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    for values in ([0], [-5, 2**62, 17], [-(2**63), 2**63 - 1]):
+        expected = sum(mixed(0x9E3779B97F4A7C15 * i + v) for i, v in enumerate(values, 1))
+        assert int(engines._sum(torch.tensor(values))) % 2**64 == expected % 2**64
+
+
+def test_an_empty_tensor_has_a_checksum():
+    for checksum in (engines._digest, engines._sum):
+        checksum(torch.empty(0, 3))
+
+
+# ---------------------------------------------------------------------------------------------------- threads
+
+
+def in_threads(*calls):
+    """The calls' results, each in a thread of its own with this thread's settings."""
+    results, count = [None] * len(calls), torch.get_num_threads()
+
+    def work(i):
+        torch.set_num_threads(count)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        results[i] = calls[i]()
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return results
+
+
+def test_threads_take_turns_at_a_model():
+    model = small().train()
+    expected, order = draw(model), []
+
+    def call(name):
+        return lambda: draw(model, callback=lambda state: order.append(name))
+
+    for x in in_threads(call("a"), call("b"), call("c")):
+        assert torch.equal(x, expected)
+    assert order in [[x] * 3 + [y] * 3 + [z] * 3 for x in "abc" for y in "abc" for z in "abc" if len({x, y, z}) == 3]
+    assert model.training
+
+
+def test_threads_with_a_model_each_run_at_once():
+    models = small(0), small(1)
+    expected = [draw(model) for model in models]
+    meeting = threading.Barrier(2)  # in every step; alone, one would wait in vain
+
+    def call(model):
+        return lambda: draw(model, callback=lambda state: meeting.wait(timeout=60))
+
+    for x, y in zip(in_threads(*map(call, models)), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:fastddpm")
+def test_threads_take_turns_at_any_module():
+    """Its mode is switched, and must be back for the next one only when that one looks."""
+
+    class Dropping(nn.Module):
+        def forward(self, x, t):
+            return nn.functional.dropout(x, 0.5, self.training)
+
+    model = Dropping().train()
+
+    def call():
+        return fastddpm.sample(model, 1, seed=0, shape=(1, 4, 4), schedule=Schedule.linear(30))
+
+    expected = call()
+    assert all(torch.equal(x, expected) for x in in_threads(*[call] * 4))
+    assert model.training
+
+
+def test_a_callback_may_sample_from_the_same_model():
+    model = small()
+    expected, inner = draw(model), []
+    assert torch.equal(draw(model, callback=lambda state: inner.append(draw(model))), expected)
+    assert len(inner) == 3 and all(torch.equal(x, expected) for x in inner)
+    assert torch.equal(draw(model), expected)
+
+
+def test_a_compiled_model_is_taken_as_it_was_written():
+    model = small()
+    expected = draw(model)
+    model.compile()
+    assert notices(lambda: draw(model)) == [] and torch.equal(draw(model), expected)
+
+
+def test_after_a_call_that_failed():
+    model = small()
+    expected = draw(model)
+
+    def stop(state):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(model, callback=stop)
+    assert torch.equal(draw(model), expected)
+
+
+# ---------------------------------------------------------------------------------------------------- notices
+
+
+def notices(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    ours = [w for w in caught if str(w.message).startswith("fastddpm")]
+    assert all(w.filename == __file__ for w in ours)
+    return [str(w.message) for w in ours]
+
+
+class Doubled(UNet):
+    def forward(self, x, t, class_labels=None):
+        return 2 * super().forward(x, t, class_labels)
+
+
+class Foreign(nn.Module):
+    def forward(self, x, t):
+        return 0.5 * x
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (Foreign(), "fastddpm: Foreign is not a fastddpm.UNet, so it runs as it is. Images are the same, only slower"),
+        (Doubled(CONFIGS["two levels"]), "the Doubled has hooks or functions put into it, or a forward of its own"),
+    ],
+)
+def test_models_that_run_as_they_are_say_so_once(model, says):
+    options = {"shape": (3, 8, 8), "schedule": Schedule.linear(3, 0.1, 0.6)}
+    model.eval()
+    [message] = notices(lambda: [draw(model, **options) for _ in range(2)])
+    assert says in message
+    plain = draw(lambda x, t: model(x, t), **options)
+    torch.testing.assert_close(draw(model, **options), plain, rtol=0, atol=1e-5)
+    assert notices(lambda: draw(copy.deepcopy(model), **options)) == [message]  # once for each model
+
+
+def test_layers_that_run_as_they_are_are_named():
+    model = small()
+    no_bias(model)
+    assert notices(lambda: draw(model)) == [
+        "fastddpm: the network's mid_block.resnets.0, mid_block.attentions.0: not as fastddpm makes such layers, so they "
+        "run as they are. Images are the same, only slower"
+    ]
+    model = small()
+    tile(model)
+    [message] = notices(lambda: draw(model))
+    assert "conv_in" in message and " and " in message
+
+
+def test_nothing_is_said_of_what_is_usual():
+    model, labelled = small(), randomised(CONFIGS["classes"])
+    labelled.schedule = model.schedule
+    for call in (
+        lambda: draw(model),
+        lambda: draw(model, dtype=torch.bfloat16),
+        lambda: draw(labelled, class_labels=1),
+        lambda: draw(lambda x, t: x, shape=(1, 4, 4), schedule=model.schedule),
+    ):
+        assert notices(call) == []
+        with torch.autocast("cpu", torch.bfloat16):
+            assert notices(call) == []

@@ -3,15 +3,19 @@
 `python benchmarks/gpu.py parity` runs this file; `fastddpm.parity` and the ops' own tests hold every result against float64.
 """
 
+import copy
 import functools
+import gc
 import math
+import threading
 
 import pytest
 import torch
-from conftest import misaligned, python, same_bits
+from conftest import misaligned, python, randomised, same_bits
 
 import fastddpm
-from fastddpm import Schedule, UNet, backend, ops, parity, samplers
+from fastddpm import Schedule, UNet, UNetConfig, backend, graphs, ops, parity, samplers, sampling
+from fastddpm import engine as engines
 from fastddpm.ops._library import as_int64_bits
 from fastddpm.ops.philox_normal import Stream, normals_float64
 
@@ -342,17 +346,11 @@ def digits():
     return model, fastddpm.sample(model, 12, seed=SEED, first=FIRST, progress=False)
 
 
-@pytest.fixture
-def exact_float32(monkeypatch):
-    """cuDNN's convolutions would use TF32 by themselves, which rounds their inputs to 11 bits."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def drawn(digits, n=12, **options):
     return fastddpm.sample(digits[0], n, seed=SEED, device="cuda", progress=False, **{"first": FIRST, **options}).cpu()
 
 
-def test_a_chain_is_the_cpus(kind, digits, exact_float32):
+def test_a_chain_is_the_cpus(kind, digits):
     """1000 steps, and again with other batches: float32 within what every backend promises."""
     whole = drawn(digits)
     assert (whole - digits[1]).abs().max() <= 1e-3
@@ -365,6 +363,226 @@ def test_a_low_precision_chain_stays_near(kind, digits):
     """The middle one of the images: now and then one becomes another digit, on a CPU too."""
     of_image = (drawn(digits, dtype=torch.bfloat16) - digits[1]).square().mean((1, 2, 3)).sqrt()
     assert of_image.median() <= 0.05
+
+
+# -------------------------------------------------------------------------------------------------- the engine
+
+SMALL = UNetConfig(sample_size=16, channels=32, multipliers=(1, 2), attention=(8,), groups=8)
+
+
+def small(seed=0, steps=43, device="cuda", **options):
+    """A network with a chain of four graphs of ten steps and three of one."""
+    model = randomised(UNetConfig(**{**vars(SMALL), **options}), seed).to(device)
+    model.schedule = Schedule.linear(steps, 1e-3, 0.3)
+    return model
+
+
+@pytest.fixture
+def untuned(monkeypatch):
+    """Each thread has its own choice of cuDNN's algorithms: bits are only the same where none is timed."""
+    monkeypatch.setenv("FASTDDPM_AUTOTUNE", "0")
+
+
+def draw(model, n=3, **options):
+    return fastddpm.sample(model, n, seed=SEED, progress=False, **options)
+
+
+def eager(model, n=3, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "usable", lambda device: False)
+        return draw(copy.deepcopy(model), n, **options)
+
+
+def chain_of(model):
+    return engines._kept[model].engine.chain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", [1, 9, 43, 130])
+def test_replayed_chains_give_the_bits_of_eager_ones(kind, untuned, steps, dtype):
+    """And serve other seeds, images and tables."""
+    model = small(steps=steps)
+    assert same_bits(draw(model, dtype=dtype), eager(model, dtype=dtype))
+    chain = chain_of(model)
+    assert set(chain.graphs) == {1, 10}
+    for options in (
+        {"first": 9},
+        {"variance": "fixed_small"},
+        {"noise": randn(3, 3, 16, 16)},
+        {"schedule": Schedule.linear(steps, 1e-2, 0.2)},
+    ):
+        assert same_bits(draw(model, dtype=dtype, **options), eager(model, dtype=dtype, **options))
+        assert chain_of(model) is chain
+    assert same_bits(draw(model, 5, batch_size=3, dtype=dtype), eager(model, 5, batch_size=3, dtype=dtype))
+    assert chain_of(model) is chain
+
+
+def test_replayed_chains_with_classes(kind, untuned):
+    model = small(classes=4)
+    for labels in (1, torch.tensor([3, 0, 2])):
+        assert same_bits(draw(model, class_labels=labels), eager(model, class_labels=labels))
+
+
+def test_callbacks_of_a_replayed_chain(kind, untuned):
+    model, seen, expected = small(), [], []
+    x = draw(model, callback=seen.append)
+    assert set(chain_of(model).graphs) == {1}
+    assert same_bits(x, eager(model, callback=expected.append)) and len(seen) == 43
+    for a, b in zip(seen, expected, strict=True):
+        assert (a.step, a.timestep) == (b.step, b.timestep) and same_bits(a.x, b.x) and same_bits(a.x0, b.x0)
+
+
+def test_weights_that_change_between_replays(kind, untuned):
+    """Those that graphs read in place, and those that were laid out anew."""
+    model = small()
+    previous = draw(model)
+    for name in ("mid_block.resnets.0.norm1.bias", "mid_block.resnets.0.conv1.weight", "time_embedding.linear_1.bias"):
+        model.get_parameter(name).data[0] += 1  # which leaves its version as it was
+        x = draw(model)
+        assert same_bits(x, eager(model)) and not same_bits(x, previous)
+        previous = x
+    chain = chain_of(model)
+    assert same_bits(draw(model), previous) and chain_of(model) is chain
+
+
+def test_the_checksum_is_that_of_a_cpu():
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        for v in (randn(70, 33).to(dtype), randn(3, 8, 5, 7).to(dtype, memory_format=torch.channels_last)):
+            assert int(engines._sum(v)) == int(engines._sum(v.cpu()))
+
+
+def test_the_host_does_not_wait_for_a_segment(kind):
+    """Neither for launches one by one nor for graphs."""
+    model = small()
+    engine = engines.Engine(model, next(model.parameters()).device, torch.bfloat16)
+    with torch.no_grad():
+        chain = sampling.prepared(engine, samplers.ddpm(model.schedule), (2, 3, 16, 16), 1.0, False, False)
+        for graphs_of_chain in (chain.graphs, {}):
+            chain.graphs = graphs_of_chain
+            chain.state.zero_()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                chain._launch(engine, 0, 23)
+                chain._look(0)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert int(chain.state[2]) == 23
+
+
+def test_a_bad_output_in_a_replayed_chain(kind):
+    model = small(steps=130)
+    draw(model)
+    with torch.no_grad():
+        model.conv_out.bias[0] = math.nan
+    for _ in range(2):
+        with pytest.raises(fastddpm.sampling.SamplingError, match=r"at step 0 \(timestep 129\)"):
+            draw(model)
+    with torch.no_grad():
+        model.conv_out.bias[0] = 0
+    assert same_bits(draw(model), draw(model)) and draw(model).isfinite().all()
+
+
+def test_a_failed_capture_falls_back(kind, untuned, monkeypatch):
+    """It says why, the images are the same, and what comes later can be captured again."""
+    model, step = small(), ops.ddpm_step_
+
+    def that_waits(x, o, rows, timesteps, state, **options):
+        step(x, o, rows, timesteps, state, **options)
+        state.tolist()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling.ops, "ddpm_step_", that_waits)
+        with pytest.warns(UserWarning, match="could not be captured as a CUDA graph"):
+            x = draw(model)
+        assert not chain_of(model).graphs
+    assert same_bits(x, eager(model)) and same_bits(x, draw(model))
+    assert torch.randn(5, device="cuda").isfinite().all()  # the generator has left the capture
+    other = small(1)
+    assert same_bits(draw(other), eager(other)) and chain_of(other).graphs
+
+
+def in_threads(*calls):
+    results = [None] * len(calls)
+
+    def work(i):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        results[i] = calls[i]()
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return results
+
+
+def on_a_stream_of_its_own(call):
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return call()
+
+
+def test_threads_with_one_model_and_with_two(kind, untuned):
+    models = small(0), small(1), small(0)
+    expected = [eager(model) for model in models]
+    for _ in range(3):  # captures beside captures, replays beside replays
+        calls = [functools.partial(draw, model) for model in (*models, *models)]
+        got = in_threads(*(functools.partial(on_a_stream_of_its_own, call) for call in calls))
+        for x, y in zip(got, expected + expected, strict=True):
+            assert same_bits(x, y)
+
+
+def test_another_stream_for_each_call(kind, untuned):
+    model = small()
+    expected = eager(model)
+    for _ in range(4):
+        x = on_a_stream_of_its_own(lambda: draw(model))
+        assert same_bits(x, expected)
+
+
+def test_two_devices(kind, untuned):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    models = [small(device=f"cuda:{i}") for i in (0, 1)]
+    expected = eager(models[0])
+    for x in in_threads(*(functools.partial(draw, model) for model in models)):
+        assert same_bits(x.cpu(), expected.cpu())
+    moved = draw(models[0], device="cuda:1")
+    assert moved.device == torch.device("cuda:1") and same_bits(moved.cpu(), expected.cpu())
+    assert torch.cuda.current_device() == 0
+
+
+def test_the_graphs_go_with_their_model(kind):
+    draw(small())  # what stays with the process: modules, workspaces
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    model = small(channels=64)
+    draw(model, 16)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_the_engine_is_the_network(kind, dtype, bound):
+    """Under the settings that the user has, TF32 in cuDNN among them, which are theirs again afterwards."""
+    model, device = small(steps=1000), torch.device("cuda", 0)
+    cudnn = torch.backends.cudnn
+    usual = cudnn.allow_tf32, cudnn.benchmark
+    engine = engines.Engine(model, device, dtype)
+    with torch.no_grad(), engine.settings():
+        chain = sampling.prepared(engine, samplers.ddpm(model.schedule), (2, 3, 16, 16), 1.0, False, False)
+        for step in range(0, 1000, 50):
+            x = randn(2, 3, 16, 16, seed=step)
+            chain.input.copy_(x)
+            t = torch.full((2,), int(chain.table[0][step]))
+            with backend.use(None):
+                truth = copy.deepcopy(model).cpu().double()(x.cpu().double(), t)
+            error = chain.predict(engine, step).cpu().double() - truth
+            assert error.norm() <= bound * truth.norm()
+    assert (cudnn.allow_tf32, cudnn.benchmark) == usual
 
 
 # --------------------------------------------------------------------------------------------- large tensors

@@ -1,12 +1,17 @@
-"""The chain: exact statistics for Gaussian data, seeds, batching, every prediction type, and what is refused."""
+"""The chain: exact statistics for Gaussian data, seeds, batching, every prediction type, captured steps, what is refused."""
 
+import io
+import itertools
 import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, backend, ops, samplers
+from fastddpm import Schedule, UNet, UNetConfig, backend, graphs, merged, ops, samplers, sampling
+from fastddpm.engine import Engine, Plain
 from fastddpm.ops.philox_normal import Stream
 from fastddpm.sampling import SamplingError
 
@@ -269,3 +274,241 @@ def test_bad_models():
         fastddpm.sample(at_step_7, 1, shape=SHAPE, schedule=SHORT)
     with backend.use("reference"), pytest.raises(SamplingError, match=r"step 7 \(timestep 12\)"):
         fastddpm.sample(at_step_7, 1, shape=SHAPE, schedule=SHORT)
+
+
+# ------------------------------------------------------------------------------- steps that can be captured
+
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+    "_unique2",
+    "lift_fresh",
+    "record_stream",
+}
+
+
+class Capturing(TorchDispatchMode):
+    """Refuses what a CUDA graph would: values read or given by the host, and copies to another device."""
+
+    def __torch_dispatch__(self, func, _, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert func._schema.name.removeprefix("aten::") not in WAITS, func
+        assert kwargs.get("device") is None or func._schema.name != "aten::_to_copy", func
+        return func(*args, **kwargs)
+
+
+def started(chain):
+    """The chain at its first step, with noise that is the same each time."""
+    chain.x.copy_(ops.philox_normal(chain.x.shape, seed=0, t=0, stream=Stream.X_T))
+    chain.input.copy_(chain.x)
+    chain.state.copy_(torch.tensor([3, 5, 0, -1]))
+    return chain
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_device_may_know_the_step_alone(monkeypatch, dtype, classes):
+    """As a graph has it: the same bits as with the step's number from the host, and nothing that waits for the device."""
+    monkeypatch.setattr(merged, "_onednn_takes", lambda x: False)  # there is no packing on a GPU either
+    engine = Engine(small_unet(classes=classes), torch.device("cpu"), dtype)
+    chain = sampling.prepared(engine, samplers.ddpm(SHORT), (3, 1, 8, 8), 1.0, classes is not None, True)
+    if classes:
+        chain.labels.copy_(torch.arange(3))
+    results = []
+    for device_knows in (False, True):
+        started(chain)
+        for step in range(len(SHORT)):
+            if device_knows:
+                with Capturing():
+                    chain.step(engine)
+            else:
+                chain.step(engine, step)
+        results.append([v.clone() for v in (chain.x, chain.x0, chain.input, chain.state)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][3].tolist() == [3, 5, len(SHORT), -1]
+
+
+class ByHand:
+    """Stands for graphs on a CPU: a replay calls the steps."""
+
+    def __init__(self, monkeypatch):
+        self.captures, self.replays, self.failure = [], [], None
+        monkeypatch.setattr(graphs, "usable", lambda device: True)
+        monkeypatch.setattr(graphs, "capture", self.capture)
+
+    def capture(self, step, counts, device):
+        step()
+        if self.failure:
+            raise graphs.CaptureError(self.failure)
+        self.captures.append(counts)
+        return {count: self.graph(step, count) for count in counts}
+
+    def graph(self, step, count):
+        class Graph:
+            @staticmethod
+            def replay():
+                self.replays.append(count)
+                for _ in range(count):
+                    step()
+
+        return Graph
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    return ByHand(monkeypatch)
+
+
+def eager(model, n, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "usable", lambda device: False)
+        return fastddpm.sample(copied(model), n, **options)
+
+
+def copied(model):
+    fresh = UNet(model.config, schedule=model.schedule)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10, 23, 120])
+def test_chains_of_replayed_steps(by_hand, steps):
+    """Of every length: as many steps as there are, in tens as far as they go."""
+    model = small_unet()
+    model.schedule = Schedule.linear(steps, 1e-3, 0.3)
+    assert torch.equal(fastddpm.sample(model, 3, seed=0, batch_size=2), eager(model, 3, seed=0, batch_size=2))
+    assert by_hand.captures == [(10, 1)]
+    assert by_hand.replays == 2 * (steps // 10 * [10] + steps % 10 * [1])
+
+
+def test_what_is_captured_serves_later_calls(by_hand):
+    """Whatever is only in the buffers: seed, first, noise, table, labels. What is in the graphs makes new ones."""
+    model = small_unet(classes=3)
+    noise = torch.randn(2, 1, 8, 8)
+    other = Schedule.linear(len(SHORT), 1e-2, 0.2)
+    same = [
+        {"seed": 0}, {"seed": 2**64 - 1, "first": 7}, {"noise": noise}, {"variance": "fixed_small"},
+        {"schedule": other, "prediction": "sample"}, {"class_labels": 2}, {"class_labels": torch.tensor([0, 2])},
+    ]  # fmt: skip
+    for options in same:
+        options = {"seed": 1, "class_labels": 1, **options}
+        assert torch.equal(fastddpm.sample(model, 2, **options), eager(model, 2, **options))
+    assert len(by_hand.captures) == 1
+    anew = [{"clip": False}, {"schedule": Schedule.linear(7)}, {"dtype": torch.bfloat16}, {"batch_size": 1}]
+    for count, options in enumerate(anew, 2):
+        options = {"seed": 1, "class_labels": 1, **options}
+        assert torch.equal(fastddpm.sample(model, 2, **options), eager(model, 2, **options))
+        assert len(by_hand.captures) == count
+    with torch.no_grad():
+        model.conv_in.bias.add_(1)
+    assert torch.equal(fastddpm.sample(model, 2, **options), eager(model, 2, **options))
+    assert len(by_hand.captures) == count + 1
+
+
+def test_a_callback_gets_graphs_of_one_step(by_hand):
+    model, seen, expected = small_unet(), [], []
+    x = fastddpm.sample(model, 2, seed=0, callback=seen.append)
+    assert torch.equal(x, eager(model, 2, seed=0, callback=expected.append)) and by_hand.captures == [(1,)]
+    for a, b in zip(seen, expected, strict=True):
+        assert (a.step, a.timestep) == (b.step, b.timestep) and torch.equal(a.x, b.x) and torch.equal(a.x0, b.x0)
+
+
+def test_a_callback_may_sample_with_graphs_too(by_hand):
+    """From the same network, whose buffers are in use."""
+    model, inner = small_unet(), []
+    expected = eager(model, 2, seed=0), eager(model, 2, seed=1)
+
+    def sample_again(state):
+        if state.step < 2:
+            inner.append(fastddpm.sample(model, 2, seed=1, callback=lambda state: None))
+
+    assert torch.equal(fastddpm.sample(model, 2, seed=0, callback=sample_again), expected[0])
+    assert all(torch.equal(x, expected[1]) for x in inner)
+
+
+def test_a_failed_capture_is_told_once_and_leaves_no_trace(by_hand):
+    model, by_hand.failure = small_unet(), "some kernel waits"
+    with pytest.warns(UserWarning, match=r"not be captured as a CUDA graph \(some kernel waits\). Images are the same"):
+        x = fastddpm.sample(model, 2, seed=0)
+    assert torch.equal(x, eager(model, 2, seed=0))
+    by_hand.failure = "not again"
+    assert torch.equal(fastddpm.sample(model, 2, seed=0), x) and not by_hand.replays
+
+
+@pytest.mark.filterwarnings("ignore:fastddpm")
+def test_only_layers_of_our_own_are_captured(by_hand):
+    model = small_unet()
+    model.conv_in.register_forward_hook(lambda module, args, output: output)
+    fastddpm.sample(model, 1, seed=0)
+    assert not Engine(model, torch.device("cpu"), torch.float32).captured
+    with torch.autocast("cpu", torch.bfloat16):
+        fastddpm.sample(small_unet(), 1, seed=0)
+    assert not by_hand.captures
+
+
+def test_autocast_is_told_where_it_costs_the_graphs(by_hand):
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="as torch.autocast is on"):
+        fastddpm.sample(small_unet(), 1, seed=0)
+
+
+@pytest.mark.parametrize("bad", [0, 49, 50, 99, 119, None])
+def test_two_segments_on_their_way(bad):
+    """As on a GPU, where the host looks at a segment when the next is launched: all is seen, and counted, none the less."""
+    schedule = Schedule.linear(120, 1e-3, 0.1)
+
+    def model(x, t):
+        return torch.where(t[:, None, None, None] == 119 - (-1 if bad is None else bad), float("nan"), 0.5 * x)
+
+    net = Plain(model, torch.device("cpu"), torch.float32)
+    chain = sampling.prepared(net, samplers.ddpm(schedule), (2, *SHAPE), 1.0, False, False)
+    chain.in_flight = 2
+    out, bar = torch.empty(1, *SHAPE), tqdm(total=120, file=io.StringIO())
+    if bad is None:
+        chain.run(net, out, 0, 0, None, None, bar, None)
+        assert torch.equal(out, fastddpm.sample(model, 1, shape=SHAPE, schedule=schedule, seed=0)) and bar.n == 120
+    else:
+        with pytest.raises(SamplingError, match=rf"at step {bad} \(timestep {119 - bad}\)"):
+            chain.run(net, out, 0, 0, None, None, bar, None)
+        assert bar.n == bad // 50 * 50
+
+
+def test_cudnn_is_put_back_by_the_last_chain(monkeypatch):
+    """Chains on several threads begin and end in any order."""
+    cudnn, gpu = torch.backends.cudnn, torch.device("cuda", 0)
+    state = lambda: (cudnn.benchmark, cudnn.allow_tf32, cudnn.deterministic)  # noqa: E731
+    for before in itertools.product((False, True), (False, True)):
+        monkeypatch.setattr(cudnn, "benchmark", before[0])
+        monkeypatch.setattr(cudnn, "allow_tf32", before[1])
+        usual = state()
+        a, b = graphs.cudnn_for(gpu), graphs.cudnn_for(gpu)
+        a.__enter__(), b.__enter__()
+        assert state() == (True, False, usual[2])
+        a.__exit__(None, None, None)
+        assert state() == (True, False, usual[2])
+        b.__exit__(None, None, None)
+        assert state() == usual
+    monkeypatch.setenv("FASTDDPM_AUTOTUNE", "0")
+    with graphs.cudnn_for(gpu):
+        assert not cudnn.benchmark
+    with graphs.cudnn_for(torch.device("cpu")):
+        assert state() == usual
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has one switch for TF32")
+def test_cudnn_where_the_old_and_the_new_switch_are_mixed():
+    conv, rnn = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = conv.fp32_precision, rnn.fp32_precision
+    try:
+        conv.fp32_precision, rnn.fp32_precision = "ieee", "tf32"
+        with pytest.raises(RuntimeError, match="mix"):
+            assert torch.backends.cudnn.allow_tf32
+        conv.fp32_precision, rnn.fp32_precision = "tf32", "ieee"
+        with graphs.cudnn_for(torch.device("cuda", 0)):
+            assert conv.fp32_precision == "ieee"
+        assert (conv.fp32_precision, rnn.fp32_precision) == ("tf32", "ieee")
+    finally:
+        conv.fp32_precision, rnn.fp32_precision = before

@@ -17,8 +17,8 @@ namespace fastddpm {
     void group_norm_silu(const GroupNormSiluArgs&);                  \
     void group_norm_silu_backward(const GroupNormSiluBackwardArgs&); \
     void timestep_embedding(const TimestepEmbeddingArgs&);           \
-    void winograd_input(const WinogradArgs&);                        \
-    void winograd_output(const WinogradArgs&);                       \
+    void winograd(const WinogradArgs&);                              \
+    void winograd_weights(const WinogradWeightsArgs&);               \
     }
 
 #define FASTDDPM_KERNELS(variant)       \
@@ -28,8 +28,8 @@ namespace fastddpm {
      variant::group_norm_silu,          \
      variant::group_norm_silu_backward, \
      variant::timestep_embedding,       \
-     variant::winograd_input,           \
-     variant::winograd_output}
+     variant::winograd,                 \
+     variant::winograd_weights}
 
 FASTDDPM_DECLARE(generic)
 #ifdef FASTDDPM_X86_VARIANTS
@@ -46,8 +46,8 @@ struct Kernels {
     void (*group_norm_silu)(const GroupNormSiluArgs&);
     void (*group_norm_silu_backward)(const GroupNormSiluBackwardArgs&);
     void (*timestep_embedding)(const TimestepEmbeddingArgs&);
-    void (*winograd_input)(const WinogradArgs&);
-    void (*winograd_output)(const WinogradArgs&);
+    void (*winograd)(const WinogradArgs&);
+    void (*winograd_weights)(const WinogradWeightsArgs&);
 };
 
 // Fastest first.
@@ -94,8 +94,14 @@ void ddpm_step_cpu(const DdpmStepArgs& args) { kernels().ddpm_step(args); }
 void group_norm_silu_cpu(const GroupNormSiluArgs& args) { kernels().group_norm_silu(args); }
 void group_norm_silu_backward_cpu(const GroupNormSiluBackwardArgs& args) { kernels().group_norm_silu_backward(args); }
 void timestep_embedding_cpu(const TimestepEmbeddingArgs& args) { kernels().timestep_embedding(args); }
-void winograd_input_cpu(const WinogradArgs& args) { kernels().winograd_input(args); }
-void winograd_output_cpu(const WinogradArgs& args) { kernels().winograd_output(args); }
+void winograd_cpu(const WinogradArgs& args) { kernels().winograd(args); }
+void winograd_weights_cpu(const WinogradWeightsArgs& args) { kernels().winograd_weights(args); }
+bool winograd_serves(Dtype dtype) {
+#ifdef FASTDDPM_X86_VARIANTS
+    if (dtype == Dtype::bfloat16) return !std::strcmp(kernels().name, "avx512") && __builtin_cpu_supports("avx512bf16");
+#endif
+    return dtype == Dtype::float32;
+}
 const char* cpu_variant() { return kernels().name; }
 
 }  // namespace fastddpm

@@ -322,12 +322,20 @@ void forward_slice(const GroupNormSiluArgs& args, const Slice& at, Scratch& k) {
     load_vectors(args, at, k);
     statistics<T, kInner>(x, at, args.add.data, k);
     int64_t out = at.sample * args.groups + at.begin / at.width;
+    for (int64_t g = 0; g < at.groups(); ++g) k.rstd[g] = 1 / std::sqrt(k.rstd[g] + args.eps);
+    set_coefficients(at, k);
+    if (args.coefficients) {
+        const float* found[] = {k.hi, k.a, k.b};
+        for (int j = 0; j < 3; ++j) {
+            float* to = args.coefficients + (j * args.samples + at.sample) * args.channels + at.begin;
+            for (int64_t c = 0; c < at.channels; ++c) to[c] = found[j][c];
+        }
+        return;
+    }
     for (int64_t g = 0; g < at.groups(); ++g) {
-        k.rstd[g] = 1 / std::sqrt(k.rstd[g] + args.eps);
         args.mean[out + g] = float(k.mean[g] - first_element(x, at, k, g));
         args.rstd[out + g] = float(k.rstd[g]);
     }
-    set_coefficients(at, k);
     if (args.silu)
         apply<T, kInner, true>(x, y, at, k);
     else
