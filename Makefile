@@ -38,7 +38,7 @@ ptxas: $(VENV)/installed
 gpu: export FASTDDPM_CUDA_ARCHS ?= 90
 gpu:
 	FASTDDPM_REQUIRE_NATIVE=1 $(PYTHON) -m pip install --no-build-isolation --no-deps .
-	@failed=; for step in parity benchmarks sanitize; do \
+	@failed=; for step in parity benchmarks engine sanitize; do \
 	$(PYTHON) benchmarks/gpu.py $$step $(GPU_OPTIONS) || failed="$$failed $$step"; done; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed"; exit 1; fi
 

@@ -1,4 +1,4 @@
-"""What the GPU kernels have to reach, and what a run's results say of it."""
+"""What the GPU kernels and the engine have to reach, and what a run's results say of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ OURS, TWIN = "fastddpm cuda", "fastddpm triton"
 ON_CHIP, TWO_STAGE, BATCH_1, LARGE_STEP, SMALL_STEP = "on chip", "two-stage", "batch 1", "large step", "small step"
 BATCHES = (64, 256)
 OPS = ("group_norm_silu", "group_norm_silu_backward", "ddpm_step_", "philox_normal", "timestep_embedding")
+
+# Contestants of steps_per_sec.py that bars refer to: whole names, the start of two, and a part of one
+F32, BF16, DEFAULTS = "fastddpm float32", "fastddpm bfloat16", "diffusers, as it comes"
+OPENVINO, GRAPH = "OpenVINO", "CUDA graph by hand"
 
 
 def network(batch: int) -> str:
@@ -38,6 +42,17 @@ def _plain_ms(result: dict) -> float:
     return _ms(result, PLAIN)
 
 
+def _row(bar: str, wanted: str, value: Callable[[], tuple[float, str | None]]) -> dict:
+    """value: (what was measured, where), or a KeyError where something that it needs was not."""
+    at_least, bound = wanted.split()[0] == ">=", float(wanted.split()[1])
+    try:
+        measured, where = value()
+        reached = measured >= bound if at_least else measured <= bound
+    except KeyError:
+        measured, where, reached = None, None, False
+    return {"bar": bar, "wanted": wanted, "measured": measured, "at": where, "reached": reached}
+
+
 def bars(results: Sequence[dict], planned: Sequence[dict]) -> list[dict]:
     """Every bar: what was wanted, what was measured and where, and whether that reaches it.
 
@@ -51,16 +66,13 @@ def bars(results: Sequence[dict], planned: Sequence[dict]) -> list[dict]:
         return any((p["op"], p["case"]) not in have for p in planned if chosen(p))
 
     def row(bar: str, wanted: str, chosen: Callable[[dict], bool], value: Callable[[list[dict]], tuple[float, str]]):
-        cases = [r for r in results if chosen(r)]
-        at_least, bound = wanted.split()[0] == ">=", float(wanted.split()[1])
-        try:
+        def measured() -> tuple[float, str]:
+            cases = [r for r in results if chosen(r)]
             if missing(chosen) or not cases:
                 raise KeyError(bar)
-            measured, where = value(cases)
-            reached = measured >= bound if at_least else measured <= bound
-        except KeyError:
-            measured, where, reached = None, None, False
-        rows.append({"bar": bar, "wanted": wanted, "measured": measured, "at": where, "reached": reached})
+            return value(cases)
+
+        rows.append(_row(bar, wanted, measured))
 
     def extreme(pick: Callable, of: Callable[[dict], float]) -> Callable[[list[dict]], tuple[float, str]]:
         return lambda cases: pick((of(r), f"{r['op']} {r['case']}") for r in cases)
@@ -104,6 +116,74 @@ def bars(results: Sequence[dict], planned: Sequence[dict]) -> list[dict]:
         ">= 1.3",
         lambda r: r["op"] == "group_norm_silu_backward",
         extreme(min, lambda r: _plain_ms(r) / _ms(r, OURS)),
+    )
+    return rows
+
+
+def engine_bars(results: Sequence[dict], device: str) -> list[dict]:
+    """The bars of a whole step on "cpu" or "cuda", and the moonshots, which nobody has to reach.
+
+    results: as `steps_per_sec.measure` makes them.
+    """
+    units = {(r["network"], r["batch"]): r for r in results}
+    rows = []
+
+    def row(
+        unit: tuple[str, int], what: str, wanted: str, value: Callable[[dict], tuple[float, str | None]], moonshot=False
+    ) -> None:
+        bar = "{} at batch {}, ".format(*unit) + what + " (moonshot)" * moonshot
+        rows.append({**_row(bar, wanted, lambda: value(units[unit]["contestants"])), "moonshot": moonshot})
+
+    def than(peer: str, ours: str = BF16) -> Callable[[dict], tuple[float, str]]:
+        return lambda contestants: (contestants[peer]["ms"] / contestants[ours]["ms"], peer)
+
+    def than_best(contestants: dict) -> tuple[float, str]:
+        if not any(GRAPH in name for name in contestants):  # the strongest, without which there is no best
+            raise KeyError(GRAPH)
+        peers = [name for name in contestants if not name.startswith("fastddpm")]
+        return than(min(peers, key=lambda name: contestants[name]["ms"]))(contestants)
+
+    def of_matmul(contestants: dict) -> tuple[float, None]:
+        return contestants[BF16]["share_of_matmul"], None
+
+    def ms(contestants: dict) -> tuple[float, None]:
+        return contestants[BF16]["ms"], None
+
+    def worst(bar: str, wanted: str, values: Callable[[dict], Iterable[float]]) -> None:
+        """Of all that was measured."""
+
+        def value() -> tuple[float, str]:
+            found = [(v, f"{r['network']} at batch {r['batch']}") for r in results for v in values(r) if v is not None]
+            if not found:
+                raise KeyError(bar)
+            return max(found)
+
+        rows.append({**_row(bar, wanted, value), "moonshot": False})
+
+    if device == "cuda":
+        one, many, large = ("cifar10", 1), ("cifar10", 256), ("lsun256", 4)
+        row(one, "bfloat16, times faster than the best peer", ">= 1.3", than_best)
+        row(one, "bfloat16, times faster than the best peer", ">= 2", than_best, moonshot=True)
+        row(one, "bfloat16, ms a step", "<= 0.2", ms, moonshot=True)
+        row(many, "bfloat16, times faster than the best peer", ">= 1.15", than_best)
+        row(many, "bfloat16, of matmul", ">= 0.65", of_matmul, moonshot=True)
+        row(large, "bfloat16, times faster than the best peer", ">= 1.12", than_best)
+        row(large, "bfloat16, of matmul", ">= 0.65", of_matmul, moonshot=True)
+        row(one, "bfloat16, times faster than diffusers' defaults", ">= 10", than(DEFAULTS))
+        row(many, "bfloat16, times faster than diffusers' defaults", ">= 4", than(DEFAULTS))
+    else:
+        for batch, openvino, defaults, share in ((16, 1.05, 2.2, 0.92), (1, 1.1, 3, 0.90)):
+            unit = ("cifar10", batch)
+            row(unit, "bfloat16, times faster than OpenVINO", f">= {openvino}", than(f"{OPENVINO} bfloat16"))
+            row(unit, "bfloat16, times faster than diffusers' defaults", f">= {defaults}", than(DEFAULTS))
+            row(unit, "bfloat16, of matmul", f">= {share}", of_matmul, moonshot=True)
+        row(("cifar10", 16), "float32, times faster than OpenVINO", ">= 1.1", than(f"{OPENVINO} float32", F32))
+        worst("a warm call's own time, ms a step", "<= 1", lambda r: [r["own_ms"]])
+    worst("a cold call's first step, s", "<= 5" if device == "cuda" else "<= 1", lambda r: r["cold_s"].values())
+    worst(
+        "memory that the engine adds, times the weights",
+        "<= 1.2",
+        lambda r: [c["added_of_weights"] for name, c in r["contestants"].items() if name in (F32, BF16)],
     )
     return rows
 

@@ -155,21 +155,24 @@ def _all(calls: dict[str, Callable], check: Callable, moved: int) -> dict[str, C
 REINDEXING = "loop_reindexing_after_fusion"  # TORCHINDUCTOR_LOOP_REINDEXING_AFTER_FUSION, which came after torch 2.11
 
 
-def _compiled(function: Callable) -> dict[str, Callable]:
-    """torch.compile of function in inference mode, with every setting that a fair comparison tries."""
+def inductor_settings(mode: str) -> dict[str, dict[str, object]]:
+    """torch.compile's options for a mode, with loop reindexing on and off where torch has it, by the end of their name."""
     from torch import _inductor  # loads slowly
 
+    options = _inductor.list_mode_options(mode)
+    if not hasattr(_inductor.config, REINDEXING):
+        return {"": options}
+    return {"": {**options, REINDEXING: True}, ", no reindexing": {**options, REINDEXING: False}}
+
+
+def _compiled(function: Callable) -> dict[str, Callable]:
+    """torch.compile of function in inference mode, with every setting that a fair comparison tries."""
     variants = {}
-    for mode in ("default", "max-autotune-no-cudagraphs"):
-        for reindexing in (True, False) if hasattr(_inductor.config, REINDEXING) else (None,):
-            options = {**_inductor.list_mode_options(mode)}
-            name = COMPILED if mode == "default" else f"{COMPILED} max-autotune"
-            if reindexing is not None:
-                options[REINDEXING] = reindexing
-                name += "" if reindexing else ", no reindexing"
+    for mode, name in (("default", COMPILED), ("max-autotune-no-cudagraphs", f"{COMPILED} max-autotune")):
+        for suffix, options in inductor_settings(mode).items():
             # fullgraph: whatever made torch.compile fall back to eager code is an error, not a slow peer.
             optimised = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-            variants[name] = torch.inference_mode()(optimised)
+            variants[f"{name}{suffix}"] = torch.inference_mode()(optimised)
     return variants
 
 

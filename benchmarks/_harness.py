@@ -200,7 +200,8 @@ def version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    return {"fastddpm": fastddpm.__version__, **{name: version(name) for name in ("torch", "diffusers", "numpy")}}
+    others = ("torch", "diffusers", "openvino", "numpy")
+    return {"fastddpm": fastddpm.__version__, **{name: version(name) for name in others}}
 
 
 def commit() -> str | None:

@@ -1,13 +1,14 @@
-"""The proof on a GPU, in three steps: is everything right, is it fast, and is every memory access sound?
+"""The proof on a GPU, in four steps: is everything right, is it fast, op by op and as a whole, and is every memory access sound?
 
-    python benchmarks/gpu.py parity | benchmarks | sanitize [--out FOLDER]
+    python benchmarks/gpu.py parity | benchmarks | engine | sanitize [--out FOLDER]
 
-`make gpu` installs the package and runs the three. Each takes less than nine minutes and needs no network. What they find
+`make gpu` installs the package and runs the four. Each takes less than nine minutes and needs no network. What they find
 goes into <out>/<name of the GPU>.json as it comes, so that a step that is killed leaves what it had. A step keeps what
 another wrote there only if that was the same commit, the same sources and the same versions.
 
 parity      every op on every backend against float64 (`fastddpm.parity`), then the tests that need a GPU
 benchmarks  the GPU cases of kernels.py, and the bars that they have to reach
+engine      steps_per_sec.py for each network and batch size, and its bars; a first run leaves some to --resume
 sanitize    compute-sanitizer's tools over the kernels, called from C++ without torch (tests/cuda_on_cpu/driver.cpp)
 
 The exit status is 0 where everything was run, is right, and reaches its bar.
@@ -34,15 +35,22 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import kernels
+import steps_per_sec
 import torch
-from _harness import commit, machine, version, versions, write_json
+from _bars import BF16, F32, cells, engine_bars
+from _harness import commit, machine, print_table, version, versions, write_json
 from ptxas import arithmetic_flags
 
 import fastddpm
 from fastddpm import backend, parity
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = {"parity": ("parity",), "benchmarks": ("benchmarks", "bars"), "sanitize": ("sanitize",)}  # and their keys
+STEPS = {  # and their keys
+    "parity": ("parity",),
+    "benchmarks": ("benchmarks", "bars"),
+    "engine": ("engine", "engine_bars"),
+    "sanitize": ("sanitize",),
+}
 BACKENDS = ("cuda", "triton", "reference")
 OP_TESTS = ("philox_normal", "timestep_embedding", "ddpm_step", "group_norm_silu")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -326,6 +334,63 @@ def run_benchmarks(record: Record, settings: argparse.Namespace, clock: Clock) -
     return found["complete"] and not ours_failed and all(row["reached"] for row in rows)
 
 
+# ----------------------------------------------------------------------------------------------------- engine
+
+# Network and batch size, those with most bars first
+UNITS = (
+    ("cifar10", 1), ("cifar10", 256), ("lsun256", 4), ("cifar10", 64), ("cifar10", 16), ("lsun256", 1), ("lsun256", 16)
+)  # fmt: skip
+
+
+AFTERWARDS = 120  # seconds that a unit takes beside its contestants' set-up
+
+
+def measuring(name: str, batch: int, to: Path, left: float, force: bool) -> list[str]:
+    script = str(ROOT / "benchmarks" / "steps_per_sec.py")
+    options = ["--device", "cuda", "--network", name, "--batch", str(batch), "--seconds", "20", "--json", str(to)]
+    return [sys.executable, script, *options, f"--patience={left - AFTERWARDS:.0f}", *(["--force"] if force else [])]
+
+
+def whole(result: dict) -> bool:
+    return not any(why.startswith("Late") for why in result["left_out"].values())
+
+
+def run_engine(record: Record, settings: argparse.Namespace, clock: Clock) -> bool:
+    """Each unit in a process of its own. A peer that isn't compiled in time is left out, and its unit measured anew by
+    --resume: what was compiled by then is in Inductor's cache, so that the next run gets further."""
+    results = record.earlier.get("engine", {}).get("results", []) if settings.resume else []
+    found = {**about(settings), "complete": False, "results": results, "failed": {}}
+    for name, batch in UNITS:
+        unit = f"{name} at batch {batch}"
+        earlier = [r for r in results if (r["network"], r["batch"]) == (name, batch)]
+        if settings.only not in unit or any(map(whole, earlier)):
+            continue
+        if clock.left() <= AFTERWARDS:
+            break
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "results.json"
+            command = measuring(name, batch, path, clock.left(), settings.force)
+            status, output, seconds = limited(command, clock.left())
+            measured = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else []
+        if measured:
+            results[:] = [r for r in results if r not in earlier] + measured
+            steps_per_sec.table(measured)
+        else:
+            found["failed"][unit] = {"status": status, "seconds": seconds, "output": tail(output)}
+            print(f"FAILED {unit}: {'out of time' if status is None else status}", *tail(output), sep="\n    ")
+        sys.stdout.flush()
+        record.put(engine=found, engine_bars=engine_bars(results, "cuda"))
+    complete = {(r["network"], r["batch"]) for r in results if whole(r)} == set(UNITS)
+    if not complete:
+        print("\nnot everything was measured; go on with --resume")
+    rows = engine_bars(results, "cuda")
+    record.put(engine={**found, "complete": complete}, engine_bars=rows)
+    print()
+    print_table(["bar", "wanted", "measured", "reached", "where"], cells(rows))
+    ours_failed = any(name in r["left_out"] for r in results for name in (F32, BF16))
+    return complete and not ours_failed and all(row["reached"] or row["moonshot"] for row in rows)
+
+
 # --------------------------------------------------------------------------------------------------- sanitize
 
 DRIVER = ROOT / "tests" / "cuda_on_cpu" / "driver.cpp"
@@ -437,7 +502,7 @@ def run_sanitize(record: Record, settings: argparse.Namespace, clock: Clock) -> 
 
 # -------------------------------------------------------------------------------------------------------- main
 
-RUN = {"parity": run_parity, "benchmarks": run_benchmarks, "sanitize": run_sanitize}
+RUN = {"parity": run_parity, "benchmarks": run_benchmarks, "engine": run_engine, "sanitize": run_sanitize}
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -449,11 +514,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
     parser.add_argument("--limit", type=float, default=510, help="seconds after which nothing new is begun (510)")
     parser.add_argument("--commit", help="what to call this checkout where git does not know it")
-    of_benchmarks = parser.add_argument_group("benchmarks")
-    of_benchmarks.add_argument("--only", default="", metavar="TEXT", help="only cases whose op and name contain this")
-    of_benchmarks.add_argument("--seconds", type=float, default=1.5, help="time spent on each case (1.5)")
-    of_benchmarks.add_argument("--resume", action="store_true", help="keep the cases that an earlier run has measured")
-    of_benchmarks.add_argument("--force", action="store_true", help="measure although others use the GPU")
+    timed = parser.add_argument_group("benchmarks and engine")
+    timed.add_argument(
+        "--only", default="", metavar="TEXT", help='only cases whose name contains this, like "batch 64"'
+    )
+    timed.add_argument("--seconds", type=float, default=1.5, help="time spent on each case of benchmarks (1.5)")
+    timed.add_argument("--resume", action="store_true", help="keep the cases that an earlier run has measured")
+    timed.add_argument("--force", action="store_true", help="measure although others use the GPU")
     parser.set_defaults(quick=False)
     return parser
 

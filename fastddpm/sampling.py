@@ -161,7 +161,7 @@ class Chain:
         self.input = torch.empty(shape, device=self.device, dtype=net.dtype, memory_format=net.memory_format).zero_()
         self.state = torch.zeros(4, dtype=torch.int64, device=self.device)
         self.labels = torch.zeros(shape[0], dtype=torch.int64, device=self.device) if labelled else None
-        self.table: tuple[torch.Tensor, ...] | None = None
+        self.table: list[torch.Tensor] | None = None
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # Two segments on their way: a GPU doesn't wait for the host to look at the first one's end.
         on_gpu = self.device.type == "cuda"
@@ -172,13 +172,26 @@ class Chain:
     def load(self, net: Plain, table: samplers.Table) -> None:
         """Take another table of as many steps."""
         self.host_timesteps = table.timesteps.tolist()
-        timesteps = table.timesteps.to(self.device)
-        fresh = timesteps, table.rows.float().to(self.device), net.per_step(timesteps, len(self.x))
+        self.timesteps = table.timesteps.to(self.device)
+        self.piece = None
+        fresh = [self.timesteps, table.rows.float().to(self.device)]
+        if net.captured and graphs.usable(self.device):
+            fresh.append(torch.cat([self._piece(net, start) for start in range(0, self.steps, SEGMENT)]))
         if self.table is None:
             self.table = fresh
         else:
             for v, new in zip(self.table, fresh, strict=True):
                 v.copy_(new)
+
+    def _piece(self, net: Plain, start: int) -> torch.Tensor:
+        return net.per_step(self.timesteps[start : start + SEGMENT], len(self.x))
+
+    def _row(self, net: Plain, step: int) -> torch.Tensor:
+        """The step's row of `per_step`, a segment of which is computed at once: for all steps it takes a seventh of the weights."""
+        start = step - step % SEGMENT
+        if self.piece is None or self.piece[0] != start:
+            self.piece = start, self._piece(net, start)
+        return self.piece[1][step - start]
 
     def capture(self, net: Plain) -> None:
         """Make graphs of the step. Raises graphs.CaptureError; the buffers then hold nothing that `run` would use."""
@@ -217,8 +230,7 @@ class Chain:
 
     def predict(self, net: Plain, step: int | None = None) -> torch.Tensor:
         """The network's output for `input`. step: its number; None: where `state` points, which the host needn't know."""
-        per_step = self.table[2]
-        row = per_step.index_select(0, self.state[2:3])[0] if step is None else per_step[step]
+        row = self.table[2].index_select(0, self.state[2:3])[0] if step is None else self._row(net, step)
         o = net.predict(self.input, row, self.labels)
         n, c, *spatial = self.x.shape
         if not isinstance(o, torch.Tensor):
@@ -234,7 +246,7 @@ class Chain:
         return o
 
     def step(self, net: Plain, step: int | None = None) -> None:
-        timesteps, rows, _ = self.table
+        timesteps, rows = self.table[:2]
         o = self.predict(net, step)
         ops.ddpm_step_(self.x, o, rows, timesteps, self.state, x0=self.x0, next_input=self.input, clip=self.bound)
 

@@ -314,6 +314,8 @@ def started(chain):
 def test_the_device_may_know_the_step_alone(monkeypatch, dtype, classes):
     """As a graph has it: the same bits as with the step's number from the host, and nothing that waits for the device."""
     monkeypatch.setattr(merged, "_onednn_takes", lambda x: False)  # there is no packing on a GPU either
+    monkeypatch.setattr(graphs, "usable", lambda device: True)
+    monkeypatch.setattr(graphs, "capture", lambda step, counts, device: {})
     engine = Engine(small_unet(classes=classes), torch.device("cpu"), dtype)
     chain = sampling.prepared(engine, samplers.ddpm(SHORT), (3, 1, 8, 8), 1.0, classes is not None, True)
     if classes:

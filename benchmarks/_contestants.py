@@ -1,0 +1,380 @@
+"""Who takes part in steps_per_sec.py: fastddpm, and the best that a user could pick instead, with the same weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from _bars import BF16, DEFAULTS, F32, GRAPH, OPENVINO
+from _cases import inductor_settings
+from torch import nn
+from tqdm.auto import tqdm
+
+from fastddpm import Schedule, UNet, backend, memory, ops, samplers
+from fastddpm.engine import network
+from fastddpm.sampling import prepared
+from fastddpm.unet import EPS, Attention, GroupNormSiLU, TimestepEmbedding
+
+try:
+    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # UNet2DModel warns of casts even where none of its layers minds
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # which asks for versions
+except ImportError:
+    DDPMScheduler = UNet2DModel = None
+
+T = 1000
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass
+class Contestant:
+    precision: str  # of the network's products: "float32", "tf32" or "bfloat16"
+    predict: Callable[[torch.Tensor, int], torch.Tensor]  # x float32 [B, C, H, W] and a timestep -> epsilon, float32
+    # Seconds of k steps, behind one that is not timed: only a chain's first meets memory that is new to the process.
+    steps: Callable[[int], float]
+    slack: float = 1.0  # how many times the tolerance of its precision its error may be
+
+
+Entrant = contextlib.AbstractContextManager[Contestant]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ------------------------------------------------------------------------------------------------ the network
+
+
+def the_network(name: str) -> UNet:
+    """A network of the paper's, with weights that let every layer count: a fresh one has layers close to zero."""
+    return stirred(UNet.from_preset(name))
+
+
+def stirred(model: UNet) -> UNet:
+    torch.manual_seed(0)
+    model.eval().requires_grad_(False)
+    for name, layer in model.named_modules():
+        if name.endswith(("conv2", "conv_out", "to_out.0")):
+            nn.init.xavier_uniform_(layer.weight, 0.5)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+    return model
+
+
+def macs(model: UNet) -> int:
+    """Products of one image as the network is written down: convolutions, linear layers, attention."""
+    total = 0
+
+    def count(layer: nn.Module, _: object, out: torch.Tensor) -> None:
+        nonlocal total
+        if isinstance(layer, nn.Conv2d):
+            total += out.numel() * layer.weight[0].numel()
+        elif isinstance(layer, nn.Linear):
+            total += out.numel() * layer.in_features
+        elif isinstance(layer, Attention):  # beside its linear layers: scores, and what they weigh
+            total += 2 * out[0, 0].numel() * out.numel()
+
+    shapes = copy.deepcopy(model).to("meta")
+    for layer in shapes.modules():
+        layer.register_forward_hook(count)
+    shapes(torch.empty(1, *model.shape, device="meta"), torch.empty(1, dtype=torch.int64, device="meta"))
+    return total
+
+
+class PlainNorm(nn.Module):
+    def __init__(self, norm: GroupNormSiLU) -> None:
+        super().__init__()
+        self.groups, self.silu, self.weight, self.bias = norm.groups, norm.silu, norm.weight, norm.bias
+
+    def forward(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+        x = x if add is None else x + add[:, :, None, None]
+        y = F.group_norm(x, self.groups, self.weight, self.bias, EPS)
+        return F.silu(y) if self.silu else y
+
+
+class PlainEmbedding(TimestepEmbedding):
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        sinusoids = ops.timestep_embedding_ref(t, self.channels).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+
+
+def plain(model: UNet) -> UNet:
+    """The network of nothing but PyTorch's own functions, which a compiler can fuse: the peer where diffusers is missing."""
+    used = copy.deepcopy(model)
+    used.time_embedding.__class__ = PlainEmbedding
+    for parent in list(used.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, GroupNormSiLU):
+                setattr(parent, name, PlainNorm(layer))
+    return used
+
+
+def diffusers_unet(model: UNet) -> nn.Module:
+    config = model.config
+    attentive = [config.sample_size >> level in config.attention for level in range(len(config.multipliers))]
+    unet = UNet2DModel(
+        sample_size=config.sample_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=[config.channels * m for m in config.multipliers],
+        down_block_types=["AttnDownBlock2D" if attention else "DownBlock2D" for attention in attentive],
+        up_block_types=["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attentive)],
+        layers_per_block=config.blocks,
+        attention_head_dim=None,  # one head
+        downsample_padding=0,
+        norm_eps=EPS,
+        norm_num_groups=config.groups,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+    unet.load_state_dict(model.state_dict())
+    return unet.eval().requires_grad_(False)
+
+
+class Peer(nn.Module):
+    """Their network as (x, t) -> tensor, for those who compile or convert it: diffusers', or the plain one without it."""
+
+    def __init__(self, model: UNet) -> None:
+        super().__init__()
+        self.unet = plain(model) if UNet2DModel is None else diffusers_unet(model)
+        self.options = {} if UNet2DModel is None else {"return_dict": False}
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        out = self.unet(x, t, **self.options)
+        return out[0] if self.options else out
+
+
+# ------------------------------------------------------------------------------------------------------- ours
+
+
+@contextlib.contextmanager
+def ours(model: UNet, batch: int, precision: str, name: str | None = None) -> Iterator[Contestant]:
+    """fastddpm.sample's own loop, over the first steps of the full chain's table; on backend `name`, or on the usual one."""
+    device, shape = next(model.parameters()).device, (batch, *model.shape)
+    # A model has one engine at a time, so that each contestant has a model: of the same tensors.
+    model = copy.deepcopy(model, {id(v): v for v in model.parameters()})
+    table, bar = samplers.ddpm(Schedule.linear(T)), tqdm(disable=True)
+    x_T, out = torch.randn(shape, device=device), torch.empty(shape, device=device)
+    with contextlib.ExitStack() as stack:
+        with backend.use(name):
+            net = stack.enter_context(network(model, device, DTYPES[precision], shape))
+            chain = prepared(net, table, shape, 1.0, False, False)
+
+        def steps(k: int) -> float:
+            with backend.use(name), memory.kept(device), net.settings():
+                for chain.steps in (1, k):
+                    synchronize(device)
+                    start = time.perf_counter()
+                    chain.run(net, out, 0, 0, x_T, None, bar, None)
+                    synchronize(device)
+                    taken = time.perf_counter() - start
+            return taken
+
+        def predict(x: torch.Tensor, t: int) -> torch.Tensor:
+            chain.input.copy_(x)
+            with backend.use(name), net.settings():
+                return chain.predict(net, T - 1 - t).float()
+
+        yield Contestant(precision, predict, steps)
+
+
+# --------------------------------------------------------------------------------------------------- the peers
+
+
+@contextlib.contextmanager
+def cudnn(benchmark: bool, tf32: bool) -> Iterator[None]:
+    flags = torch.backends.cudnn
+    flags.benchmark, flags.allow_tf32 = benchmark, tf32
+    try:
+        yield
+    finally:  # as torch has them; not as they were, for reading allow_tf32 fails where conv.fp32_precision was set
+        flags.benchmark, flags.allow_tf32 = False, True
+
+
+@contextlib.contextmanager
+def at_its_best() -> Iterator[None]:
+    with torch.inference_mode(), cudnn(benchmark=True, tf32=False):
+        yield
+
+
+def in_their_loop(
+    precision: str,
+    call: Callable,
+    model: UNet,
+    batch: int,
+    settings: Callable[[], contextlib.AbstractContextManager] = at_its_best,
+) -> Contestant:
+    """The loop of diffusers' DDPMPipeline around call(x, t), with x and the result float32 and t as its scheduler has it."""
+    device = next(model.parameters()).device
+    scheduler = DDPMScheduler(T, beta_schedule="linear", variance_type="fixed_large", clip_sample=True)
+    scheduler.set_timesteps(T)
+    x_T = torch.randn(batch, *model.shape, device=device)
+
+    def predict(x: torch.Tensor, t: int) -> torch.Tensor:
+        with settings():
+            return call(x, scheduler.timesteps[T - 1 - t]).clone()
+
+    def steps(k: int) -> float:
+        with settings():
+            for count in (1, k):
+                synchronize(device)
+                x, start = x_T, time.perf_counter()
+                for t in scheduler.timesteps[:count]:
+                    x = scheduler.step(call(x, t), t, x).prev_sample
+                synchronize(device)
+            return time.perf_counter() - start
+
+    return Contestant(precision, predict, steps)
+
+
+@contextlib.contextmanager
+def as_it_comes(model: UNet, batch: int, tf32: bool) -> Iterator[Contestant]:
+    """DDPMPipeline at torch's defaults, under which cuDNN may round a convolution's operands to TF32; or without that."""
+    unet = diffusers_unet(model).to(next(model.parameters()).device)
+    precision = "tf32" if tf32 else "float32"
+    yield in_their_loop(
+        precision, lambda x, t: unet(x, t).sample, model, batch, lambda: cudnn(benchmark=False, tf32=tf32)
+    )
+
+
+@contextlib.contextmanager
+def tuned(model: UNet, batch: int, precision: str, options: dict[str, object] | None = None) -> Iterator[Contestant]:
+    """The same loop with the network channels_last, compiled where options are given; all timesteps on the device already."""
+    device, dtype = next(model.parameters()).device, DTYPES[precision]
+    unet = Peer(model).to(device, dtype, memory_format=torch.channels_last)
+    timesteps = torch.arange(T, device=device)[:, None].expand(T, batch).contiguous()
+    # fullgraph: whatever made torch.compile fall back to eager code is an error, not a slow peer.
+    compiled = unet if options is None else torch.compile(unet, fullgraph=True, dynamic=False, options=options)
+
+    def call(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return compiled(x.to(dtype, memory_format=torch.channels_last), timesteps[int(t)]).float()
+
+    yield in_their_loop(precision, call, model, batch)
+
+
+@contextlib.contextmanager
+def openvino(model: UNet, batch: int, precision: str) -> Iterator[Contestant]:
+    sys.modules.setdefault("openvino_telemetry", None)  # or it would tell its makers of this run
+    import openvino as ov
+
+    x, timesteps = torch.zeros(batch, *model.shape), torch.arange(T)[:, None].expand(T, batch).contiguous()
+    with warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning):  # shapes are what they are
+        converted = ov.convert_model(Peer(model), example_input=(x, timesteps[0]))
+    converted.reshape({converted.inputs[0]: list(x.shape), converted.inputs[1]: [batch]})
+    options = {
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    request = ov.compile_model(converted, "CPU", options).create_infer_request()
+    del converted
+
+    def call(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        given = [x.numpy(), timesteps[int(t)].numpy()]
+        return torch.from_numpy(request.infer(given, share_inputs=True, share_outputs=True)[0])
+
+    contestant = in_their_loop(precision, call, model, batch)
+    if precision == "bfloat16":  # of which it makes more use than others, and errs by 0.06
+        contestant.slack = 2
+    yield contestant
+
+
+def capture(run: Callable[[], object]) -> Callable[[], None]:
+    """What replays the run."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def captured(model: UNet, batch: int, options: dict[str, object]) -> Iterator[Contestant]:
+    """What a skilled user writes: the whole step under torch.compile, nothing of it on the host, in a CUDA graph by hand."""
+    device, dtype = next(model.parameters()).device, torch.bfloat16
+    unet = Peer(model).to(device, dtype, memory_format=torch.channels_last)
+    table = samplers.ddpm(Schedule.linear(T))
+    timesteps, rows = table.timesteps.to(device), table.rows[:, [0, 1, 2, 3, 6]].float().to(device)
+
+    def one(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """A step on x, and the step's number, in place."""
+        o = unet(x.to(dtype, memory_format=torch.channels_last), timesteps[step].expand(batch)).float()
+        a, b, c0, c1, sigma = rows[step].unbind(1)
+        x0 = (a * x + b * o).clamp(-1, 1)
+        x.copy_(c0 * x0 + c1 * x + sigma * torch.randn_like(x))
+        step.add_(1)
+        return o
+
+    compiled = torch.compile(one, fullgraph=True, dynamic=False, options=options)
+    with at_its_best():  # all tensors are inference tensors, or it would be compiled twice
+        x_T = torch.randn(batch, *model.shape, device=device)
+        x, step = x_T.clone(), torch.zeros(1, dtype=torch.int64, device=device)
+        for _ in range(3):  # compiles, and leaves nothing to be done for the first time within the capture
+            compiled(x, step)
+        replay = capture(lambda: compiled(x, step))
+
+    def predict(given: torch.Tensor, t: int) -> torch.Tensor:
+        with at_its_best():
+            return compiled(given.clone(), torch.tensor([T - 1 - t], device=device))
+
+    def steps(k: int) -> float:
+        with torch.inference_mode():
+            for count in (1, k):
+                x.copy_(x_T)
+                step.zero_()
+                synchronize(device)
+                start = time.perf_counter()
+                for _ in range(count):
+                    replay()
+                synchronize(device)
+            return time.perf_counter() - start
+
+    yield Contestant("bfloat16", predict, steps)
+
+
+# --------------------------------------------------------------------------------------------------- all of them
+
+
+def entrants(model: UNet, batch: int, quick: bool) -> dict[str, Entrant]:
+    """name -> contestant, to be entered. quick: without those that compile."""
+    on_gpu = next(model.parameters()).is_cuda
+    field = {
+        "fastddpm reference": ours(model, batch, "float32", "reference"),
+        F32: ours(model, batch, "float32"),
+        BF16: ours(model, batch, "bfloat16"),
+    }
+    theirs = UNet2DModel is not None
+    if theirs:
+        field[DEFAULTS] = as_it_comes(model, batch, tf32=on_gpu)
+    if on_gpu:
+        if theirs:
+            field["diffusers, float32"] = as_it_comes(model, batch, tf32=False)
+        if not quick:  # the stronger ones first, as time may run out
+            name = f"torch.compile of {'diffusers' if theirs else 'the plain network'}, {GRAPH}"
+            for suffix, options in inductor_settings("max-autotune-no-cudagraphs").items():
+                field[f"{name}{suffix}"] = captured(model, batch, options)
+        if theirs and not quick:
+            for suffix, options in inductor_settings("max-autotune").items():
+                field[f"torch.compile of diffusers{suffix}"] = tuned(model, batch, "bfloat16", options)
+    elif theirs:
+        field["diffusers, bfloat16 channels_last"] = tuned(model, batch, "bfloat16")
+        if importlib.util.find_spec("openvino") is not None:
+            field |= {f"{OPENVINO} {precision}": openvino(model, batch, precision) for precision in DTYPES}
+        if not quick:
+            freezing = {"freezing": True}
+            field |= {
+                f"torch.compile of diffusers, {precision}": tuned(model, batch, precision, freezing)
+                for precision in DTYPES
+            }
+    return field
