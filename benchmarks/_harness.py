@@ -292,7 +292,7 @@ def bar_chart(path: Path, title: str, unit: str, panels: dict[str, dict[str, flo
     for axis, (name, bars) in zip(axes.flat, panels.items(), strict=False):
         colours = ["tab:blue" if label.startswith("fastddpm") else "tab:gray" for label in bars]
         drawn = axis.barh(list(bars), list(bars.values()), color=colours)
-        axis.bar_label(drawn, fmt="%.3g", padding=3)
+        axis.bar_label(drawn, fmt="%.4g", padding=3)
         axis.margins(x=0.15)
         axis.invert_yaxis()
         axis.set_title(name, fontsize=10)

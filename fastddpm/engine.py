@@ -33,7 +33,9 @@ from .unet import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GROWTH = 1.2  # of the model's weights: what an engine's own may come to, on a CPU
+GROWTH = (
+    1.15  # times the model's weights: what an engine's own may come to on a CPU; with its buffers that stays below 1.2
+)
 
 
 class Plain:

@@ -187,7 +187,7 @@ class Chain:
         return net.per_step(self.timesteps[start : start + SEGMENT], len(self.x))
 
     def _row(self, net: Plain, step: int) -> torch.Tensor:
-        """The step's row of `per_step`, a segment of which is computed at once: for all steps it takes a seventh of the weights."""
+        """The step's row of `per_step`, a segment at a time: all together would be a seventh of the weights' size."""
         start = step - step % SEGMENT
         if self.piece is None or self.piece[0] != start:
             self.piece = start, self._piece(net, start)
