@@ -342,7 +342,8 @@ void timestep_embedding(const py::object& out_, const py::object& t_, int64_t co
 }
 
 void check_winograd(int64_t channels, int64_t outputs, int dtype, int threads) {
-    check(channels % 32 == 0 && outputs % 32 == 0, "channels and outputs must be divisible by 32");
+    check(channels > 0 && outputs > 0 && channels % 32 == 0 && outputs % 32 == 0,
+          "channels and outputs must be divisible by 32, and not 0");
     if (dtype > 1 || !winograd_serves(static_cast<Dtype>(dtype)))
         throw py::type_error("this processor has no Winograd convolution in that dtype");
     check(threads >= 1, "threads must be at least 1");
@@ -354,7 +355,7 @@ void winograd(const py::object& x_, const py::object& coefficients_, const py::o
     Buffer x("x", x_), weights("weights", weights_), bias("bias", bias_), residual("residual", residual_), y("y", y_);
     Buffer coefficients("coefficients", coefficients_);
     check_winograd(channels, outputs, weights.required().dtype, threads);
-    check(height % 2 == 0 && width % 2 == 0, "height and width must be even");
+    check(height > 0 && width > 0 && height % 2 == 0 && width % 2 == 0, "height and width must be even, and not 0");
     for (Buffer* v : {&x, &y})  // float32, or the products' dtype
         if (v->required().dtype != 0) v->type(weights.dtype);
     const int shrink = upsample ? 2 : 1;
@@ -426,7 +427,9 @@ PYBIND11_MODULE(FASTDDPM_MODULE, module) {
     module.def("winograd", &winograd);
     module.def("winograd_weights", &winograd_weights);
     module.def("winograd_serves", [](const char* dtype) {
-        return winograd_serves(std::string(dtype) == "bfloat16" ? Dtype::bfloat16 : Dtype::float32);
+        for (int code : {0, 1})
+            if (std::string(dtype) == kDtypeNames[code]) return winograd_serves(static_cast<Dtype>(code));
+        return false;
     });
     module.def("cpu_variant", &cpu_variant);
     module.def("build_info", &build_info);

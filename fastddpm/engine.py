@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import os
 import threading
 import types
 import weakref
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from . import backend, graphs
-from .merged import merge, spend
+from .merged import Convolution, merge, spend
 from .unet import (
     Attention,
     Downsample,
@@ -44,6 +45,7 @@ class Plain:
     memory_format = torch.contiguous_format
     captured = False  # whether its steps may become a CUDA graph
     chain = None  # for the loop to keep what it has captured
+    lock: threading.RLock | None = None  # held by the thread that uses it
 
     def __init__(self, model: Callable, device: torch.device, dtype: torch.dtype, notice: str | None = None) -> None:
         """notice: what the user should know about how the model runs."""
@@ -56,6 +58,18 @@ class Plain:
         """What must hold while it is captured or runs: a foreign model runs as its owner has set things."""
         return contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def let_go(self) -> Iterator[None]:
+        """Inside the block, where somebody else's code runs, other threads may use the model: nobody waits for both."""
+        if self.lock is None:
+            yield
+            return
+        self.lock.release()
+        try:
+            yield
+        finally:
+            self.lock.acquire()
+
     def per_step(self, timesteps: torch.Tensor, n: int) -> torch.Tensor:
         """What a step of n images needs of its timestep, one row for each of timesteps [S]: here t itself, [S, n]."""
         return timesteps[:, None].expand(-1, n).contiguous()
@@ -65,10 +79,15 @@ class Plain:
         return self(x, row, class_labels)
 
 
+class CopyError(RuntimeError):
+    """The model cannot be copied; the message says why."""
+
+
 class Engine(Plain):
     """A copy of a UNet with merged layers and channels_last weights, its timestep part computed for all steps at once.
 
-    Tensors that need no other layout, dtype or device are the model's own memory. No module of the model is referred to.
+    Where all layers are this package's own, tensors that need no other layout, dtype or device are the model's own memory.
+    No module of the model is referred to. Raises CopyError.
     """
 
     memory_format = torch.channels_last
@@ -78,7 +97,12 @@ class Engine(Plain):
         # Foreign layers may write into their tensors, so that they get copies.
         shared = () if changed else (*model.parameters(), *model.buffers())
         # deepcopy and not state_dict: the module may carry hooks or replaced layers of its owner.
-        network = copy.deepcopy(model, {id(v): v for v in shared}).eval()
+        try:
+            network = copy.deepcopy(model, {id(v): v for v in shared}).eval()
+        except (
+            RuntimeError
+        ) as error:  # layers that hold tensors computed from others, as torch's old weight_norm leaves them
+            raise CopyError(str(error).partition("\n")[0]) from error
         self.whole = "" not in changed
         left = []
         if self.whole:  # else another body may read what merged layers don't keep
@@ -118,11 +142,13 @@ def _place(network: nn.Module, device: torch.device, dtype: torch.dtype, exact: 
 
     def placed(v: torch.Tensor) -> torch.Tensor:
         kind = dtype if v.is_floating_point() and module not in stays else v.dtype
-        layout = torch.channels_last if v.dim() == 4 else torch.preserve_format
-        return v.detach().to(device, kind, memory_format=layout)
+        v = v.detach().to(device, kind)
+        if v.layout != torch.strided:
+            return v
+        return v.contiguous(memory_format=torch.channels_last if v.dim() == 4 else torch.contiguous_format)
 
     for module in network.modules():
-        if hasattr(module, "place"):  # a merged layer that keeps its weight's precision until it packs it
+        if isinstance(module, Convolution):  # which knows when its weight is best rounded
             module.place(device, dtype)
             continue
         for name, v in module._parameters.items():
@@ -139,14 +165,17 @@ OURS = {
     Attention, Downsample, GroupNormSiLU, Level, Middle, ResBlock, TimestepEmbedding, Upsample,
     nn.Conv2d, nn.Dropout, nn.Embedding, nn.Linear, nn.ModuleList,
 }  # fmt: skip
-METHODS = ("forward", "body", "embed", "resblocks")  # of a UNet, which the engine calls or replaces
+METHODS = ("forward", "body", "embed", "embedding_layers", "resblocks")  # of a UNet, which the engine calls or replaces
 SIMPLE = (bool, int, float, str, tuple, types.NoneType, UNetConfig)
 
 
 def _untouched(module: nn.Module) -> bool:
-    """Whether nobody has hooked the module or put a function into it. Functions may also hold the model itself."""
+    """Whether nobody has hooked the module, or put a function or a tensor into it that is no parameter or buffer.
+
+    Functions may also hold the model itself, and such tensors change unseen.
+    """
     state = {**vars(module), "_compiled_call_impl": None}  # of module.compile(), which copies don't have
-    return not any(callable(v) or ("_hooks" in name and v) for name, v in state.items())
+    return not any(callable(v) or isinstance(v, torch.Tensor) or ("_hooks" in name and v) for name, v in state.items())
 
 
 def changed_layers(model: UNet) -> list[str]:
@@ -223,13 +252,17 @@ def _sum(v: torch.Tensor) -> torch.Tensor:
 
 def _settings(device: torch.device, dtype: torch.dtype) -> tuple:
     """What else packed weights and captured kernels depend on."""
-    matmul = torch.backends.cuda.matmul
+    cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
     return (
         torch.get_num_threads(),
         {backend.choose(device, kind) for kind in (dtype, torch.float32)},
         torch.backends.mkldnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.enabled,
         torch.backends.cudnn.deterministic,
+        os.environ.get("FASTDDPM_AUTOTUNE"),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction),
         matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32,
     )
 
@@ -270,20 +303,31 @@ def network(
     own = torch.float32 if parameter is None else parameter.dtype
     dtype = own if dtype is None else dtype
     if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype}; expected float32, bfloat16 or float16")
+        whose = "the model's own" if dtype == own else "got"
+        raise ValueError(f"dtype: {whose} {dtype}; expected float32, bfloat16 or float16: pass one as dtype=")
+    moved = dtype != own or (parameter is not None and parameter.device != device)
+    why = f"{type(model).__name__} is not a fastddpm.UNet"
     with _keeping:
         kept = _kept.setdefault(model, _Kept())
-    with kept.lock:
+    with kept.lock, contextlib.ExitStack() as stack:
         if isinstance(model, UNet):
-            with _engine(kept, model, device, dtype, shape) as engine:
+            try:
+                engine = stack.enter_context(_engine(kept, model, device, dtype, shape))
+            except CopyError as error:
+                if moved:
+                    raise ValueError(f"model: for {dtype} on {device} it must be copied, but {error}") from error
+                why = f"the model cannot be copied ({error})"
+            else:
+                engine.lock = kept.lock
                 yield engine
-            return
-        moved = dtype != own or (parameter is not None and parameter.device != device)
+                return
         used = copy.deepcopy(model).to(device, dtype) if moved else model
         modes = [(module, module.training) for module in used.modules()]
         used.eval()
         try:
-            yield Plain(used, device, dtype, f"{type(model).__name__} is not a fastddpm.UNet, so it runs as it is")
+            plain = Plain(used, device, dtype, f"{why}, so it runs as it is")
+            plain.lock = kept.lock
+            yield plain
         finally:
             for module, training in modes:
                 module.training = training
@@ -293,13 +337,21 @@ def network(
 def _engine(
     kept: _Kept, model: UNet, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> Iterator[Engine]:
-    """The kept engine where it still is the model's; else a new one, kept where it can be told whether it still is."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """The kept engine where it still is the model's; else a new one, kept where it can be told whether it still is.
+
+    Not kept either: that of a model in training, which changes before the next call, and what a failed call leaves.
+    """
+    # By all names that they have: which tensors are tied belongs to what a model is.
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names, tensors = [name for name, _ in named], list({id(v): v for _, v in named}.values())
+    ties = [id(v) for _, v in named]
     why = None
     if torch.is_autocast_enabled(device.type):
         why = "torch.autocast is on"
     elif any(type(v) not in (nn.Parameter, torch.Tensor) or v.device != tensors[0].device for v in tensors):
         why = "its parameters are not plain tensors on one device"
+    elif any(v.layout != torch.strided or v.is_complex() or v.is_neg() for v in tensors):
+        why = "some of its buffers are sparse or complex"
     if kept.busy or why or changed_layers(model):
         engine = Engine(model, device, dtype)
         engine.captured = False
@@ -307,7 +359,7 @@ def _engine(
             engine.notice = engine.notice or f"steps are not captured as a CUDA graph, as {why}"
         yield engine
         return
-    key = device, dtype, shape, _settings(device, dtype), structure(model), fingerprint(tensors)
+    key = device, dtype, shape, _settings(device, dtype), structure(model), names, ties, fingerprint(tensors)
     if kept.key != key:
         kept.engine = kept.key = None  # its memory goes before a new one's comes
         kept.engine = Engine(model, device, dtype)
@@ -315,5 +367,10 @@ def _engine(
     kept.busy = True
     try:
         yield kept.engine
+    except BaseException:
+        kept.engine = kept.key = None
+        raise
     finally:
         kept.busy = False
+        if model.training:
+            kept.engine = kept.key = None

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 _capturing = threading.Lock()  # one capture at a time in the process
+_failed: list[dict[int, torch.cuda.CUDAGraph]] = []  # not to be destroyed: torch's allocator may still refer to them
 _cudnn = threading.Lock()
 _users = 0
-_before: tuple | None = None
+_undo: Callable[[], None]
 
 
 class CaptureError(RuntimeError):
@@ -33,12 +34,17 @@ def capture(step: Callable[[], None], counts: tuple[int, ...], device: torch.dev
     let cuDNN choose its algorithms; what that raises is the step's own error. Raises CaptureError where the capture fails.
     """
     with _capturing:
-        # A stream of the device's own: the one that torch.cuda.graph makes belongs to whichever device came first.
-        stream, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-        stream.wait_stream(here)
+        # Streams of the device's own: the one that torch.cuda.graph makes belongs to whichever device came first.
+        warm, stream, here = torch.cuda.Stream(device), torch.cuda.Stream(device), torch.cuda.current_stream(device)
         graphs, pool = {}, torch.cuda.graph_pool_handle()
+        warm.wait_stream(here)
+        try:
+            with torch.cuda.stream(warm):
+                step()
+        finally:
+            here.wait_stream(warm)
+        stream.wait_stream(warm)
         with torch.cuda.stream(stream):  # around the captures too: a failed one leaves its stream the current one
-            step()
             try:
                 for count in counts:
                     graphs[count] = torch.cuda.CUDAGraph()
@@ -47,6 +53,7 @@ def capture(step: Callable[[], None], counts: tuple[int, ...], device: torch.dev
                         for _ in range(count):
                             step()
             except RuntimeError as error:
+                _failed.append(graphs)
                 raise CaptureError(str(error).partition("\n")[0]) from error
         here.wait_stream(stream)
     return graphs
@@ -57,17 +64,15 @@ def cudnn_for(device: torch.device) -> Iterator[None]:
     """Inside the block cuDNN times its algorithms (unless FASTDDPM_AUTOTUNE=0) and multiplies float32 as float32.
 
     By itself it would round convolutions' inputs to TF32's 11 bits. These settings are the process's: the last chain to
-    end puts them back.
+    end undoes them.
     """
-    global _users, _before
+    global _users, _undo
     if device.type != "cuda":
         yield
         return
     with _cudnn:
         if not _users:
-            _before = torch.backends.cudnn.benchmark, *_precision()
-            torch.backends.cudnn.benchmark = os.environ.get("FASTDDPM_AUTOTUNE", "1") != "0"
-            _set_precision(None if _before[1] is None else False, None if _before[2] is None else "ieee")
+            _undo = _set()
         _users += 1
     try:
         yield
@@ -75,22 +80,27 @@ def cudnn_for(device: torch.device) -> Iterator[None]:
         with _cudnn:
             _users -= 1
             if not _users:
-                torch.backends.cudnn.benchmark = _before[0]
-                _set_precision(*_before[1:])
+                _undo()
 
 
-def _precision() -> tuple[bool | None, str | None]:
-    """cuDNN's old switch and, since torch 2.9, the new one. The old one raises where somebody has used the new: then None."""
-    cudnn = torch.backends.cudnn
+def _set() -> Callable[[], None]:
+    """Make the settings above; what is returned undoes them."""
+    cudnn, changed = torch.backends.cudnn, []
+
+    def change(owner: object, name: str, value: object) -> None:
+        before = getattr(owner, name)
+        if before != value:
+            setattr(owner, name, value)
+            changed.append((owner, name, before))
+
     try:
-        old = cudnn.allow_tf32
-    except RuntimeError:
-        old = None
-    return old, cudnn.conv.fp32_precision if hasattr(cudnn, "conv") else None
+        change(cudnn, "allow_tf32", False)
+    except RuntimeError:  # somebody has used the switches that torch has since 2.9, and the two kinds don't mix
+        change(cudnn.conv, "fp32_precision", "ieee")
+    change(cudnn, "benchmark", os.environ.get("FASTDDPM_AUTOTUNE", "1") != "0")
 
+    def undo() -> None:
+        for owner, name, before in changed:
+            setattr(owner, name, before)
 
-def _set_precision(old: bool | None, new: str | None) -> None:
-    if old is not None:  # first, as it sets the new one too
-        torch.backends.cudnn.allow_tf32 = old
-    if new is not None:
-        torch.backends.cudnn.conv.fp32_precision = new
+    return undo

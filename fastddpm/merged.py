@@ -57,13 +57,14 @@ class Convolution(nn.Module):
         """As module.to, for a network in this dtype."""
         self.dtype = dtype
         cpu = device.type == "cpu"
-        if cpu and self.fast:
-            return  # Winograd's weights are rounded once, behind their transformation
+        if cpu and self.fast:  # Winograd's weights are rounded once, behind their transformation
+            self.weight, self.bias = self.weight.to(device), None if self.bias is None else self.bias.to(device)
+            return
         if self.upsample:
             self.weight = transposed(self.weight)
-        layout = torch.preserve_format if cpu else torch.channels_last
-        self.weight = self.weight.to(device, dtype, memory_format=layout)
-        self.bias = None if self.bias is None else self.bias.to(device, dtype)
+        layout = torch.contiguous_format if cpu else torch.channels_last
+        self.weight = self.weight.to(device, dtype).contiguous(memory_format=layout)
+        self.bias = None if self.bias is None else self.bias.to(device, dtype).contiguous()
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, overwrite: bool = False) -> torch.Tensor:
         """overwrite: the result may take the residual's memory."""
@@ -110,8 +111,9 @@ class Convolution(nn.Module):
     def _pack(self, x: torch.Tensor) -> None:
         """For this shape of x; another batch size then works too, but may cost a reordering in every call."""
         if self.fast and winograd.suits(x, self.dtype, self.upsample):
-            self.packed, self.winograd = winograd.pack(self.weight, self.dtype, self.upsample), True
-            self.weight, self.bias = None, None if self.bias is None else self.bias.float()
+            self.packed = winograd.pack(self.weight, self.dtype, self.upsample)
+            self.weight, self.bias = None, None if self.bias is None else self.bias.float().contiguous()
+            self.winograd = True
             return
         if self.fast:
             self.fast = False
@@ -140,7 +142,10 @@ def transposed(weight: torch.Tensor) -> torch.Tensor:
 
 
 class MergedResBlock(nn.Module):
-    """`ResBlock` with the first convolution's bias in what is added behind it, and the last adding to the shortcut."""
+    """`ResBlock` with the first convolution's bias in what is added behind it, and the last adding to the shortcut.
+
+    So on a GPU, where a bias is a pass of its own, it is none in most places.
+    """
 
     def __init__(self, block: ResBlock) -> None:
         super().__init__()
@@ -153,6 +158,8 @@ class MergedResBlock(nn.Module):
             "bias": nn.Parameter(block.time_emb_proj.bias.detach() + self.conv1.bias, requires_grad=False),
         }
         self.conv1.bias = None
+        if self.conv_shortcut is not None:
+            self.conv_shortcut.bias, self.conv2.bias = self.conv_shortcut.bias + self.conv2.bias, None
 
     def forward(self, x: torch.Tensor, add: torch.Tensor) -> torch.Tensor:
         # What lies between the convolutions needn't be rounded where both take float32 as it is.

@@ -140,8 +140,13 @@ def prepared(
         try:
             chain.capture(net)
         except graphs.CaptureError as error:
-            net.notice = f"steps are launched kernel by kernel, as they could not be captured as a CUDA graph ({error})"
-        net.chain = chain  # also then: the next call needn't fail once more
+            said = "" if net.notice is None else f"{net.notice}; "
+            net.notice = (
+                f"{said}steps are launched kernel by kernel, as they could not be captured as a CUDA graph ({error})"
+            )
+            if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):  # another time there may be more
+                return chain
+        net.chain = chain  # also after a failure: the next call needn't fail once more
     return chain
 
 
@@ -156,7 +161,7 @@ class Chain:
         self.key = key
         self.steps, shape, self.bound, labelled, callback = key
         self.device = net.device
-        self.x = torch.zeros(shape, device=self.device)
+        self.x = torch.zeros(shape, dtype=torch.float32, device=self.device)
         self.x0 = torch.zeros_like(self.x) if callback else None
         self.input = torch.empty(shape, device=self.device, dtype=net.dtype, memory_format=net.memory_format).zero_()
         self.state = torch.zeros(4, dtype=torch.int64, device=self.device)
@@ -220,7 +225,8 @@ class Chain:
                 if len(launched) == self.in_flight:
                     self._settle(*launched.popleft(), bar)
                 if callback is not None:
-                    self._tell(callback, start, range(first, first + len(out)))
+                    with net.let_go():
+                        self._tell(callback, start, range(first, first + len(out)))
             while launched:
                 self._settle(*launched.popleft(), bar)
             out.copy_(x[: len(out)])

@@ -36,7 +36,7 @@ def pack(weight: torch.Tensor, dtype: torch.dtype, upsample: bool = False) -> to
     """[K, C, 3, 3], transformed and then rounded to dtype, in the kernel's order: [16 K C], or [9 K C] to upsample."""
     outputs, channels = weight.shape[:2]
     weight = weight.float().contiguous()
-    packed = torch.empty((9 if upsample else 16) * outputs * channels, dtype=dtype)
+    packed = torch.empty((9 if upsample else 16) * outputs * channels, dtype=dtype, device=weight.device)
     b = backend.buffer
     backend.native.winograd_weights(b(weight), b(packed), upsample, outputs, channels, torch.get_num_threads())
     return packed
@@ -55,7 +55,8 @@ def norm_coefficients(
     x: [N, C, H, W] channels_last; weight, bias, add as there.
     """
     n, c, height, width = x.shape
-    coefficients = torch.empty(3, n, c)
+    coefficients = torch.empty(3, n, c, dtype=torch.float32, device=x.device)
+    weight, bias, add = weight.contiguous(), bias.contiguous(), None if add is None else add.contiguous()
     b = backend.buffer
     backend.native.group_norm_coefficients(
         b(x),
@@ -99,7 +100,7 @@ def convolve(
     if residual is not None:
         residual = residual.contiguous(memory_format=last)
     if out is None or not out.is_contiguous(memory_format=last):
-        out = torch.empty((n, k, height, width), dtype=dtype or packed.dtype, memory_format=last)
+        out = torch.empty((n, k, height, width), dtype=dtype or packed.dtype, device=x.device, memory_format=last)
     b = backend.buffer
     backend.native.winograd(
         b(x), b(coefficients), b(packed), b(bias), b(residual), b(out),

@@ -137,7 +137,7 @@ def small_unet(**options):
     config = UNetConfig(
         sample_size=8, in_channels=1, channels=8, multipliers=(1, 2), attention=(4,), groups=4, **options
     )
-    model = UNet(config, schedule=SHORT)
+    model = UNet(config, schedule=SHORT).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))

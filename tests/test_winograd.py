@@ -191,6 +191,7 @@ def test_where_it_is_used(monkeypatch):
     assert not winograd.suits(x.bfloat16(), torch.float32)
     for v in (x, x.bfloat16()):
         assert winograd.suits(v, torch.bfloat16) == backend.native.winograd_serves("bfloat16")
+    assert not backend.native.winograd_serves("float16")
     assert winograd.shaped(torch.zeros(32, 64, 3, 3), one, one)
     for weight, stride, padding in [
         (torch.zeros(32, 64, 3, 3), [2, 2], one),
@@ -271,6 +272,8 @@ def test_the_bindings_check_sizes():
         (5, b(x), "y has"),
         (6, True, "x has"),
         (8, 5, "even"),
+        (9, 0, "even"),
+        (10, 0, "divisible"),
         (10, 33, "divisible"),
         (11, 48, "divisible"),
         (12, 0, "threads"),
