@@ -34,9 +34,7 @@ from .unet import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GROWTH = (
-    1.15  # times the model's weights: what an engine's own may come to on a CPU; with its buffers that stays below 1.2
-)
+GROWTH = 1.15  # times the model's weights may an engine's own be on a CPU: with all its buffers they stay below 1.2
 
 
 class Plain:
@@ -96,12 +94,11 @@ class Engine(Plain):
         changed = changed_layers(model)
         # Foreign layers may write into their tensors, so that they get copies.
         shared = () if changed else (*model.parameters(), *model.buffers())
-        # deepcopy and not state_dict: the module may carry hooks or replaced layers of its owner.
         try:
+            # deepcopy and not state_dict: the module may carry hooks or replaced layers of its owner.
             network = copy.deepcopy(model, {id(v): v for v in shared}).eval()
-        except (
-            RuntimeError
-        ) as error:  # layers that hold tensors computed from others, as torch's old weight_norm leaves them
+        except RuntimeError as error:
+            # Of a layer that holds a tensor computed from others, as torch's old weight_norm leaves it.
             raise CopyError(str(error).partition("\n")[0]) from error
         self.whole = "" not in changed
         left = []

@@ -13,8 +13,9 @@ FASTDDPM_WITHOUT(ddpm_step, DdpmStepArgs)
 FASTDDPM_WITHOUT(group_norm_silu, GroupNormSiluArgs)
 FASTDDPM_WITHOUT(group_norm_silu_backward, GroupNormSiluBackwardArgs)
 FASTDDPM_WITHOUT(timestep_embedding, TimestepEmbeddingArgs)
-FASTDDPM_WITHOUT(winograd_input, WinogradArgs)
-FASTDDPM_WITHOUT(winograd_output, WinogradArgs)
+FASTDDPM_WITHOUT(winograd, WinogradArgs)
+FASTDDPM_WITHOUT(winograd_weights, WinogradWeightsArgs)
+bool winograd_serves(Dtype) { return false; }
 const char* cpu_variant() { return "none"; }
 
 }  // namespace fastddpm
