@@ -70,6 +70,7 @@ def test_driver(seed, sms, major):
     assert done.stdout.count("\nok") > 150
 
 
+@pytest.mark.slow  # to build
 @pytest.mark.parametrize("op", ["philox", "timestep", "ddpm_step", "group_norm_silu"])
 def test_driver_sanitized(op):
     """No access out of bounds, of dead memory or undefined, in shared memory either."""
