@@ -124,12 +124,13 @@ except First:
 
 
 def cold(name: str, batch: int, device: torch.device) -> dict[str, float]:
-    """Seconds from a new process's first call of `fastddpm.sample` to the end of its first step, by dtype."""
-    found = {}
-    for dtype in DTYPES:
+    """Seconds from a new process's first call of `fastddpm.sample` to the end of its first step, by dtype: medians of three."""
+
+    def once(dtype: str) -> float:
         command = [sys.executable, "-P", "-c", COLD, name, str(batch), device.type, dtype]
-        found[dtype] = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return found
+        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+    return {dtype: statistics.median(once(dtype) for _ in range(3)) for dtype in DTYPES}
 
 
 def own(model: UNet, batch: int, device: torch.device) -> float:
