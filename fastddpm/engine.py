@@ -82,7 +82,7 @@ class CopyError(RuntimeError):
 
 
 class Engine(Plain):
-    """A copy of a UNet with merged layers and channels_last weights, its timestep part computed for all steps at once.
+    """A copy of a UNet with merged layers and channels_last weights, its timestep part computed outside the loop.
 
     Where all layers are this package's own, tensors that need no other layout, dtype or device are the model's own memory.
     No module of the model is referred to. Raises CopyError.

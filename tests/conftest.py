@@ -6,6 +6,7 @@ Tolerances have one home, fastddpm/parity.py, as they are promises to users.
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 
 import hypothesis
@@ -127,6 +128,23 @@ def randomised(config: UNetConfig, seed: int = 0) -> UNet:
             if p.dim() < 2 or "conv2" in name or "to_out" in name or "conv_out" in name:
                 p.add_(torch.randn_like(p) * 0.1)
     return model
+
+
+def in_threads(*calls):
+    """The calls' results, each in a thread of its own with this thread's settings."""
+    results, count = [None] * len(calls), torch.get_num_threads()
+
+    def work(i):
+        torch.set_num_threads(count)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        results[i] = calls[i]()
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return results
 
 
 def python(code, tmp_path, **environment):

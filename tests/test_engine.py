@@ -14,7 +14,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import randomised
+from conftest import in_threads, randomised
 from test_unet import as_diffusers
 from torch import nn
 
@@ -757,23 +757,6 @@ def test_an_empty_tensor_has_a_checksum():
 
 
 # ---------------------------------------------------------------------------------------------------- threads
-
-
-def in_threads(*calls):
-    """The calls' results, each in a thread of its own with this thread's settings."""
-    results, count = [None] * len(calls), torch.get_num_threads()
-
-    def work(i):
-        torch.set_num_threads(count)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        results[i] = calls[i]()
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return results
 
 
 def test_threads_take_turns_at_a_model(monkeypatch):

@@ -7,11 +7,10 @@ import copy
 import functools
 import gc
 import math
-import threading
 
 import pytest
 import torch
-from conftest import misaligned, python, randomised, same_bits
+from conftest import in_threads, misaligned, python, randomised, same_bits
 
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, backend, graphs, ops, parity, samplers, sampling
@@ -500,21 +499,6 @@ def test_a_failed_capture_falls_back(kind, untuned, monkeypatch):
     assert torch.randn(5, device="cuda").isfinite().all()  # the generator has left the capture
     other = small(1)
     assert same_bits(draw(other), eager(other)) and chain_of(other).graphs
-
-
-def in_threads(*calls):
-    results = [None] * len(calls)
-
-    def work(i):
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        results[i] = calls[i]()
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return results
 
 
 def on_a_stream_of_its_own(call):
