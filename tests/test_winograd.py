@@ -156,6 +156,14 @@ def test_behind_a_norm(dtype, n, c, height, width, with_add, threads, seed):
     assert (got.double() - truth).norm() <= BOUNDS[dtype] * truth.norm()
 
 
+def test_a_norm_s_vectors_may_have_gaps():
+    x, *_ = problem()
+    dense = [torch.randn(32) for _ in range(3)]
+    gapped = [torch.stack((v, torch.full_like(v, torch.nan)), dim=1)[:, 0] for v in dense]
+    expected, got = (winograd.norm_coefficients(x, 4, weight, bias, 1e-6, add) for weight, bias, add in (dense, gapped))
+    assert same_bits(got, expected)
+
+
 @pytest.mark.parametrize("upsample", [False, True])
 def test_float32_in_and_out_of_bfloat16_products(upsample):
     if not backend.native.winograd_serves("bfloat16"):
