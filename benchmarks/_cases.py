@@ -304,7 +304,7 @@ def cifar10_norms() -> Counter[tuple[int, int, int]]:
 
 def _row() -> torch.Tensor:
     """From the middle of the paper's chain."""
-    return samplers.ddpm(Schedule.linear(T)).rows[T - 1 - STEP]
+    return samplers.table(Schedule.linear(T)).rows[T - 1 - STEP]
 
 
 def ddpm_step(shape: tuple[int, ...]) -> Case:

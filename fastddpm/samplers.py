@@ -1,50 +1,148 @@
-"""A sampler is a table: the timesteps it visits and one row of step coefficients for each (see ops/ddpm_step.py)."""
+"""A sampler is a table: the timesteps it visits and one row of step coefficients for each (see ops/ddpm_step.py).
+
+With abar the schedule's alphas_cumprod at a row's timestep and abar_prev that of the next one (1 behind the last row):
+
+    ddpm     the posterior mean and variance of the chain that is left, whose beta is 1 - abar/abar_prev
+             (Ho et al. 2020, eq. 7; Nichol & Dhariwal 2021, section 4)
+    ddim     sqrt(abar_prev) x0 + sqrt(1 - abar_prev - sigma^2) eps + sigma z (Song et al. 2021, eq. 12), eps being that of the
+             clipped x0
+    dpm++2m  the second-order multistep solver of Lu et al. 2022, algorithm 2, in lambda = log sqrt(abar/(1 - abar))
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
+from .ops.ddpm_step import C2, LV_HI
 from .schedule import Schedule
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "mean")
-SAMPLERS = ("ddpm",)
-VARIANCES = ("fixed_large", "fixed_small", "none")
+VARIANCES = ("fixed_large", "fixed_small", "learned_range", "none")
+SPACINGS = ("leading", "linspace", "trailing", "logsnr")
+STEPS = {"ddpm": None, "ddim": 50, "dpm++2m": 20}  # how many a sampler takes unless told otherwise; None: all
+SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++2m": "logsnr"}
 
 
 class Table(NamedTuple):
     timesteps: torch.Tensor  # int64 [S], in the order the chain visits them
     rows: torch.Tensor  # float64 [S, 9]
 
+    @property
+    def multistep(self) -> bool:
+        """Whether a row reads the x0 of the row before."""
+        return bool((self.rows[:, C2] != 0).any())
 
-def _to_x0(prediction: str, abar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a, b) with x0 = a*x_t + b*o; epsilon is eq. 15 solved for x0, v is Salimans & Ho 2022."""
+    @property
+    def learned(self) -> bool:
+        """Whether a row reads the second half of an output with 2C channels."""
+        return bool((self.rows[:, LV_HI] != 0).any())
+
+
+def to_x0(schedule: Schedule, prediction: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a, b), float64 [T], with x0 = a*x_t + b*o for an output o of this kind.
+
+    Epsilon is eq. 15 solved for x0, v is Salimans & Ho 2022, and the mean is eq. 7 solved for x0.
+    """
+    abar = schedule.alphas_cumprod
     if prediction == "epsilon":
         return abar.rsqrt(), -((1 - abar) / abar).sqrt()
     if prediction == "v_prediction":
         return abar.sqrt(), -(1 - abar).sqrt()
+    if prediction == "mean":
+        c0, c1 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
+        return -c1 / c0, 1 / c0
     return torch.zeros_like(abar), torch.ones_like(abar)
 
 
-def ddpm(schedule: Schedule, *, prediction: str = "epsilon", variance: str = "fixed_large") -> Table:
-    """Ancestral sampling over all T steps (Ho et al. 2020, algorithm 2).
+def spaced(schedule: Schedule, steps: int, spacing: str, start: int | None = None) -> torch.Tensor:
+    """int64 [steps], falling: which of the timesteps 0..start (default T - 1) a chain of so many steps visits.
 
-    x_prev = posterior mean(x_t, x0) + sigma z, with sigma^2 = beta ("fixed_large"), the posterior variance ("fixed_small") or 0
-    ("none", an ablation: the chain collapses towards averages). sigma is 0 on the last row.
+    "leading", "linspace" and "trailing" as Lin et al. 2023 (table 2) and diffusers have them: multiples of T // steps from 0 on,
+    so that the chain begins below T - 1; evenly from T - 1 to 0; and evenly from T - 1 on with the step to x_0 as long as the
+    others. "logsnr": evenly in lambda from T - 1 on, likewise.
     """
-    t = torch.arange(len(schedule)).flip(0)
-    c0, c1 = schedule.posterior_mean_coef1[t], schedule.posterior_mean_coef2[t]
-    a, b = _to_x0(prediction, schedule.alphas_cumprod[t])
-    sigma = {
-        "fixed_large": schedule.betas.sqrt(),
-        "fixed_small": schedule.posterior_variance.sqrt(),
-        "none": torch.zeros_like(schedule.betas),
-    }[variance][t]
-    sigma[-1] = 0
-    zero = torch.zeros_like(c0)
-    if prediction == "mean":  # the output is the mean; x0 is only reported
-        rows = [-c1 / c0, 1 / c0, zero, zero, zero, zero + 1, sigma, zero, zero]
+    T = len(schedule) if start is None else start + 1
+    if spacing == "leading":
+        t = [i * (T // steps) for i in range(steps)]
+    elif spacing == "linspace":
+        t = [round(i * (T - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [T - 1]
+    elif spacing == "trailing":
+        t = [round(i * T / steps) - 1 for i in range(1, steps + 1)]
     else:
-        rows = [a, b, c0, c1, zero, zero, sigma, zero, zero]
-    return Table(t, torch.stack(rows, dim=1))
+        lam = _lambda(schedule.alphas_cumprod[:T])
+        wanted = torch.linspace(float(lam[0]), float(lam[-1]), steps + 1, dtype=torch.float64)[1:]
+        t = (lam[:, None] - wanted).abs().argmin(0).tolist()
+        for i in range(1, steps):  # timesteps are wider apart in lambda towards 0, and each can be visited once
+            t[i] = max(t[i], t[i - 1] + 1)
+        for i in range(1, steps + 1):
+            t[-i] = min(t[-i], T - i)
+    return torch.tensor(t[::-1], dtype=torch.int64, device="cpu")
+
+
+def _lambda(abar: torch.Tensor) -> torch.Tensor:
+    return (abar.log() - (-abar).log1p()) / 2
+
+
+def table(
+    schedule: Schedule,
+    *,
+    sampler: str = "ddpm",
+    prediction: str = "epsilon",
+    variance: str = "fixed_large",
+    eta: float = 0.0,
+    timesteps: torch.Tensor | None = None,
+) -> Table:
+    """The chain through `timesteps` (int64, falling; default all).
+
+    variance ("ddpm" alone): sigma^2 = beta ("fixed_large"), the posterior variance ("fixed_small"), between them as the
+    network says ("learned_range"), or 0 ("none", an ablation: the chain collapses towards averages). eta ("ddim" alone): sigma in
+    units of the posterior's. sigma is 0 on the last row.
+    """
+    t = torch.arange(len(schedule), device="cpu").flip(0) if timesteps is None else timesteps
+    abar = schedule.alphas_cumprod[t]
+    prev = torch.cat((abar[1:], abar.new_ones(1)))
+    a, b = (v[t] for v in to_x0(schedule, prediction))
+    zero = torch.zeros_like(abar)
+    c2, d, sigma, lv_lo, lv_hi = zero, zero, zero, zero, zero
+    if sampler == "dpm++2m":
+        c0, c1, c2 = _multistep(abar, prev)
+    elif sampler == "ddim":
+        sigma = eta * ((1 - prev) / (1 - abar) * (1 - abar / prev)).sqrt()
+        c1 = ((1 - prev - sigma**2).clamp(min=0) / (1 - abar)).sqrt()
+        c0 = prev.sqrt() - c1 * abar.sqrt()
+    else:
+        alpha = abar / prev
+        beta = 1 - alpha
+        posterior = beta * (1 - prev) / (1 - abar)
+        c0, c1 = prev.sqrt() * beta / (1 - abar), alpha.sqrt() * (1 - prev) / (1 - abar)
+        if prediction == "mean" and int(t[0]) + 1 == len(t):
+            # The output is the mean itself, and is not clipped; x0 is only reported.
+            c0, c1, d = zero, zero, zero + 1
+        if variance == "learned_range":
+            lv_hi, lv_lo = beta.log(), posterior.log()
+            lv_lo[-1] = lv_lo[-2] if len(t) > 1 else lv_hi[-1]  # log 0: of a row that adds no noise
+            sigma = torch.ones_like(beta)
+        elif variance != "none":
+            sigma = (beta if variance == "fixed_large" else posterior).sqrt()
+        sigma = torch.cat((sigma[:-1], zero[:1]))
+    return Table(t, torch.stack([a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi], dim=1))
+
+
+def _multistep(abar: torch.Tensor, prev: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(c0, c1, c2) of DPM-Solver++(2M): x_prev = (sigma_prev/sigma) x - sqrt(abar_prev) (e^-h - 1) D, where
+    D = x0 + (x0 - x0_last) / (2 r), h = lambda_prev - lambda and r = h_last / h. Without D's difference on the first
+    row, which has none, and on the last, where h is infinite and x_prev = x0."""
+    lam = torch.cat((_lambda(abar), abar.new_full((1,), math.inf)))
+    h = lam.diff()
+    c0 = -prev.sqrt() * torch.expm1(-h)
+    c1 = ((1 - prev) / (1 - abar)).sqrt()
+    c2 = torch.zeros_like(c0)
+    inner = slice(1, len(h) - 1)
+    if len(h) > 2:
+        half = h[inner] / h[:-2] / 2  # 1 / (2 r)
+        c2[inner] = -c0[inner] * half
+        c0[inner] = c0[inner] * (1 + half)
+    return c0, c1, c2

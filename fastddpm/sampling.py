@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
 import weakref
 from collections import deque
@@ -13,13 +12,12 @@ import torch
 from torch import nn
 
 from . import graphs, memory, ops, samplers
-from .diffusion import random_seed
+from .arguments import bound_of, check_count, choice, device_of, fitting_batch, labels_of, seed_of, shape_of
 from .engine import Plain, network
-from .ops._library import as_int64_bits, check_first, check_seed
+from .ops._library import as_int64_bits, check_first
 from .ops.philox_normal import Stream
 from .progress import bar as progress_bar
 from .schedule import Schedule
-from .unet import UNet
 
 __all__ = ["SamplingError", "StepState", "sample"]
 
@@ -84,27 +82,27 @@ def sample(
     Raises ValueError naming the argument that does not fit, before anything is drawn, and SamplingError where the
     model's output has the wrong shape or is not finite, naming the step.
     """
-    _check_count("n", n, 0)
-    if sampler not in samplers.SAMPLERS:
-        raise ValueError(f"sampler: got {sampler!r}; expected one of {', '.join(samplers.SAMPLERS)}")
-    shape = _shape(model, shape)
+    check_count("n", n, 0)
+    if sampler not in samplers.STEPS:
+        raise ValueError(f"sampler: got {sampler!r}; expected one of {', '.join(samplers.STEPS)}")
+    shape = shape_of(model, shape)
     schedule = schedule or getattr(model, "schedule", None) or Schedule.linear()
-    prediction = _choice("prediction", prediction or getattr(model, "prediction", "epsilon"), samplers.PREDICTIONS)
-    variance = _choice("variance", variance or getattr(model, "variance", "fixed_large"), samplers.VARIANCES)
-    bound = _clip(clip)
-    seed, first = _seed(seed), check_first(first)
-    device = _device(model, device)
-    class_labels = _labels(class_labels, n, model)
+    prediction = choice("prediction", prediction or getattr(model, "prediction", "epsilon"), samplers.PREDICTIONS)
+    variance = choice("variance", variance or getattr(model, "variance", "fixed_large"), samplers.VARIANCES)
+    bound = bound_of(clip)
+    seed, first = seed_of(seed), check_first(first)
+    device = device_of(model, device)
+    class_labels = labels_of(class_labels, n, model)
     if noise is not None and (tuple(noise.shape) != (n, *shape) or noise.dtype != torch.float32):
         raise ValueError(f"noise: got {noise.dtype} {list(noise.shape)}; expected float32 {[n, *shape]}")
     if batch_size is None:
-        batch_size = _fitting_batch(n, shape, device)
-    _check_count("batch_size", batch_size, 1)
+        batch_size = fitting_batch(n, shape, device)
+    check_count("batch_size", batch_size, 1)
 
     if n == 0:
         return torch.empty(0, *shape, device=device)
     batch_size = min(batch_size, n)
-    table = samplers.ddpm(schedule, prediction=prediction, variance=variance)
+    table = samplers.table(schedule, prediction=prediction, variance=variance)
     steps = len(table.timesteps)
     chunks = range(0, n, batch_size)
     with (
@@ -304,88 +302,3 @@ def _warn(model: nn.Module, notice: str) -> None:
 
 def _padded(v: torch.Tensor, size: int) -> torch.Tensor:
     return v if len(v) == size else torch.cat((v, v[-1:].expand(size - len(v), *v.shape[1:])))
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: got {value!r}; expected an int >= {least}")
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}; expected one of {', '.join(choices)}")
-    return value
-
-
-def _clip(clip: bool | float) -> float | None:
-    if clip is True:
-        return 1.0
-    if clip is False:
-        return None
-    if not isinstance(clip, (int, float)) or not clip > 0:
-        raise ValueError(f"clip: got {clip!r}; expected True, False or a positive bound")
-    return float(clip)
-
-
-def _seed(seed: int | torch.Generator | None) -> int:
-    if seed is None:
-        return random_seed()
-    if isinstance(seed, torch.Generator):
-        high, low = torch.randint(0, 1 << 32, (2,), generator=seed, device=seed.device).tolist()
-        return high << 32 | low
-    return check_seed(seed)
-
-
-def _shape(model: object, shape: tuple[int, int, int] | None) -> tuple[int, int, int]:
-    if shape is None:
-        if not isinstance(model, UNet):
-            if not callable(model):
-                raise ValueError(
-                    f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)"
-                )
-            raise ValueError("shape: missing; a model that is not a fastddpm.UNet needs shape=(C, H, W)")
-        return model.shape
-    shape = tuple(shape)
-    if len(shape) != 3 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in shape):
-        raise ValueError(f"shape: got {shape}; expected (C, H, W), each an int >= 1")
-    if isinstance(model, UNet) and shape[0] != model.config.in_channels:
-        raise ValueError(f"shape: got {shape}; the network takes {model.config.in_channels} channels")
-    return shape
-
-
-def _device(model: object, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        return device
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _labels(labels: torch.Tensor | int | None, n: int, model: object) -> torch.Tensor | None:
-    classes = model.config.classes if isinstance(model, UNet) else None
-    if labels is None:
-        if classes is not None:
-            raise ValueError(f"class_labels: missing; the network has {classes} classes: pass an int or int64 [{n}]")
-        return None
-    if isinstance(model, UNet) and classes is None:
-        raise ValueError("class_labels: given, but the network has no classes")
-    if isinstance(labels, int):
-        labels = torch.full((n,), labels)
-    if labels.dtype != torch.int64 or tuple(labels.shape) != (n,):
-        raise ValueError(f"class_labels: got {labels.dtype} {list(labels.shape)}; expected an int or int64 [{n}]")
-    if classes is not None and n and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-        raise ValueError(
-            f"class_labels: got values from {int(labels.min())} to {int(labels.max())}; expected 0..{classes - 1}"
-        )
-    return labels
-
-
-def _fitting_batch(n: int, shape: tuple[int, int, int], device: torch.device) -> int:
-    """min(n, what fits): a quarter of the device's memory at 4 KiB a pixel, about what the paper's networks take in float32."""
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
-    return max(1, min(n, memory // 4 // (shape[1] * shape[2] * 4096)))

@@ -12,7 +12,7 @@ from fastddpm.ops.ddpm_step import C1, C2, LV_HI, LV_LO, SIGMA, A, B, D
 from fastddpm.ops.philox_normal import Stream
 
 SCHEDULE = Schedule.linear()
-ROWS = samplers.ddpm(SCHEDULE).rows  # t = 999 first
+ROWS = samplers.table(SCHEDULE).rows  # t = 999 first
 EVERY_TERM = torch.tensor([1.1, -0.4, 0.7, 0.2, -0.3, 0.25, 0.4, 0, 0], dtype=torch.float64)  # but a learned variance
 LEARNED = torch.tensor([1.1, -0.4, 0.7, 0.2, 0, 0, 1, -4.0, -3.0], dtype=torch.float64)
 SEED, FIRST, T = (1 << 63) + 5, (1 << 40) + 3, 321
@@ -82,10 +82,10 @@ def test_reference_is_diffusers(monkeypatch, prediction, variance, clip, t):
     x, o, z = (randn(2, 3, 4, 5).double() for _ in range(3))
     if variance == "learned_range":
         o = torch.cat((o, randn(2, 3, 4, 5).double()), dim=1)
-        row = samplers.ddpm(SCHEDULE, prediction=prediction).rows[999 - t].clone()
+        row = samplers.table(SCHEDULE, prediction=prediction).rows[999 - t].clone()
         row[SIGMA:] = learned_row(t)[SIGMA:]
     else:
-        row = samplers.ddpm(SCHEDULE, prediction=prediction, variance=variance).rows[999 - t]
+        row = samplers.table(SCHEDULE, prediction=prediction, variance=variance).rows[999 - t]
 
     peer = scheduling_ddpm.DDPMScheduler(
         prediction_type=prediction, variance_type=variance, clip_sample=clip is not None, clip_sample_range=clip or 1.0
@@ -101,7 +101,7 @@ def test_mean_prediction_reports_x0():
     """The output is the mean itself; x0 is the one whose posterior mean it would be."""
     x, x0, z = (randn(2, 3, 4, 5).double() for _ in range(3))
     for t in (999, 500, 1):
-        row = samplers.ddpm(SCHEDULE, prediction="mean").rows[999 - t]
+        row = samplers.table(SCHEDULE, prediction="mean").rows[999 - t]
         mean = SCHEDULE.posterior_mean_coef1[t] * x0 + SCHEDULE.posterior_mean_coef2[t] * x
         got = ops.ddpm_step_ref(x, mean, row, noise=z, clip=None)
         expected = mean + SCHEDULE.betas[t].sqrt() * z, x0

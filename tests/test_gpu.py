@@ -255,7 +255,7 @@ def test_a_process_may_begin_with_a_capture(tmp_path, backend_name, name):
 
 def test_one_graph_serves_every_row_seed_and_first(kind):
     """And records the first row whose o is not finite, as the call without a graph does."""
-    table = samplers.ddpm(Schedule.linear())
+    table = samplers.table(Schedule.linear())
     rows, timesteps = table.rows.float().cuda(), table.timesteps.cuda()
     shape = (4, 3, 33, 31)
     outputs = [randn(*shape, seed=i, dtype=torch.bfloat16, layout="channels_last") for i in range(4)]
@@ -455,7 +455,7 @@ def test_the_host_does_not_wait_for_a_segment(kind):
     model = small()
     engine = engines.Engine(model, next(model.parameters()).device, torch.bfloat16)
     with torch.no_grad():
-        chain = sampling.prepared(engine, samplers.ddpm(model.schedule), (2, 3, 16, 16), 1.0, False, False)
+        chain = sampling.prepared(engine, samplers.table(model.schedule), (2, 3, 16, 16), 1.0, False, False)
         for graphs_of_chain in (chain.graphs, {}):
             chain.graphs = graphs_of_chain
             chain.state.zero_()
@@ -557,7 +557,7 @@ def test_the_engine_is_the_network(kind, dtype, bound):
     usual = cudnn.allow_tf32, cudnn.benchmark
     engine = engines.Engine(model, device, dtype)
     with torch.no_grad(), engine.settings():
-        chain = sampling.prepared(engine, samplers.ddpm(model.schedule), (2, 3, 16, 16), 1.0, False, False)
+        chain = sampling.prepared(engine, samplers.table(model.schedule), (2, 3, 16, 16), 1.0, False, False)
         for step in range(0, 1000, 50):
             x = randn(2, 3, 16, 16, seed=step)
             chain.input.copy_(x)
@@ -626,7 +626,7 @@ def test_a_step_of_more_than_2_to_the_31_elements(kind):
     x, o = torch.zeros(n, *shape, device="cuda"), torch.zeros(n, *shape, dtype=torch.bfloat16, device="cuda")
     assert x.numel() > 1 << 31
     x[-1], o[-1] = randn(*shape, seed=1), randn(*shape, seed=2)
-    row = samplers.ddpm(Schedule.linear()).rows[500:501].float().cuda()
+    row = samplers.table(Schedule.linear()).rows[500:501].float().cuda()
 
     def in_place(x, o, first):
         next_input = torch.empty_like(o)

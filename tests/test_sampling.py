@@ -44,7 +44,7 @@ def ideal(schedule, prediction="epsilon", mean=MEAN, std=STD):
 
 def exact_moments(schedule, variance):
     """Mean and variance of the chain's x_0, by carrying them through its affine steps in float64."""
-    model, table = ideal(schedule), samplers.ddpm(schedule, variance=variance)
+    model, table = ideal(schedule), samplers.table(schedule, variance=variance)
     m, v = 0.0, 1.0
     for t, (a, b, c0, c1, _, _, sigma, _, _) in zip(table.timesteps.tolist(), table.rows.tolist(), strict=True):
         slope, shift = float(model.slope[t]), float(model.shift[t])
@@ -317,7 +317,7 @@ def test_the_device_may_know_the_step_alone(monkeypatch, dtype, classes):
     monkeypatch.setattr(graphs, "usable", lambda device: True)
     monkeypatch.setattr(graphs, "capture", lambda step, counts, device: {})
     engine = Engine(small_unet(classes=classes), torch.device("cpu"), dtype)
-    chain = sampling.prepared(engine, samplers.ddpm(SHORT), (3, 1, 8, 8), 1.0, classes is not None, True)
+    chain = sampling.prepared(engine, samplers.table(SHORT), (3, 1, 8, 8), 1.0, classes is not None, True)
     if classes:
         chain.labels.copy_(torch.arange(3))
     results = []
@@ -466,7 +466,7 @@ def test_two_segments_on_their_way(bad):
         return torch.where(t[:, None, None, None] == 119 - (-1 if bad is None else bad), float("nan"), 0.5 * x)
 
     net = Plain(model, torch.device("cpu"), torch.float32)
-    chain = sampling.prepared(net, samplers.ddpm(schedule), (2, *SHAPE), 1.0, False, False)
+    chain = sampling.prepared(net, samplers.table(schedule), (2, *SHAPE), 1.0, False, False)
     chain.in_flight = 2
     out, bar = torch.empty(1, *SHAPE), tqdm(total=120, file=io.StringIO())
     if bad is None:

@@ -1,0 +1,97 @@
+"""What `sample`, `likelihood` and their kin ask of the arguments that they share, in the words of whoever gave them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from .diffusion import random_seed
+from .ops._library import check_seed
+from .unet import UNet
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: got {value!r}; expected an int >= {least}")
+
+
+def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}; expected one of {', '.join(choices)}")
+    return value
+
+
+def bound_of(clip: bool | float) -> float | None:
+    if clip is True:
+        return 1.0
+    if clip is False:
+        return None
+    if not isinstance(clip, (int, float)) or not clip > 0:
+        raise ValueError(f"clip: got {clip!r}; expected True, False or a positive bound")
+    return float(clip)
+
+
+def seed_of(seed: int | torch.Generator | None) -> int:
+    if seed is None:
+        return random_seed()
+    if isinstance(seed, torch.Generator):
+        high, low = torch.randint(0, 1 << 32, (2,), generator=seed, device=seed.device).tolist()
+        return high << 32 | low
+    return check_seed(seed)
+
+
+def shape_of(model: object, shape: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    if shape is None:
+        if not isinstance(model, UNet):
+            if not callable(model):
+                raise ValueError(
+                    f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)"
+                )
+            raise ValueError("shape: missing; a model that is not a fastddpm.UNet needs shape=(C, H, W)")
+        return model.shape
+    shape = tuple(shape)
+    if len(shape) != 3 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in shape):
+        raise ValueError(f"shape: got {shape}; expected (C, H, W), each an int >= 1")
+    if isinstance(model, UNet) and shape[0] != model.config.in_channels:
+        raise ValueError(f"shape: got {shape}; the network takes {model.config.in_channels} channels")
+    return shape
+
+
+def device_of(model: object, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return device
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def labels_of(labels: torch.Tensor | int | None, n: int, model: object) -> torch.Tensor | None:
+    classes = model.config.classes if isinstance(model, UNet) else None
+    if labels is None:
+        if classes is not None:
+            raise ValueError(f"class_labels: missing; the network has {classes} classes: pass an int or int64 [{n}]")
+        return None
+    if isinstance(model, UNet) and classes is None:
+        raise ValueError("class_labels: given, but the network has no classes")
+    if isinstance(labels, int):
+        labels = torch.full((n,), labels)
+    if labels.dtype != torch.int64 or tuple(labels.shape) != (n,):
+        raise ValueError(f"class_labels: got {labels.dtype} {list(labels.shape)}; expected an int or int64 [{n}]")
+    if classes is not None and n and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+        raise ValueError(
+            f"class_labels: got values from {int(labels.min())} to {int(labels.max())}; expected 0..{classes - 1}"
+        )
+    return labels
+
+
+def fitting_batch(n: int, shape: tuple[int, int, int], device: torch.device) -> int:
+    """min(n, what fits): a quarter of the device's memory at 4 KiB a pixel, about what the paper's networks take in float32."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
+    return max(1, min(n, memory // 4 // (shape[1] * shape[2] * 4096)))
