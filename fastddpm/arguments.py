@@ -9,6 +9,8 @@ from torch import nn
 
 from .diffusion import random_seed
 from .ops._library import check_seed
+from .samplers import PREDICTIONS
+from .schedule import Schedule
 from .unet import UNet
 
 
@@ -21,6 +23,16 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}; expected one of {', '.join(choices)}")
     return value
+
+
+def trained_for(model: object, schedule: Schedule | None, prediction: str | None) -> tuple[Schedule, str]:
+    """(schedule, prediction): as given, else the model's own, else the paper's."""
+    schedule = schedule or getattr(model, "schedule", None) or Schedule.linear()
+    return schedule, choice("prediction", prediction or getattr(model, "prediction", "epsilon"), PREDICTIONS)
+
+
+def variance_of(model: object) -> str:
+    return getattr(model, "variance", "fixed_large")
 
 
 def bound_of(clip: bool | float) -> float | None:

@@ -203,7 +203,7 @@ def step_in_place(x, o, row, *, noise=None, seed=0, t=0, first=0, x0_last=None, 
 
 def _ddpm_step(device: str) -> Iterator[Case]:
     schedule = Schedule.linear()
-    epsilon, mean = samplers.table(schedule), samplers.ddpm(schedule, prediction="mean")
+    epsilon, mean = samplers.table(schedule), samplers.table(schedule, prediction="mean")
     learned = epsilon.rows.clone()
     learned[:, SIGMA], learned[:, LV_HI] = 1, schedule.betas.log().flip(0)
     learned[:-1, LV_LO] = schedule.posterior_variance[1:].log().flip(0)

@@ -131,6 +131,25 @@ def table(
     return Table(t, torch.stack([a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi], dim=1))
 
 
+def inversion(schedule: Schedule, *, prediction: str = "epsilon", timesteps: torch.Tensor) -> Table:
+    """DDIM backwards (Song et al. 2021, section 4.3): from a clean image, at abar = 1, up through `timesteps` (int64, falling).
+
+    Each row goes where the next timestep is, with the eps of where it comes from. The clean image has no timestep: it
+    is shown to the network as the lowest one, which is therefore visited twice, and the highest one never.
+    """
+    up = timesteps.flip(0)
+    t = torch.cat((up[:1], up[:-1]))
+    abar, prev = schedule.alphas_cumprod[t], schedule.alphas_cumprod[up]
+    a, b = (v[t] for v in to_x0(schedule, prediction))
+    zero = torch.zeros_like(abar)
+    c1 = ((1 - prev) / (1 - abar)).sqrt()
+    c0, d = prev.sqrt() - c1 * abar.sqrt(), zero.clone()
+    # sqrt(abar) x + sqrt(1 - abar) eps with eps = (x - sqrt(abar) (a x + b o)) / sqrt(1 - abar), and x itself for x0
+    c0[0], c1[0], d[0] = abar[0].sqrt() + 1 - abar[0].sqrt() * a[0], 0.0, -abar[0].sqrt() * b[0]
+    a[0], b[0] = 1.0, 0.0
+    return Table(t, torch.stack([a, b, c0, c1, zero, d, zero, zero, zero], dim=1))
+
+
 def _multistep(abar: torch.Tensor, prev: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(c0, c1, c2) of DPM-Solver++(2M): x_prev = (sigma_prev/sigma) x - sqrt(abar_prev) (e^-h - 1) D, where
     D = x0 + (x0 - x0_last) / (2 r), h = lambda_prev - lambda and r = h_last / h. Without D's difference on the first

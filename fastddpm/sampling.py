@@ -12,12 +12,24 @@ import torch
 from torch import nn
 
 from . import graphs, memory, ops, samplers
-from .arguments import bound_of, check_count, choice, device_of, fitting_batch, labels_of, seed_of, shape_of
+from .arguments import (
+    bound_of,
+    check_count,
+    choice,
+    device_of,
+    fitting_batch,
+    labels_of,
+    seed_of,
+    shape_of,
+    trained_for,
+    variance_of,
+)
 from .engine import Plain, network
 from .ops._library import as_int64_bits, check_first
 from .ops.philox_normal import Stream
 from .progress import bar as progress_bar
 from .schedule import Schedule
+from .unet import UNet
 
 __all__ = ["SamplingError", "StepState", "sample"]
 
@@ -48,6 +60,9 @@ def sample(
     schedule: Schedule | None = None,
     prediction: str | None = None,
     sampler: str = "ddpm",
+    steps: int | None = None,
+    spacing: str | None = None,
+    eta: float = 0.0,
     variance: str | None = None,
     clip: bool | float = True,
     class_labels: torch.Tensor | int | None = None,
@@ -67,8 +82,13 @@ def sample(
     shape: (C, H, W); default the model's own.
     schedule: default the model's own, else the paper's linear one. prediction: "epsilon", "sample", "v_prediction" or
         "mean"; default the model's own, else "epsilon".
-    sampler: "ddpm", all T steps. variance: "fixed_large" (sigma^2 = beta), "fixed_small" (the posterior variance) or "none"
-        (no fresh noise, an ablation); default the model's own, else "fixed_large".
+    sampler: "ddpm", the paper's, "ddim" (Song et al. 2021) or "dpm++2m" (DPM-Solver++, Lu et al. 2022).
+    steps: calls of the network for each image, 1..T; default T for ddpm, 50 for ddim, 20 for dpm++2m (T where T is less).
+    spacing: which of the T timesteps they are: "trailing" (the default), "linspace", "leading", or "logsnr" (dpm++2m's default).
+    eta: ddim's noise, from 0 (none) to 1 (as much as ddpm's "fixed_small").
+    variance: ddpm's noise: "fixed_large" (sigma^2 = beta), "fixed_small" (the posterior variance), "learned_range" (in between,
+        as the second half of an output with 2C channels says) or "none" (an ablation). Default the model's own, else
+        "fixed_large"; where steps are left out "fixed_small" takes the place of a default "fixed_large", which would ruin images.
     clip: bound on each step's x0; True is 1.0, False none.
     class_labels: an int, or int64 [n], for a network with classes.
     noise: x_T, float32 [n, C, H, W], in place of the seed's.
@@ -83,12 +103,81 @@ def sample(
     model's output has the wrong shape or is not finite, naming the step.
     """
     check_count("n", n, 0)
-    if sampler not in samplers.STEPS:
-        raise ValueError(f"sampler: got {sampler!r}; expected one of {', '.join(samplers.STEPS)}")
+    table = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance)
+    return run(
+        model, n, table, shape=shape, clip=clip, class_labels=class_labels, noise=noise, seed=seed, first=first,
+        batch_size=batch_size, device=device, dtype=dtype, progress=progress, callback=callback,
+    )  # fmt: skip
+
+
+def plan(
+    model: object,
+    schedule: Schedule | None = None,
+    prediction: str | None = None,
+    sampler: str = "ddpm",
+    steps: int | None = None,
+    spacing: str | None = None,
+    eta: float = 0.0,
+    variance: str | None = None,
+    start: int | None = None,
+) -> samplers.Table:
+    """The table that `sample`'s arguments ask for. start: the timestep of the noise that it begins with, default T - 1."""
+    choice("sampler", sampler, tuple(samplers.STEPS))
+    schedule, prediction = trained_for(model, schedule, prediction)
+    most = len(schedule) if start is None else start + 1
+    if steps is None:
+        steps = min(samplers.STEPS[sampler] or most, most)
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
+        raise ValueError(f"steps: got {steps!r}; expected an int in 1..{most}, as the chain has {most} timesteps")
+    spacing = choice("spacing", spacing or samplers.SPACING[sampler], samplers.SPACINGS)
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+        raise ValueError(f"eta: got {eta!r}; expected a number in [0, 1]")
+    if eta and sampler != "ddim":
+        raise ValueError(f'eta: got {eta}, which only sampler="ddim" has; {sampler!r} has none: leave it out')
+    if variance is not None and sampler != "ddpm":
+        raise ValueError(
+            f'variance: got {variance!r}, which only sampler="ddpm" has; '
+            + ("ddim's noise is eta" if sampler == "ddim" else f"{sampler!r} adds no noise")
+        )
+    asked, variance = variance, choice("variance", variance or variance_of(model), samplers.VARIANCES)
+    timesteps = samplers.spaced(schedule, steps, spacing, start)
+    if sampler == "ddpm" and variance == "fixed_large" and steps < most:
+        if asked is None:
+            variance = "fixed_small"
+            said = "variance: fixed_small in place of the default fixed_large"
+        else:
+            said = "variance: consider fixed_small in place of fixed_large"
+        _warn(model, f"{said}, which ruins images where steps are left out ({steps} of {most})")
+    table = samplers.table(
+        schedule, sampler=sampler, prediction=prediction, variance=variance, eta=eta, timesteps=timesteps
+    )
+    if table.learned and isinstance(model, UNet) and model.config.out_channels != 2 * model.config.in_channels:
+        raise ValueError(
+            f"variance: learned_range needs a network with {2 * model.config.in_channels} output channels; "
+            f"this one has {model.config.out_channels}"
+        )
+    return table
+
+
+def run(
+    model: nn.Module | Callable,
+    n: int,
+    table: samplers.Table,
+    *,
+    shape: tuple[int, int, int] | None = None,
+    clip: bool | float = True,
+    class_labels: torch.Tensor | int | None = None,
+    noise: torch.Tensor | None = None,
+    seed: int | torch.Generator | None = None,
+    first: int = 0,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+    callback: Callable[[StepState], None] | None = None,
+) -> torch.Tensor:
+    """Where the table takes n images. All else as in `sample`."""
     shape = shape_of(model, shape)
-    schedule = schedule or getattr(model, "schedule", None) or Schedule.linear()
-    prediction = choice("prediction", prediction or getattr(model, "prediction", "epsilon"), samplers.PREDICTIONS)
-    variance = choice("variance", variance or getattr(model, "variance", "fixed_large"), samplers.VARIANCES)
     bound = bound_of(clip)
     seed, first = seed_of(seed), check_first(first)
     device = device_of(model, device)
@@ -98,24 +187,21 @@ def sample(
     if batch_size is None:
         batch_size = fitting_batch(n, shape, device)
     check_count("batch_size", batch_size, 1)
-
     if n == 0:
         return torch.empty(0, *shape, device=device)
     batch_size = min(batch_size, n)
-    table = samplers.table(schedule, prediction=prediction, variance=variance)
-    steps = len(table.timesteps)
     chunks = range(0, n, batch_size)
     with (
         torch.inference_mode(False),  # the result is an ordinary tensor even where the caller is in inference mode
         torch.no_grad(),
         memory.kept(device),
         network(model, device, dtype, (batch_size, *shape)) as net,
-        progress_bar(progress, total=steps * len(chunks), unit="step", leave=progress is True) as bar,
+        progress_bar(progress, total=len(table.timesteps) * len(chunks), unit="step", leave=progress is True) as bar,
     ):
         out = torch.empty(n, *shape, device=device)
         chain = prepared(net, table, (batch_size, *shape), bound, class_labels is not None, callback is not None)
         if net.notice is not None:
-            _warn(model, net.notice)
+            _warn(model, f"{net.notice}. Images are the same, only slower")
         for start in chunks:
             count = min(batch_size, n - start)
             x_T = None if noise is None else _padded(noise[start : start + count], batch_size)
@@ -128,7 +214,7 @@ def prepared(
     net: Plain, table: samplers.Table, shape: tuple[int, ...], bound: float | None, labelled: bool, callback: bool
 ) -> Chain:
     """A chain over x of `shape` [N, C, H, W], captured where it can be: the one that `net` keeps, if it fits."""
-    key = len(table.timesteps), shape, bound, labelled, callback
+    key = len(table.timesteps), shape, bound, labelled, callback, table.multistep, table.learned
     if net.chain is not None and net.chain.key == key:
         net.chain.load(net, table)
         return net.chain
@@ -155,12 +241,14 @@ class Chain:
     """
 
     def __init__(self, net: Plain, table: samplers.Table, key: tuple) -> None:
-        """key: (number of steps, shape of x, bound on x0, whether there are class labels, whether there is a callback)."""
+        """key: (number of steps, shape of x, bound on x0, whether there are class labels, whether there is a callback, whether
+        steps need the last x0, whether they need a learned variance)."""
         self.key = key
-        self.steps, shape, self.bound, labelled, callback = key
+        self.steps, shape, self.bound, labelled, callback, multistep, self.learned = key
         self.device = net.device
         self.x = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        self.x0 = torch.zeros_like(self.x) if callback else None
+        self.x0 = torch.zeros_like(self.x) if callback or multistep else None
+        self.unroll = 1 if callback else UNROLL
         self.input = torch.empty(shape, device=self.device, dtype=net.dtype, memory_format=net.memory_format).zero_()
         self.state = torch.zeros(4, dtype=torch.int64, device=self.device)
         self.labels = torch.zeros(shape[0], dtype=torch.int64, device=self.device) if labelled else None
@@ -198,9 +286,8 @@ class Chain:
 
     def capture(self, net: Plain) -> None:
         """Make graphs of the step. Raises graphs.CaptureError; the buffers then hold nothing that `run` would use."""
-        counts = (UNROLL, 1) if self.x0 is None else (1,)
         with net.settings():
-            self.graphs = graphs.capture(lambda: self.step(net), counts, self.device)
+            self.graphs = graphs.capture(lambda: self.step(net), tuple({self.unroll: 0, 1: 0}), self.device)
 
     def run(self, net, out, seed, first, x_T, labels, bar, callback) -> None:
         """The whole chain for images first.. of the sequence; the leading len(out) of them go into `out`."""
@@ -241,11 +328,13 @@ class Chain:
             raise SamplingError(
                 f"model: it returned {type(o).__name__}; expected a tensor. Wrap it, e.g. lambda x, t: model(x, t).sample"
             )
-        if list(o.shape) not in ([n, c, *spatial], [n, 2 * c, *spatial]):
+        # A variance that isn't asked for may be there all the same.
+        expected = [[n, 2 * c, *spatial]] if self.learned else [[n, c, *spatial], [n, 2 * c, *spatial]]
+        if list(o.shape) not in expected:
             step = step or 0
             raise SamplingError(
                 f"model: at step {step} (timestep {self.host_timesteps[step]}) its output has shape {list(o.shape)}; "
-                f"expected {[n, c, *spatial]}"
+                f"expected {expected[0]}" + (", with the learned variance" if self.learned else "")
             )
         return o
 
@@ -259,8 +348,8 @@ class Chain:
             for step in range(start, start + count):
                 self.step(net, step)
             return
-        many, few = divmod(count, UNROLL)
-        for unrolled in [UNROLL] * many + [1] * few:
+        many, few = divmod(count, self.unroll)
+        for unrolled in [self.unroll] * many + [1] * few:
             self.graphs[unrolled].replay()
 
     def _look(self, segment: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
@@ -289,15 +378,18 @@ class Chain:
         callback(StepState(step, self.host_timesteps[step], x, x0, indices))
 
 
-_notices: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+_notices: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
 
 
-def _warn(model: nn.Module, notice: str) -> None:
-    """Once for each model and notice: what the user gets is right, and could be had faster."""
-    told = _notices.setdefault(model, set())
+def _warn(model: object, notice: str) -> None:
+    """Once for each model and notice."""
+    try:
+        told = _notices.setdefault(model, set())
+    except TypeError:  # some callables cannot be remembered
+        told = set()
     if notice not in told:
         told.add(notice)
-        warnings.warn(f"fastddpm: {notice}. Images are the same, only slower", stacklevel=3)
+        warnings.warn(f"fastddpm: {notice}", stacklevel=4)
 
 
 def _padded(v: torch.Tensor, size: int) -> torch.Tensor:

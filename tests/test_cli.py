@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, cli
 
 
@@ -56,6 +57,21 @@ def test_film_and_forward(model, tmp_path, capsys, monkeypatch):
     assert strip.mode == "RGB" and strip.width > 7 * strip.height
 
 
+def test_samplers_and_the_progressive_strip(model, tmp_path, capsys, monkeypatch):
+    arguments = ("sample", model, "-n", 3, "-o", tmp_path / "a.npy", "--seed", 1, "--sampler", "dpm++2m", "--steps", 6)
+    code, out, _ = run(capsys, monkeypatch, *arguments, "--strip", tmp_path / "s.png", "--gif", tmp_path / "s.gif")
+    assert code == 0 and "6 steps" in out
+    strip = Image.open(tmp_path / "s.png")
+    assert strip.width > 1.5 * strip.height  # 6 columns, 3 rows
+    loaded = UNet.from_pretrained(model)
+    x = fastddpm.sample(loaded, 3, seed=1, sampler="dpm++2m", steps=6)
+    assert np.array_equal(np.load(tmp_path / "a.npy"), x.numpy())
+    more = ("--sampler", "ddim", "--eta", 0.5, "--spacing", "linspace", "--steps", 5)
+    assert run(capsys, monkeypatch, *arguments, *more)[0] == 0
+    x = fastddpm.sample(loaded, 3, seed=1, sampler="ddim", steps=5, spacing="linspace", eta=0.5)
+    assert np.array_equal(np.load(tmp_path / "a.npy"), x.numpy())
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -70,6 +86,11 @@ def test_film_and_forward(model, tmp_path, capsys, monkeypatch):
         (("sample", "MODEL", "--device", "abacus"), "device: got 'abacus'"),
         (("sample", "MODEL", "--forward", "none.png"), "none.png is not a readable picture"),
         (("sample", "MODEL", "--label", "1"), "no classes"),
+        (("sample", "MODEL", "--steps", "21"), "steps: got 21; expected an int in 1..20"),
+        (("sample", "MODEL", "--sampler", "ddim", "--eta", "2"), "eta: got 2.0"),
+        (("sample", "MODEL", "--sampler", "ddim", "--variance", "none"), "ddim's noise is eta"),
+        (("sample", "MODEL", "--strip", "s.gif"), "expected .png"),
+        (("sample", "MODEL", "-n", "0", "-o", "a.npy", "--strip", "s.png"), "at least 1 image"),
         (("train", "--data", "none.npz", "--out", "runs"), "none.npz: no such file"),
         (("train", "--data", "x.npy", "--out", "MODEL", "--resume"), "nothing to resume"),
         (("train", "--data", "x.npy", "--out", "o", "--resume", "--lr", "1"), "keeps its recipe"),

@@ -395,16 +395,20 @@ def test_what_is_captured_serves_later_calls(by_hand):
     same = [
         {"seed": 0}, {"seed": 2**64 - 1, "first": 7}, {"noise": noise}, {"variance": "fixed_small"},
         {"schedule": other, "prediction": "sample"}, {"class_labels": 2}, {"class_labels": torch.tensor([0, 2])},
+        {"sampler": "ddim"},
     ]  # fmt: skip
     for options in same:
         options = {"seed": 1, "class_labels": 1, **options}
         assert torch.equal(fastddpm.sample(model, 2, **options), eager(model, 2, **options))
     assert len(by_hand.captures) == 1
-    anew = [{"clip": False}, {"schedule": Schedule.linear(7)}, {"dtype": torch.bfloat16}, {"batch_size": 1}]
+    anew = [
+        {"clip": False}, {"schedule": Schedule.linear(7)}, {"steps": 9, "sampler": "ddim"}, {"sampler": "dpm++2m"},
+        {"dtype": torch.bfloat16}, {"batch_size": 1},
+    ]  # fmt: skip
     for count, options in enumerate(anew, 2):
         options = {"seed": 1, "class_labels": 1, **options}
         assert torch.equal(fastddpm.sample(model, 2, **options), eager(model, 2, **options))
-        assert len(by_hand.captures) == count
+        assert len(by_hand.captures) == count, options
     with torch.no_grad():
         model.conv_in.bias.add_(1)
     assert torch.equal(fastddpm.sample(model, 2, **options), eager(model, 2, **options))

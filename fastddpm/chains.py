@@ -1,0 +1,158 @@
+"""What else a chain can do: go from an image to its noise, mix two images, show what it sees in the noise on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from . import ops, samplers
+from .arguments import check_count, device_of, seed_of, trained_for
+from .ops._library import check_first
+from .ops.philox_normal import Stream
+from .sampling import StepState, plan, run
+from .schedule import Schedule
+
+__all__ = ["encode", "interpolate", "progressive"]
+
+PLANNED = ("schedule", "prediction", "sampler", "steps", "spacing", "eta", "variance")
+
+
+def encode(
+    model: nn.Module | Callable,
+    images: torch.Tensor,
+    *,
+    schedule: Schedule | None = None,
+    prediction: str | None = None,
+    steps: int | None = None,
+    spacing: str | None = None,
+    class_labels: torch.Tensor | int | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+) -> torch.Tensor:
+    """The x_T, float32 [N, C, H, W], from which ddim comes back to `images`: its deterministic chain run backwards
+    (Song et al. 2021, section 4.3), unclipped, from abar = 1.
+
+    images: floating point [N, C, H, W] in [-1, 1]. The other arguments are `sample`'s; the way back is
+
+        sample(model, len(images), sampler="ddim", steps=steps, spacing=spacing, clip=False, noise=x_T)
+
+    Both ways are first-order solutions of one differential equation: the round trip's error halves when steps double.
+    """
+    images = _images("images", images)
+    # The chain's own arguments are checked by sample's plan; its timesteps, upwards, are the ones to visit.
+    timesteps = plan(model, schedule, prediction, "ddim", steps, spacing).timesteps
+    schedule, prediction = trained_for(model, schedule, prediction)
+    table = samplers.inversion(schedule, prediction=prediction, timesteps=timesteps)
+    return run(
+        model, len(images), table, shape=tuple(images.shape[1:]), clip=False, class_labels=class_labels, noise=images,
+        seed=0, batch_size=batch_size, device=device, dtype=dtype, progress=progress,
+    )  # fmt: skip
+
+
+def interpolate(
+    model: nn.Module | Callable,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    t: int | None = None,
+    weights: int | Sequence[float] = 9,
+    schedule: Schedule | None = None,
+    prediction: str | None = None,
+    sampler: str = "ddpm",
+    steps: int | None = None,
+    spacing: str | None = None,
+    eta: float = 0.0,
+    variance: str | None = None,
+    clip: bool | float = True,
+    class_labels: torch.Tensor | int | None = None,
+    seed: int | torch.Generator | None = None,
+    first: int = 0,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+) -> torch.Tensor:
+    """Images between a and b, float32 [W, N, C, H, W] (Ho et al. 2020, section 4.4 and figures 8 and 9).
+
+    x_t ~ q(x_t | a) and x'_t ~ q(x_t | b) are drawn once; (1 - w) x_t + w x'_t goes through the reverse process for each w.
+
+    a, b: floating point [N, C, H, W] in [-1, 1]. t: in 0..T-1, how far up; default T // 2 - 1, the paper's 500 of 1000. The more,
+        the coarser what the images between have of a and b. weights: the w, or how many, evenly inside (0, 1), as there.
+    first: the pairs are the images first.. of the seed's sequence. steps: of the t + 1 that are to go. Others: as in `sample`.
+    """
+    a, b = _images("a", a), _images("b", b)
+    if a.shape != b.shape or a.device != b.device:
+        raise ValueError(
+            f"b: got {list(b.shape)} on {b.device}; expected a's shape and device, {list(a.shape)} on {a.device}"
+        )
+    if isinstance(weights, int):
+        check_count("weights", weights, 1)
+        weights = [(i + 1) / (weights + 1) for i in range(weights)]
+    schedule, prediction = trained_for(model, schedule, prediction)
+    t = max(len(schedule) // 2 - 1, 0) if t is None else t
+    if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < len(schedule):
+        raise ValueError(f"t: got {t!r}; expected an int in 0..{len(schedule) - 1}")
+    table = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance, start=t)
+    seed, device = seed_of(seed), device_of(model, device)
+    check_first(2 * (check_first(first) + len(a)))
+
+    a, b = a.to(device), b.to(device)
+    index = first + torch.arange(len(a), device=device)
+    # Two draws for each pair, so that another number of pairs or weights leaves them as they are.
+    noise = [ops.philox_normal(a.shape, seed=seed, t=t, stream=Stream.FORWARD, sample=2 * index + i) for i in (0, 1)]
+    x_a, x_b = schedule.add_noise(a, noise[0], t), schedule.add_noise(b, noise[1], t)
+    mixed = torch.stack([(1 - w) * x_a + w * x_b for w in weights])
+    labels = class_labels
+    if isinstance(labels, torch.Tensor):
+        labels = labels.repeat(len(mixed))
+    drawn = run(
+        model, len(mixed) * len(a), table, shape=tuple(a.shape[1:]), clip=clip, class_labels=labels,
+        noise=mixed.flatten(0, 1), seed=seed, first=first, batch_size=batch_size, device=device, dtype=dtype,
+        progress=progress,
+    )  # fmt: skip
+    return drawn.reshape(mixed.shape)
+
+
+def progressive(model: nn.Module | Callable, n: int, *, frames: int = 10, **options: object) -> torch.Tensor:
+    """What the chain takes x_0 to be on its way, float32 [n, frames, C, H, W], evenly over its steps and the last one being
+    the images themselves (Ho et al. 2020, section 4.3 and figure 6).
+
+    options: `sample`'s.
+    """
+    if options.get("callback") is not None:
+        raise ValueError("callback: not here, where the frames are taken by one; give it to sample itself")
+    table = plan(model, **{name: options.pop(name) for name in PLANNED if name in options})
+    kept = Frames(len(table.timesteps), frames, lambda state: state.x0)
+    x = run(model, n, table, **{**options, "callback": kept})
+    return torch.stack(kept.frames, dim=1) if n else x[:, None].expand(0, frames, *x.shape[1:])
+
+
+class Frames:
+    """A callback that keeps what `see` takes from the state after `count` of the steps, evenly, the last one among them."""
+
+    def __init__(self, steps: int, count: int, see: Callable[[StepState], torch.Tensor]) -> None:
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= steps:
+            raise ValueError(f"frames: got {count!r}; expected an int in 1..{steps}, the number of steps")
+        self.see, self.kept = see, {round(steps * (i + 1) / count) - 1: [] for i in range(count)}
+
+    def __call__(self, state: StepState) -> None:
+        if state.step in self.kept:
+            self.kept[state.step].append(self.see(state))
+
+    @property
+    def frames(self) -> list[torch.Tensor]:
+        """One tensor [n, C, H, W] for each step, of all batches."""
+        return [torch.cat(parts) for parts in self.kept.values()]
+
+
+def _images(name: str, images: torch.Tensor) -> torch.Tensor:
+    if not isinstance(images, torch.Tensor) or images.dim() != 4 or not images.is_floating_point():
+        got = f"{images.dtype} {list(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"{name}: got {got}; expected floating-point images [N, C, H, W] in [-1, 1]")
+    if images.numel() and not float(images.abs().max()) <= 1:
+        raise ValueError(f"{name}: values reach {float(images.abs().max()):.4g}; expected images in [-1, 1]")
+    return images.detach().float()

@@ -1,0 +1,185 @@
+"""Inversion, interpolation and the progressive film: closed forms for Gaussian data, seeds, what is refused."""
+
+import math
+
+import pytest
+import torch
+from test_sampling import MEAN, SHAPE, SHORT, STD, ideal, small_unet
+
+import fastddpm
+from fastddpm import Schedule, ops, samplers
+from fastddpm.ops.philox_normal import Stream
+
+LINEAR = Schedule.linear()
+pytestmark = pytest.mark.filterwarnings("ignore:fastddpm. variance")
+
+
+def pictures(n=3, shape=SHAPE, seed=0):
+    return torch.rand((n, *shape), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+# -------------------------------------------------------------------------------------------------- encode
+
+
+def factors(steps, spacing, std):
+    """(encode's, decode's) factor on x - sqrt(abar) mean for data N(mean, std^2): the product over the chain of what one step
+    of Song et al.'s eq. 13 does, written out."""
+
+    def step(abar, to, seen):
+        """From abar to `to`, with the eps that the ideal network gives for this x at `seen`."""
+        eps = math.sqrt(1 - seen) / (seen * std**2 + 1 - seen)
+        x0 = (1 - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
+        return math.sqrt(to) * x0 + math.sqrt(1 - to) * eps
+
+    up = LINEAR.alphas_cumprod[samplers.spaced(LINEAR, steps, spacing).flip(0)].tolist()
+    there = math.prod(step(a, to, seen) for a, to, seen in zip([1.0, *up], up, up[:1] + up, strict=False))
+    back = math.prod(step(a, to, a) for to, a in zip([1.0, *up], up, strict=False))
+    return there, back
+
+
+def round_trip(steps, spacing, prediction, std):
+    """(x_T, x_0 again) of x_0 = 1 in float64, for data of mean 0."""
+    model, t = ideal(LINEAR, prediction, 0.0, std), samplers.spaced(LINEAR, steps, spacing)
+    x = torch.ones(1, 1, 1, dtype=torch.float64)
+    results = []
+    for table in (
+        samplers.inversion(LINEAR, prediction=prediction, timesteps=t),
+        samplers.table(LINEAR, sampler="ddim", prediction=prediction, timesteps=t),
+    ):
+        for timestep, row in zip(table.timesteps.tolist(), table.rows, strict=True):
+            x, _ = ops.ddpm_step_ref(x, model.slope[timestep] * x, row, clip=None)
+        results.append(x.item())
+    return results
+
+
+@pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "logsnr"])
+def test_the_round_trip_is_the_product_of_its_factors(prediction, spacing):
+    for steps in (1, 2, 50):
+        there, back = factors(steps, spacing, STD)
+        got = round_trip(steps, spacing, prediction, STD)
+        assert got[0] == pytest.approx(there, rel=1e-6) and got[1] == pytest.approx(there * back, rel=1e-6)
+
+
+@pytest.mark.parametrize("std", [0.5, 1.0, 2.0])
+def test_its_error_halves_when_steps_double(std):
+    errors = [abs(round_trip(steps, "trailing", "epsilon", std)[1] - 1) for steps in (50, 100, 200)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1) and errors[1] / errors[2] == pytest.approx(2, rel=0.1)
+    assert round_trip(1000, "trailing", "epsilon", std)[0] == pytest.approx(1 / std, rel=0.01)  # data become N(0, 1)
+
+
+@pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
+def test_encode_and_back_through_the_kernels(prediction):
+    """float32, with a mean: each pixel's distance from the mean has the factors of above."""
+    x = pictures()
+    model, same = ideal(LINEAR, prediction), {"schedule": LINEAR, "prediction": prediction, "steps": 50}
+    x_T = fastddpm.encode(model, x, batch_size=2, **same)
+    there, back = factors(50, "trailing", STD)
+    end = LINEAR.alphas_cumprod[-1].sqrt().item()
+    # In float32 the mean's way back through 1/c0 of up to 1e4 is worth 1e-3.
+    tolerance = 2e-2 if prediction == "mean" else 2e-4
+    fixed = fastddpm.encode(model, torch.full_like(x, MEAN), **same)
+    torch.testing.assert_close(x_T - fixed, there * (x - MEAN), rtol=0, atol=tolerance)
+    assert (fixed - end * MEAN).abs().max() < 0.02
+    again = fastddpm.sample(model, 3, shape=SHAPE, sampler="ddim", clip=False, noise=x_T, **same)
+    both = fastddpm.sample(model, 3, shape=SHAPE, sampler="ddim", clip=False, noise=fixed, **same)
+    torch.testing.assert_close(again - both, there * back * (x - MEAN), rtol=0, atol=tolerance)
+
+
+def test_encode_a_network_with_classes():
+    model = small_unet(classes=3)
+    x, labels = pictures(3, (1, 8, 8)), torch.tensor([2, 0, 1])
+    x_T = fastddpm.encode(model, x, steps=20, class_labels=labels, batch_size=2)
+    plain = fastddpm.encode(lambda x, t, y: model(x, t, y), x, schedule=SHORT, steps=20, class_labels=labels)
+    torch.testing.assert_close(x_T, plain, rtol=0, atol=1e-4)
+    assert x_T.shape == x.shape and x_T.dtype == torch.float32
+    assert fastddpm.encode(model, x[:0], class_labels=labels[:0]).shape == (0, 1, 8, 8)
+
+
+# --------------------------------------------------------------------------------------------- interpolate
+
+
+def test_interpolate_is_the_papers():
+    """x_t of both by q, mixed, and back by algorithm 2 from t on."""
+    a, b, t, w = pictures(2), pictures(2, seed=1), 12, 0.3
+    model, schedule = ideal(SHORT, std=2.0), SHORT
+    got = fastddpm.interpolate(model, a, b, t=t, weights=[w, 0.9], schedule=schedule, seed=4, first=3)
+    assert got.shape == (2, 2, *SHAPE)
+    sample = torch.tensor([6, 7, 8, 9])  # two draws a pair, of pairs 3 and 4
+    eps = ops.philox_normal((4, *SHAPE), seed=4, t=t, stream=Stream.FORWARD, sample=sample).double()
+    bar = schedule.alphas_cumprod
+    x = (1 - w) * (bar[t].sqrt() * a + (1 - bar[t]).sqrt() * eps[0::2])
+    x = x + w * (bar[t].sqrt() * b + (1 - bar[t]).sqrt() * eps[1::2])
+    for s in range(t, -1, -1):
+        x0 = ((x - (1 - bar[s]).sqrt() * (model.slope[s] * x + model.shift[s])) / bar[s].sqrt()).clamp(-1, 1)
+        x = schedule.posterior_mean_coef1[s] * x0 + schedule.posterior_mean_coef2[s] * x
+        if s:
+            z = ops.philox_normal((2, *SHAPE), seed=4, t=s, stream=Stream.REVERSE, first=3).double()
+            x = x + schedule.betas[s].sqrt() * z
+    assert (got[0] - x).abs().max() <= 2e-5
+
+
+def test_interpolate_ends_and_options():
+    a, b = pictures(2), pictures(2, seed=1)
+    options = {"schedule": SHORT, "seed": 4, "sampler": "ddim"}
+    # At weight 0 with no noise to speak of the way back leads to a.
+    near = fastddpm.interpolate(ideal(SHORT), a, b, t=0, weights=[0.0, 1.0], **options)
+    torch.testing.assert_close(near, torch.stack((a, b)), rtol=0, atol=0.2)
+    assert fastddpm.interpolate(ideal(SHORT), a, b, **options).shape == (9, 2, *SHAPE)
+    seen = []
+
+    def model(x, t):
+        seen.append(int(t[0]))
+        return 0.5 * x
+
+    fastddpm.interpolate(model, a, b, weights=1, schedule=LINEAR, sampler="dpm++2m", steps=5)
+    assert len(seen) == 5 and seen[0] == 499  # the paper's 500
+    whole = fastddpm.interpolate(ideal(SHORT), a, b, weights=[0.2, 0.7], **options)
+    one = fastddpm.interpolate(ideal(SHORT), a[1:], b[1:], weights=[0.2], first=1, batch_size=1, **options)
+    assert torch.equal(one[0], whole[0, 1:])  # x_t is the pair's, whatever else is asked for
+    model = small_unet(classes=3)
+    x, y = pictures(2, (1, 8, 8)), pictures(2, (1, 8, 8), seed=1)
+    mixed = fastddpm.interpolate(model, x, y, weights=2, seed=0, class_labels=torch.tensor([0, 2]))
+    assert mixed.shape == (2, 2, 1, 8, 8) and mixed.abs().max() <= 1
+
+
+# --------------------------------------------------------------------------------------------- progressive
+
+
+def test_progressive_shows_x0_on_its_way():
+    options = {"shape": SHAPE, "schedule": SHORT, "seed": 7}
+    states = []
+    x = fastddpm.sample(ideal(SHORT), 3, callback=states.append, **options)
+    film = fastddpm.progressive(ideal(SHORT), 3, frames=4, batch_size=2, **options)
+    assert film.shape == (3, 4, *SHAPE) and torch.equal(film[:, -1], x)
+    for i, step in enumerate((4, 9, 14, 19)):
+        assert torch.equal(film[:, i], states[step].x0)
+    assert fastddpm.progressive(ideal(SHORT), 0, frames=4, **options).shape == (0, 4, *SHAPE)
+    few = fastddpm.progressive(ideal(SHORT), 1, frames=2, sampler="dpm++2m", steps=5, **options)
+    assert few.shape == (1, 2, *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m, x: fastddpm.encode(m, x * 2), r"images: values reach .*expected images in \[-1, 1\]"),
+        (lambda m, x: fastddpm.encode(m, x[0]), r"images: got torch.float32 \[3, 4, 5\]"),
+        (lambda m, x: fastddpm.encode(m, x * math.nan), "images: values reach nan"),
+        (lambda m, x: fastddpm.encode(m, "x"), "images: got str"),
+        (lambda m, x: fastddpm.encode(m, x, steps=1001), "steps: got 1001"),
+        (lambda m, x: fastddpm.interpolate(m, x, x[:1]), r"b: got \[1, 3, 4, 5\]"),
+        (lambda m, x: fastddpm.interpolate(m, x, x, t=1000), r"t: got 1000; expected an int in 0\.\.999"),
+        (lambda m, x: fastddpm.interpolate(m, x, x, weights=0), "weights: got 0"),
+        (lambda m, x: fastddpm.interpolate(m, x, x, t=10, steps=12), r"steps: got 12; expected an int in 1\.\.11"),
+        (lambda m, x: fastddpm.interpolate(m, x, 3 * x), "b: values reach"),
+        (
+            lambda m, x: fastddpm.progressive(m, 1, frames=0, shape=SHAPE),
+            r"frames: got 0; expected an int in 1\.\.1000",
+        ),
+        (lambda m, x: fastddpm.progressive(m, 1, steps=5, shape=SHAPE), r"frames: got 10; expected an int in 1\.\.5"),
+        (lambda m, x: fastddpm.progressive(m, 1, shape=SHAPE, callback=print), "callback: not here"),
+    ],
+)
+def test_what_is_refused(call, says):
+    with pytest.raises(ValueError, match=says):
+        call(lambda x, t: pytest.fail("called"), pictures(2))
