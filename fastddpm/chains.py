@@ -40,7 +40,7 @@ def encode(
 
         sample(model, len(images), sampler="ddim", steps=steps, spacing=spacing, clip=False, noise=x_T)
 
-    Both ways are first-order solutions of one differential equation: the round trip's error halves when steps double.
+    Both ways are first-order solutions of one differential equation, so that the round trip's error falls as steps grow.
     """
     images = _images("images", images)
     # The chain's own arguments are checked by sample's plan; its timesteps, upwards, are the ones to visit.

@@ -134,20 +134,24 @@ def table(
 def inversion(schedule: Schedule, *, prediction: str = "epsilon", timesteps: torch.Tensor) -> Table:
     """DDIM backwards (Song et al. 2021, section 4.3): from a clean image, at abar = 1, up through `timesteps` (int64, falling).
 
-    Each row goes where the next timestep is, with the eps of where it comes from. The clean image has no timestep: it
-    is shown to the network as the lowest one, which is therefore visited twice, and the highest one never.
+    The step from abar to abar_next takes the eps that the network gives for this x at the timestep it goes to, which is the
+    one that the step down came from: it undoes that better than the timestep of x, which a clean image doesn't have.
     """
-    up = timesteps.flip(0)
-    t = torch.cat((up[:1], up[:-1]))
-    abar, prev = schedule.alphas_cumprod[t], schedule.alphas_cumprod[up]
+    t = timesteps.flip(0)
+    above = schedule.alphas_cumprod[t]
+    abar = torch.cat((above.new_ones(1), above[:-1]))
     a, b = (v[t] for v in to_x0(schedule, prediction))
+    # eps = (x - sqrt(above) (a x + b o)) / sqrt(1 - above) = of_x x + of_o o
+    of_x, of_o = (1 - above.sqrt() * a) / (1 - above).sqrt(), -(above / (1 - above)).sqrt() * b
+    if prediction == "epsilon":
+        of_x.zero_()  # but for rounding it is
+    noise = (1 - abar).sqrt()
     zero = torch.zeros_like(abar)
-    c1 = ((1 - prev) / (1 - abar)).sqrt()
-    c0, d = prev.sqrt() - c1 * abar.sqrt(), zero.clone()
-    # sqrt(abar) x + sqrt(1 - abar) eps with eps = (x - sqrt(abar) (a x + b o)) / sqrt(1 - abar), and x itself for x0
-    c0[0], c1[0], d[0] = abar[0].sqrt() + 1 - abar[0].sqrt() * a[0], 0.0, -abar[0].sqrt() * b[0]
-    a[0], b[0] = 1.0, 0.0
-    return Table(t, torch.stack([a, b, c0, c1, zero, d, zero, zero, zero], dim=1))
+    rows = [
+        (1 - noise * of_x) / abar.sqrt(), -noise * of_o / abar.sqrt(), above.sqrt(), (1 - above).sqrt() * of_x, zero,
+        (1 - above).sqrt() * of_o, zero, zero, zero,
+    ]  # fmt: skip
+    return Table(t, torch.stack(rows, dim=1))
 
 
 def _multistep(abar: torch.Tensor, prev: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -359,6 +359,7 @@ def test_a_network_draws_what_its_plain_callable_does(sampler):
 
 def test_learned_range():
     """v = 1 is the large variance, v = -1 the small one; other samplers don't read it, and another width is refused."""
+    assert samplers.table(SHORT, variance="learned_range").rows.isfinite().all()  # the posterior's log 0 is replaced
 
     def with_v(v):
         model = ideal(SHORT)
