@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 import fastddpm
 from fastddpm.checkpoints import native
+from fastddpm.features import Statistics, frechet, statistics
 from fastddpm.files import whole
 
 TRAINED_ON = 50_000  # of the 60,000 training images; the others are the held-out ones
@@ -137,27 +138,11 @@ def judged(model: Classifier, pixels: torch.Tensor) -> tuple[torch.Tensor, torch
 # ------------------------------------------------------------------------------------------------ figures
 
 
-def statistics(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return features.mean(0), features.T.cov()
-
-
-def frechet(p: tuple[torch.Tensor, torch.Tensor], q: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64.
-
-    S1 S2 has the eigenvalues of R S2 R with R = S1^(1/2), which is symmetric: no complex square root is met.
-    """
-    (m1, s1), (m2, s2) = p, q
-    values, vectors = torch.linalg.eigh(s1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
-    return float((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * cross)
-
-
-def floor(features: torch.Tensor, n: int, test: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
+def floor(features: torch.Tensor, n: int, test: Statistics) -> list[float]:
     """The distance of n real images to the test images, for each of DRAWS draws without replacement."""
     generator = torch.Generator().manual_seed(SEED)
     draws = [torch.randperm(len(features), generator=generator)[:n] for _ in range(DRAWS)]
-    return [frechet(statistics(features[draw]), test) for draw in draws]
+    return [frechet(statistics([features[draw]]), test) for draw in draws]
 
 
 def certainty(probabilities: torch.Tensor) -> tuple[float, list[float]]:
@@ -257,8 +242,8 @@ def main() -> None:
     features, probabilities = judged(classifier, fastddpm.to_uint8(torch.from_numpy(samples)))
     confident, shares = certainty(probabilities)
     real_confident, real_shares = certainty(held_probabilities)
-    test = statistics(test_features)
-    distance = frechet(statistics(features), test)
+    test = statistics([test_features])
+    distance = frechet(statistics([features]), test)
     floors = floor(held_features, settings.n, test)
     mean_floor = sum(floors) / DRAWS
 

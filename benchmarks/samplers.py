@@ -26,7 +26,7 @@ from digits_quality import TRAINED_ON, certainty, checksum, floor, judged, recip
 from tqdm.auto import tqdm
 
 import fastddpm
-from fastddpm import UNet, engine, evaluation, sampling
+from fastddpm import UNet, engine, evaluation, features, sampling
 from fastddpm.checkpoints import native
 from fastddpm.files import whole
 
@@ -53,7 +53,7 @@ def quality(settings: argparse.Namespace) -> dict[str, object]:
     path = settings.cache / f"classifier-{recipe(settings.data)}.safetensors"
     classifier = trained(path, x_train[:TRAINED_ON], y_train[:TRAINED_ON].long())
     held_features, held = judged(classifier, x_train[TRAINED_ON:])
-    test = evaluation.statistics([judged(classifier, x_test)[0]])
+    test = features.statistics([judged(classifier, x_test)[0]])
     floors = floor(held_features, settings.n, test)
     mean_floor = statistics.mean(floors)
 
@@ -70,8 +70,8 @@ def quality(settings: argparse.Namespace) -> dict[str, object]:
                 dtype=getattr(torch, settings.dtype), device=settings.device, steps=steps, progress=False, **options,
             )  # fmt: skip
         pixels = torch.from_numpy(np.concatenate(list(shards.lots(settings.n))))
-        features, probabilities = judged(classifier, pixels)
-        distance = evaluation.frechet(evaluation.statistics([features]), test)
+        seen, probabilities = judged(classifier, pixels)
+        distance = features.frechet(features.statistics([seen]), test)
         confident, shares = certainty(probabilities)
         rows.append(
             {"chain": label, "steps": steps, "confident": confident, "class_shares": shares, "frechet": distance,

@@ -2,6 +2,7 @@
 
 from . import backend, ops
 from .chains import encode, interpolate, progressive
+from .coding import likelihood, rate_distortion
 from .diffusion import training_loss
 from .images import to_pil, to_uint8
 from .sampling import sample
@@ -16,8 +17,10 @@ __all__ = [
     "backend",
     "encode",
     "interpolate",
+    "likelihood",
     "ops",
     "progressive",
+    "rate_distortion",
     "sample",
     "to_pil",
     "to_uint8",

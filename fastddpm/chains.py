@@ -11,12 +11,10 @@ from . import ops, samplers
 from .arguments import check_count, device_of, seed_of, trained_for
 from .ops._library import check_first
 from .ops.philox_normal import Stream
-from .sampling import StepState, plan, run
+from .sampling import PLANNED, StepState, plan, run
 from .schedule import Schedule
 
 __all__ = ["encode", "interpolate", "progressive"]
-
-PLANNED = ("schedule", "prediction", "sampler", "steps", "spacing", "eta", "variance")
 
 
 def encode(
@@ -44,7 +42,7 @@ def encode(
     """
     images = _images("images", images)
     # The chain's own arguments are checked by sample's plan; its timesteps, upwards, are the ones to visit.
-    timesteps = plan(model, schedule, prediction, "ddim", steps, spacing).timesteps
+    timesteps = plan(model, schedule, prediction, "ddim", steps, spacing).table.timesteps
     schedule, prediction = trained_for(model, schedule, prediction)
     table = samplers.inversion(schedule, prediction=prediction, timesteps=timesteps)
     return run(
@@ -96,7 +94,7 @@ def interpolate(
     t = max(len(schedule) // 2 - 1, 0) if t is None else t
     if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < len(schedule):
         raise ValueError(f"t: got {t!r}; expected an int in 0..{len(schedule) - 1}")
-    table = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance, start=t)
+    table = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance, start=t).table
     seed, device = seed_of(seed), device_of(model, device)
     check_first(2 * (check_first(first) + len(a)))
 
@@ -125,7 +123,7 @@ def progressive(model: nn.Module | Callable, n: int, *, frames: int = 10, **opti
     """
     if options.get("callback") is not None:
         raise ValueError("callback: not here, where the frames are taken by one; give it to sample itself")
-    table = plan(model, **{name: options.pop(name) for name in PLANNED if name in options})
+    table = plan(model, **{name: options.pop(name) for name in PLANNED if name in options}).table
     kept = Frames(len(table.timesteps), frames, lambda state: state.x0)
     x = run(model, n, table, **{**options, "callback": kept})
     return torch.stack(kept.frames, dim=1) if n else x[:, None].expand(0, frames, *x.shape[1:])

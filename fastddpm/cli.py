@@ -1,4 +1,4 @@
-"""The command line: fastddpm sample | train | check | info."""
+"""The command line: fastddpm sample | train | evaluate | check | info."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import __version__, backend, data, images, training
+from . import __version__, backend, data, evaluation, images, samplers, training
+from .chains import Frames
 from .checkpoints import native
-from .diffusion import random_seed
+from .coding import LikelihoodError
+from .diffusion import OBJECTIVES, random_seed
+from .features import inception, named
 from .files import whole
 from .ops import philox_normal
 from .ops.philox_normal import Stream
-from .sampling import SamplingError, sample
+from .sampling import SamplingError, plan, sample
 from .schedule import Schedule
 from .unet import UNet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RAW = (".npy", ".npz")
 FILM_FRAMES = 60
-FORWARD_COLUMNS = 10
+FORWARD_COLUMNS = STRIP_COLUMNS = 10
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -40,7 +43,7 @@ def main() -> None:
     """Run the command line; what the user can mend is one line, not a traceback."""
     try:
         cli()
-    except (ValueError, SamplingError, backend.BackendError, OSError) as error:
+    except (ValueError, SamplingError, LikelihoodError, backend.BackendError, OSError) as error:
         click.echo(f"fastddpm: {error}", err=True)
         sys.exit(1)
 
@@ -68,6 +71,21 @@ def _writable(path: Path, suffixes: tuple[str, ...]) -> Path:
     return path
 
 
+def _sampler_options(command):
+    """What `plan` asks of a chain, for every command that draws; None means the default."""
+    for option in (
+        click.option(
+            "--variance", type=click.Choice(samplers.VARIANCES), help="ddpm's noise; default the model's own."
+        ),
+        click.option("--eta", type=float, help="ddim's noise, from 0 (none, the default) to 1."),
+        click.option("--spacing", type=click.Choice(samplers.SPACINGS), help="Which timesteps are visited."),
+        click.option("--steps", type=int, help="Steps; default all for ddpm, 50 for ddim, 20 for dpm++2m."),
+        click.option("--sampler", type=click.Choice(list(samplers.STEPS)), help="Default ddpm."),
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command("sample")
 @click.argument("model", default="digits")
 @click.option("-n", default=16, show_default=True, help="How many images.")
@@ -75,15 +93,19 @@ def _writable(path: Path, suffixes: tuple[str, ...]) -> Path:
               help="A picture (.png: a grid), or .npy / .npz for the raw float32 [n, C, H, W].")  # fmt: skip
 @click.option("--seed", type=int, help="In [0, 2^64); default a random one. The seed used is printed.")
 @click.option("--first", default=0, show_default=True, help="Start at this image of the seed's sequence.")
-@click.option("--variance", type=click.Choice(["fixed_large", "fixed_small", "none"]), help="Default the model's own.")
+@_sampler_options
 @click.option("--batch-size", type=int, help="Images per forward pass; default what fits.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Arithmetic of the network; default the model's own.")
 @click.option("--label", type=int, help="Class to draw, for a network with classes.")
 @click.option("--gif", type=click.Path(path_type=Path), help="Also write the denoising film to this .gif.")
+@click.option("--strip", type=click.Path(path_type=Path),
+              help="Also write to this .png what the chain takes each image to be on its way, a row for each.")  # fmt: skip
 @click.option("--forward", type=click.Path(path_type=Path),
               help="Draw no images: show how the forward process destroys this picture.")  # fmt: skip
-def sample_command(model, n, output, seed, first, variance, batch_size, device, dtype, label, gif, forward) -> None:
+def sample_command(
+    model, n, output, seed, first, batch_size, device, dtype, label, gif, strip, forward, **chain
+) -> None:
     """Draw images with MODEL: a bundled model's name or a run's folder (default: the bundled digits)."""
     seed = random_seed() if seed is None else seed
     if forward is not None:
@@ -92,23 +114,32 @@ def sample_command(model, n, output, seed, first, variance, batch_size, device, 
         click.echo(f"{output}: {forward} from x_0 to x_T (seed {seed})")
         return
     _writable(output, (".png", *RAW))
-    if gif is not None:
-        _writable(gif, (".gif",))
-    if n < 1 and output.suffix.lower() not in RAW:
+    for path, suffix in ((gif, ".gif"), (strip, ".png")):
+        if path is not None:
+            _writable(path, (suffix,))
+    if n < 1 and (output.suffix.lower() not in RAW or gif or strip):
         raise ValueError(f"n: got {n}; a picture needs at least 1 image")
     network = UNet.from_pretrained(model).to(_device(device))
-    film = _Film(len(network.schedule)) if gif is not None else None
+    chain = {name: value for name, value in chain.items() if value is not None}
+    steps = len(plan(network, **chain).table.timesteps)
+    film = Frames(steps, min(FILM_FRAMES, steps), lambda state: state.x.clamp(-1, 1).cpu())
+    progress = Frames(steps, min(STRIP_COLUMNS, steps), lambda state: state.x0.cpu())
+    wanted = [frames for frames, path in ((film, gif), (progress, strip)) if path is not None]
     began = time.perf_counter()
     drawn = sample(
-        network, n, seed=seed, first=first, variance=variance, batch_size=batch_size,
-        dtype=None if dtype is None else DTYPES[dtype], class_labels=label, callback=film,
+        network, n, seed=seed, first=first, batch_size=batch_size,
+        dtype=None if dtype is None else DTYPES[dtype], class_labels=label,
+        callback=(lambda state: [frames(state) for frames in wanted]) if wanted else None, **chain,
     ).cpu()  # fmt: skip
     seconds = time.perf_counter() - began
     _write(drawn, output)
-    if film is not None:
-        film.save(gif)
+    if gif is not None:
+        _write_film([images.grid(frame) for frame in film.frames], gif)
+    if strip is not None:
+        columns = progress.frames
+        images.save(images.grid(torch.stack(columns, dim=1).flatten(0, 1), columns=len(columns)), strip)
     shape = "x".join(map(str, network.shape))
-    click.echo(f"{output}: {n} images {shape}, {len(network.schedule)} steps in {seconds:.1f} s (seed {seed})")
+    click.echo(f"{output}: {n} images {shape}, {steps} steps in {seconds:.1f} s (seed {seed})")
 
 
 def _write(drawn: torch.Tensor, path: Path) -> None:
@@ -122,20 +153,9 @@ def _write(drawn: torch.Tensor, path: Path) -> None:
             np.savez(aside, images=drawn.numpy())
 
 
-class _Film:
-    """Collects x_t of all batches along the chain; the last frame stays longer."""
-
-    def __init__(self, steps: int) -> None:
-        self.every, self.steps, self.frames = max(1, steps // FILM_FRAMES), steps, {}
-
-    def __call__(self, state) -> None:
-        if state.step % self.every == 0 or state.step + 1 == self.steps:
-            self.frames.setdefault(state.step, []).append(state.x.clamp(-1, 1).cpu())
-
-    def save(self, path: Path) -> None:
-        frames = [images.grid(torch.cat(parts)) for _, parts in sorted(self.frames.items())]
-        durations = [80] * (len(frames) - 1) + [2000]
-        images.save(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+def _write_film(frames: list[Image.Image], path: Path) -> None:
+    durations = [80] * (len(frames) - 1) + [2000]  # the last frame stays longer
+    images.save(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def _forward_strip(path: Path, schedule: Schedule, seed: int) -> Image.Image:
@@ -157,6 +177,9 @@ def _recipe_options(command):
     """One option for each field of the recipe that people change; None means the preset's value."""
     for name, kind, text in reversed(
         [
+            ("--prediction", click.Choice(samplers.PREDICTIONS), "What the network learns to answer; default epsilon."),
+            ("--objective", click.Choice(OBJECTIVES), "Squared error (default) or the variational bound."),
+            ("--variance", click.Choice(training.VARIANCES), "Of the reverse steps; default fixed_large."),
             ("--steps", int, "Optimizer steps in all."),
             ("--epochs", float, "Passes over the data in all, in place of --steps."),
             ("--batch-size", int, "Examples per optimizer step."),
@@ -214,8 +237,9 @@ def train_command(source, out, preset, resume, labels, dtype, device, **options)
         config = training.network_for(preset, dataset, classes=classes)
         if dtype == "auto":
             dtype = "bfloat16" if training.bfloat16_helps(device) else "float32"
+        trained_for = {name: changes.pop(name) for name in ("prediction", "variance") if name in changes}
         recipe = dataclasses.replace(training.RECIPES[preset], dtype=dtype, **changes)
-        trainer = training.Trainer(dataset, out, config, recipe, device)
+        trainer = training.Trainer(dataset, out, config, recipe, device, **trained_for)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     click.echo(
         f"{len(dataset)} images of {'x'.join(map(str, trainer.model.shape))}; {parameters:,} parameters; "
@@ -228,6 +252,49 @@ def train_command(source, out, preset, resume, labels, dtype, device, **options)
             f"{out}: stopped and saved at step {trainer.step} of {trainer.total}; go on with  "
             f"fastddpm train --data {source} --out {out} --resume"
         )
+
+
+@cli.command("evaluate")
+@click.argument("model")
+@click.option("--data", "source", type=click.Path(path_type=Path), required=True,
+              help=".npz or .npy with uint8 images, or a folder of pictures: what to compare with.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the samples and the result.")
+@click.option("--metrics", default="fid,kid,bpd", show_default=True, help="Some of these, with commas between.")
+@click.option("-n", default=50_000, show_default=True, help="Samples for fid and kid.")
+@click.option("--seed", default=0, show_default=True, help="In [0, 2^64).")
+@_sampler_options
+@click.option("--batch-size", type=int, help="Images per forward pass; default what fits.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Arithmetic of the network; default the model's own.")
+@click.option("--features", metavar="MODULE:NAME",
+              help="A network of your own for fid and kid, uint8 [N, C, H, W] -> float [N, D]; default Inception.")  # fmt: skip
+@click.option("--inception-weights", type=click.Path(path_type=Path), help="Inception's weights; default downloaded.")
+@click.option("--subsample", type=int, help="Timesteps drawn for each image's bpd; default all.")
+@click.option("--likelihood-images", type=int, help="How many images bpd is measured on; default all.")
+@click.option("--shard", type=int, help="Samples in one file, the most that an interruption loses.")
+@click.option("--cache", type=click.Path(path_type=Path),
+              help="Folder for the reference's features; default evaluation-cache, beside --out.")  # fmt: skip
+def evaluate_command(model, source, out, metrics, seed, device, dtype, features, inception_weights, **options) -> None:
+    """Measure MODEL (a bundled model's name or a run's folder): FID, KID, bits per dimension; again, to go on after Ctrl-C."""
+    device = _device(device)
+    metrics = [metric.strip() for metric in metrics.split(",") if metric.strip()]
+    network = UNet.from_pretrained(model).to(device)
+    if features is not None and inception_weights is not None:
+        raise ValueError("features, inception_weights: both given; expected one of them")
+    chosen = None
+    if features is not None:
+        chosen = named(features, device)
+    elif inception_weights is not None:
+        chosen = inception(inception_weights, device)
+    try:
+        result = evaluation.evaluate(
+            network, source, out, metrics=metrics, seed=seed, features=chosen,
+            dtype=None if dtype is None else DTYPES[dtype], **options,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        click.echo(f"{out}: stopped; the same command goes on", err=True)
+        sys.exit(130)
+    click.echo(f"{result}\n{out / evaluation.RESULT}: the same, for programs")
 
 
 @cli.command("check")

@@ -54,19 +54,36 @@ def load(path: str | Path, *, labels: bool = False) -> ArrayImages:
         if labels:
             raise DataError(f"data: {path}: a folder of pictures has no labels; use a .npz with y_train")
         return ArrayImages(_folder(path), None, path.name)
+    names = ("y_train", "y", "labels") if labels else None
+    return _images(_arrays(path), ("x_train", "x", "images"), names, path)
+
+
+def load_test(path: str | Path, *, labels: bool = False) -> ArrayImages | None:
+    """The x_test of a .npz, with labels=True its y_test too; None where `path` holds no such array."""
+    path = Path(path)
+    arrays = {} if path.is_dir() else _arrays(path)
+    return _images(arrays, ("x_test",), ("y_test",) if labels else None, path) if "x_test" in arrays else None
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise DataError(f"data: {path}: no such file or folder")
     try:
         loaded = np.load(path)
-        arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded.files}
+        return {"x": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"data: {path}: not a readable .npz or .npy file ({error})") from error
-    pixels = _pick(arrays, ("x_train", "x", "images"), path)
+
+
+def _images(
+    arrays: dict[str, np.ndarray], names: tuple[str, ...], labels: tuple[str, ...] | None, path: Path
+) -> ArrayImages:
+    pixels = _pick(arrays, names, path)
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
         raise DataError(
             f"data: {path}: got {pixels.dtype} {list(pixels.shape)}; expected uint8 [N, H, W] or [N, H, W, C]"
         )
-    y = _pick(arrays, ("y_train", "y", "labels"), path) if labels else None
+    y = None if labels is None else _pick(arrays, labels, path)
     if y is not None and y.shape != pixels.shape[:1]:
         raise DataError(f"data: {path}: labels have shape {list(y.shape)}; expected [{len(pixels)}]")
     return ArrayImages(_channels_first(pixels), y, path.name)

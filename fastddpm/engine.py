@@ -72,8 +72,12 @@ class Plain:
         """What a step of n images needs of its timestep, one row for each of timesteps [S]: here t itself, [S, n]."""
         return timesteps[:, None].expand(-1, n).contiguous()
 
+    def at(self, t: torch.Tensor) -> torch.Tensor:
+        """What images with a timestep each, t int64 [N], need of them, to be given to `predict`: here t itself."""
+        return t
+
     def predict(self, x: torch.Tensor, row: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        """The network's output for x, with its timestep's row of `per_step`."""
+        """The network's output for x, with its timestep's row of `per_step` or its timesteps' `at`."""
         return self(x, row, class_labels)
 
 
@@ -122,9 +126,13 @@ class Engine(Plain):
         self.widths = [part.shape[1] for part in parts]
         return torch.cat(parts, dim=1).float()
 
+    def at(self, t: torch.Tensor) -> torch.Tensor:
+        """Rows as `per_step` has them, one for each image: float32 [N, their widths together]."""
+        return self.per_step(t, 1) if self.hoisted else t
+
     def predict(self, x: torch.Tensor, row: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         if self.hoisted:
-            return self.model.body(x, row.split(self.widths))
+            return self.model.body(x, row.split(self.widths, dim=-1))
         if self.whole:
             return self.model.body(x, [part.float() for part in self.model.embed(row, class_labels)])
         return super().predict(x, row, class_labels)

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ __all__ = ["SamplingError", "StepState", "sample"]
 
 SEGMENT = 50  # steps between two looks at the device state: the bar moves and a bad output is noticed
 UNROLL = 10  # steps in one CUDA graph
+PLANNED = ("schedule", "prediction", "sampler", "steps", "spacing", "eta", "variance")  # what `plan` takes of sample's
 
 
 class SamplingError(RuntimeError):
@@ -103,11 +105,21 @@ def sample(
     model's output has the wrong shape or is not finite, naming the step.
     """
     check_count("n", n, 0)
-    table = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance)
+    chosen = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance)
     return run(
-        model, n, table, shape=shape, clip=clip, class_labels=class_labels, noise=noise, seed=seed, first=first,
+        model, n, chosen.table, shape=shape, clip=clip, class_labels=class_labels, noise=noise, seed=seed, first=first,
         batch_size=batch_size, device=device, dtype=dtype, progress=progress, callback=callback,
     )  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """What a chain takes, its defaults filled in. variance: of ddpm, else None."""
+
+    table: samplers.Table
+    sampler: str
+    spacing: str
+    eta: float
+    variance: str | None
 
 
 def plan(
@@ -120,8 +132,8 @@ def plan(
     eta: float = 0.0,
     variance: str | None = None,
     start: int | None = None,
-) -> samplers.Table:
-    """The table that `sample`'s arguments ask for. start: the timestep of the noise that it begins with, default T - 1."""
+) -> Plan:
+    """The chain that `sample`'s arguments ask for. start: the timestep of the noise that it begins with, default T - 1."""
     choice("sampler", sampler, tuple(samplers.STEPS))
     schedule, prediction = trained_for(model, schedule, prediction)
     most = len(schedule) if start is None else start + 1
@@ -156,7 +168,7 @@ def plan(
             f"variance: learned_range needs a network with {2 * model.config.in_channels} output channels; "
             f"this one has {model.config.out_channels}"
         )
-    return table
+    return Plan(table, sampler, spacing, eta, variance if sampler == "ddpm" else None)
 
 
 def run(

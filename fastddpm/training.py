@@ -23,19 +23,26 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from . import images
 from .checkpoints import native
 from .data import ArrayImages
-from .diffusion import training_loss
+from .diffusion import OBJECTIVES, training_loss
 from .files import whole
 from .ops.philox_normal import Stream, first_words
 from .progress import bar as progress_bar
+from .samplers import PREDICTIONS
 from .sampling import sample
 from .unet import PRESETS, UNet, UNetConfig
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.csv"
+VARIANCES = ("fixed_large", "fixed_small")  # those that need no training
 COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds")
 
 
 class TrainingError(ValueError):
     """A run that cannot start or go on: why, and what to do."""
+
+
+def _check(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise TrainingError(f"{name}: got {value!r}; expected one of {', '.join(choices)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,8 @@ class Recipe:
     `accumulate` equal parts. warmup: steps of linear learning-rate growth at the start; cooldown: of linear decay to 0 at the
     end (0: none, as in the paper). ema: decay of the averaged weights; with ema_warmup
     min(ema, (1 + k) / (10 + k)) at step k, for short runs. dtype: "float32", or "bfloat16" for autocast arithmetic.
-    log_every, sample_every, save_every: in steps; sample_every 0 draws no grids.
+    log_every, sample_every, save_every: in steps; sample_every 0 draws no grids. objective: "simple", the mean squared error
+    of the prediction (for epsilon L_simple, eq. 14), or "bound", the variational bound (L, eq. 5).
     """
 
     steps: int | None = 800_000
@@ -65,8 +73,10 @@ class Recipe:
     log_every: int = 100
     sample_every: int = 20_000
     save_every: int = 1000
+    objective: str = "simple"
 
     def __post_init__(self) -> None:
+        _check("objective", self.objective, OBJECTIVES)
         for name in ("batch_size", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name}: got {getattr(self, name)}; expected at least 1")
@@ -157,11 +167,25 @@ def _image_of(item: object) -> torch.Tensor:
 
 
 class Trainer:
-    """One run: a network, its average, the optimizer and the number of steps taken."""
+    """One run: a network, its average, the optimizer and the number of steps taken.
+
+    prediction: what the network learns to answer, "epsilon", "sample", "v_prediction" or "mean". variance: what the bound is
+    of and what the network will sample with, "fixed_large" or "fixed_small". Raises TrainingError on what does not fit.
+    """
 
     def __init__(
-        self, dataset: Dataset, out: str | Path, config: UNetConfig, recipe: Recipe, device: torch.device
+        self,
+        dataset: Dataset,
+        out: str | Path,
+        config: UNetConfig,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        prediction: str = "epsilon",
+        variance: str = "fixed_large",
     ) -> None:
+        _check("prediction", prediction, PREDICTIONS)
+        _check("variance", variance, VARIANCES)
         if len(dataset) == 0:
             raise TrainingError("data: the data set is empty")
         if isinstance(dataset, ArrayImages):
@@ -176,7 +200,8 @@ class Trainer:
                 f"data: no labels in it, and the network has {config.classes} classes (--labels reads them)"
             )
         torch.manual_seed(recipe.seed)
-        model = UNet(config).to(device, memory_format=torch.channels_last)
+        model = UNet(config, prediction=prediction, variance=variance)
+        model = model.to(device, memory_format=torch.channels_last)
         self.model = model.train()
         self.ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, eps=1e-8)
@@ -197,13 +222,15 @@ class Trainer:
             saved = torch.load(path, map_location=device, weights_only=True)
             recipe = Recipe(**{**saved["recipe"], **changes})
             config = UNetConfig(**saved["unet"])
+            # Runs begun before there was a choice have neither.
+            trained_for = {name: saved[name] for name in ("prediction", "variance") if name in saved}
         except TrainingError:
             raise
         except Exception as error:  # torch.load raises many kinds
             raise TrainingError(f"out: {path} is not a whole training checkpoint ({error})") from error
         if saved["examples"] != len(dataset):
             raise TrainingError(f"data: {len(dataset)} images, but the run in {out} began with {saved['examples']}")
-        self = cls(dataset, out, config, recipe, device)
+        self = cls(dataset, out, config, recipe, device, **trained_for)
         native.load_state(self.model, saved["model"], path)
         self.ema = saved["ema"]
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -220,6 +247,8 @@ class Trainer:
                     "step": self.step,
                     "examples": len(self.dataset),
                     "unet": dataclasses.asdict(self.model.config),
+                    "prediction": self.model.prediction,
+                    "variance": self.model.variance,
                     "recipe": dataclasses.asdict(self.recipe),
                     "model": self.model.state_dict(),
                     "ema": self.ema,
@@ -244,7 +273,8 @@ class Trainer:
 
     def averaged(self) -> UNet:
         """A copy of the network with the EMA weights, in eval mode."""
-        model = UNet(self.model.config).to(self.device, memory_format=torch.channels_last)
+        model = UNet(self.model.config, prediction=self.model.prediction, variance=self.model.variance)
+        model = model.to(self.device, memory_format=torch.channels_last)
         model.load_state_dict(self.ema)
         return model.eval()
 
@@ -286,7 +316,9 @@ class Trainer:
                 word = first_words(torch.tensor([first]), seed=recipe.seed, stream=Stream.DROPOUT)
                 torch.manual_seed(int(word))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-                loss = training_loss(self.model, x0, class_labels=labels, seed=recipe.seed, first=first)
+                loss = training_loss(
+                    self.model, x0, objective=recipe.objective, class_labels=labels, seed=recipe.seed, first=first
+                )
             (loss / recipe.accumulate).backward()
             total += loss.item() / recipe.accumulate
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip).item()
@@ -306,8 +338,12 @@ class Trainer:
         self.step += 1
         return total, norm
 
+    def stop(self) -> None:
+        """Ask `run` to end after the current step, as Ctrl-C does; from any thread."""
+        self._interrupted = True
+
     def run(self, progress: bool | None = None) -> bool:
-        """Train to the last step, saving as it goes; False if Ctrl-C ended it early (the state is saved then too)."""
+        """Train to the last step, saving as it goes; False if Ctrl-C or `stop` ended it early (the state is saved then too)."""
         recipe, batches = self.recipe, self.batches()
         self.out.mkdir(parents=True, exist_ok=True)
         bar = progress_bar(progress, total=self.total, initial=self.step, unit="step", smoothing=0.05)
@@ -366,7 +402,7 @@ class _stop_signals:
     def _ask(self, number: int, _: object) -> None:
         if self.trainer._interrupted:
             raise KeyboardInterrupt
-        self.trainer._interrupted = True
+        self.trainer.stop()
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():

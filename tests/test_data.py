@@ -25,6 +25,21 @@ def test_npz_and_npy(tmp_path):
     assert int(label) == 3 and image.dtype == torch.float32
 
 
+def test_the_test_images_of_an_npz(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=PIXELS, x_test=PIXELS[:2], y_test=np.arange(2))
+    assert torch.equal(data.load_test(tmp_path / "a.npz").pixels[:, 0], torch.from_numpy(PIXELS[:2]))
+    assert data.load_test(tmp_path / "a.npz", labels=True).labels.tolist() == [0, 1]
+    np.savez(tmp_path / "b.npz", x_train=PIXELS)
+    np.save(tmp_path / "c.npy", PIXELS)
+    for path in (tmp_path / "b.npz", tmp_path / "c.npy", tmp_path):
+        assert data.load_test(path) is None
+    np.savez(tmp_path / "d.npz", x_train=PIXELS, x_test=PIXELS / 255)
+    with pytest.raises(DataError, match="got float64"):
+        data.load_test(tmp_path / "d.npz")
+    with pytest.raises(DataError, match="no such file"):
+        data.load_test(tmp_path / "none.npz")
+
+
 def test_folder(tmp_path):
     for i, pixels in enumerate(PIXELS):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")

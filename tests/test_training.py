@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, data, ops, training
+from fastddpm import Schedule, UNet, UNetConfig, cli, data, ops, training
 from fastddpm.diffusion import draw_timesteps
 from fastddpm.ops.philox_normal import Stream, philox_words_ref
 from fastddpm.training import Draws, Recipe, Trainer, TrainingError
@@ -37,8 +38,9 @@ def images(n=10):
     return data.ArrayImages(pixels, None, "noise")
 
 
-def trainer(out, recipe=SHORT, dataset=None, config=TINY):
-    return Trainer(images() if dataset is None else dataset, out, config, recipe, torch.device("cpu"))
+def trainer(out, recipe=SHORT, dataset=None, config=TINY, **trained_for):
+    dataset = images() if dataset is None else dataset
+    return Trainer(dataset, out, config, recipe, torch.device("cpu"), **trained_for)
 
 
 def log(out):
@@ -102,13 +104,21 @@ def test_draws_are_permutations_and_can_start_anywhere():
     assert [i for _ in range(7) for i in next(later)] == flat[12:]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path, dtype):
-    recipe = dataclasses.replace(SHORT, dtype=dtype)
+@pytest.mark.parametrize(
+    ("changes", "trained_for"),
+    [
+        ({"dtype": "float32"}, {}),
+        ({"dtype": "bfloat16"}, {}),
+        ({"objective": "bound"}, {"prediction": "mean", "variance": "fixed_small"}),
+        ({"objective": "bound", "dtype": "bfloat16"}, {"prediction": "sample"}),
+    ],
+)
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path, changes, trained_for):
+    recipe = dataclasses.replace(SHORT, **changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    one = trainer(whole, recipe)
+    one = trainer(whole, recipe, **trained_for)
     assert one.run(progress=False)
-    assert trainer(broken, dataclasses.replace(recipe, steps=3)).run(progress=False)
+    assert trainer(broken, dataclasses.replace(recipe, steps=3), **trained_for).run(progress=False)
     two = Trainer.resume(images(), broken, torch.device("cpu"), steps=6)
     assert two.step == 3 and two.run(progress=False)
     assert log(whole) == log(broken) and len(log(whole)) == 6
@@ -119,14 +129,83 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, dtype):
     assert all(torch.equal(v, two.ema[k]) for k, v in drawn.state_dict().items())
 
 
-def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
+def test_a_run_begun_before_there_was_a_choice_goes_on(tmp_path):
+    """Its checkpoint names neither prediction, variance nor objective: they are the paper's."""
+    whole, old = tmp_path / "whole", tmp_path / "old"
+    trainer(whole).run(progress=False)
+    trainer(old, dataclasses.replace(SHORT, steps=3)).run(progress=False)
+    saved = torch.load(old / "checkpoint.pt", weights_only=True)
+    del saved["prediction"], saved["variance"], saved["recipe"]["objective"]
+    torch.save(saved, old / "checkpoint.pt")
+    resumed = Trainer.resume(images(), old, torch.device("cpu"), steps=6)
+    assert resumed.run(progress=False) and log(whole) == log(old)
+    assert (resumed.model.prediction, resumed.model.variance) == ("epsilon", "fixed_large")
+
+
+@pytest.mark.parametrize(
+    ("objective", "variance"), [("simple", "fixed_small"), ("bound", "fixed_large"), ("bound", "fixed_small")]
+)
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "mean"])
+def test_every_choice_trains_and_samples(tmp_path, prediction, objective, variance):
+    """A run's first loss is that of the objective chosen, and what is saved draws as what was trained for."""
+    config, choices = dataclasses.replace(TINY, dropout=0.0), {"prediction": prediction, "variance": variance}
+    recipe = dataclasses.replace(SHORT, objective=objective, steps=4, accumulate=1, flips=False)
+    run = trainer(tmp_path, recipe, config=config, **choices)
+    x0, _, _ = next(run.batches())
+    torch.manual_seed(recipe.seed)
+    with torch.no_grad():
+        first = fastddpm.training_loss(UNet(config), x0, objective=objective, seed=recipe.seed, **choices)
+    assert run.run(progress=False)
+    assert float(log(tmp_path)[0][1]) == pytest.approx(float(first), rel=1e-5)
+
+    saved, few = UNet.from_pretrained(tmp_path), Schedule.linear(20, 1e-3, 0.3)
+    assert (saved.prediction, saved.variance) == (prediction, variance)
+    drawn = fastddpm.sample(run.averaged(), 2, seed=0, schedule=few)
+    assert drawn.isfinite().all()
+    plain = UNet(config).eval()
+    plain.load_state_dict(run.ema)
+    assert torch.equal(drawn, fastddpm.sample(saved, 2, seed=0, schedule=few))
+    assert torch.equal(drawn, fastddpm.sample(plain, 2, seed=0, schedule=few, **choices))
+
+
+def test_the_command_line_chooses_and_a_resumed_run_keeps_the_choice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", images().pixels.numpy()[:, 0])
+
+    def fastddpm_train(*options):
+        line = ["fastddpm", "train", "--data", "x.npy", "--out", "run", *options]
+        monkeypatch.setattr(sys, "argv", line)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, capsys.readouterr().err
+
+    choices = ("--prediction", "mean", "--objective", "bound", "--variance", "fixed_small")
+    for option, value in (("--prediction", "score"), ("--objective", "L"), ("--variance", "none")):
+        code, err = fastddpm_train(option, value)
+        assert code == 2 and f"Invalid value for '{option}': '{value}'" in err and "Traceback" not in err
+    length = ("--steps", "2", "--batch-size", "2", "--sample-every", "0")
+    assert fastddpm_train(*choices, *length)[0] == 0
+    for i in range(0, 6, 2):
+        code, err = fastddpm_train("--resume", *choices[i : i + 2])
+        assert code == 1 and f"{choices[i][2:]}: a resumed run keeps its recipe" in err and err.count("\n") == 1
+    assert fastddpm_train("--resume", "--steps", "3")[0] == 0
+    saved, drawn = torch.load("run/checkpoint.pt", weights_only=True), UNet.from_pretrained("run")
+    assert (saved["step"], saved["recipe"]["objective"]) == (3, "bound")
+    assert (drawn.prediction, drawn.variance) == ("mean", "fixed_small")
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "stop"])
+def test_ctrl_c_and_stop_save_and_the_run_goes_on(tmp_path, how):
     class Interrupting(data.ArrayImages):
         seen = 0
 
         def __getitem__(self, i):
             Interrupting.seen += 1
             if Interrupting.seen == 10:  # in the third step
-                signal.raise_signal(signal.SIGINT)
+                if how == "stop":
+                    stopped.stop()
+                else:
+                    signal.raise_signal(signal.SIGINT)
             return super().__getitem__(i)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -248,6 +327,7 @@ def test_network_for_other_images():
         ({"steps": -1}, "steps, epochs: got -1"),
         ({"lr": 0.0}, "lr 0.0"),
         ({"dtype": "float8"}, "dtype: got 'float8'"),
+        ({"objective": "L"}, "objective: got 'L'; expected one of simple, bound"),
     ],
 )
 def test_bad_recipe(change, says):
@@ -262,6 +342,12 @@ def test_bad_runs(tmp_path):
         trainer(tmp_path, dataset=TensorDataset(torch.zeros(1, 3, 8, 8)))
     with pytest.raises(TrainingError, match="empty"):
         trainer(tmp_path, dataset=TensorDataset(torch.zeros(0, 1, 8, 8)))
+    with pytest.raises(
+        TrainingError, match="prediction: got 'score'; expected one of epsilon, sample, v_prediction, mean"
+    ):
+        trainer(tmp_path, prediction="score")
+    with pytest.raises(TrainingError, match="variance: got 'none'; expected one of fixed_large, fixed_small"):
+        trainer(tmp_path, variance="none")
     trainer(tmp_path, dataclasses.replace(SHORT, steps=1)).run(progress=False)
     with pytest.raises(TrainingError, match="11 images, but the run in .* began with 10"):
         Trainer.resume(images(11), tmp_path, torch.device("cpu"))
