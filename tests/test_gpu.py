@@ -358,6 +358,22 @@ def test_a_chain_is_the_cpus(kind, digits):
     assert same_bits(drawn(digits), whole)
 
 
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("dpm++2m", 0.0)])
+def test_other_samplers_are_the_cpus(kind, digits, sampler, eta):
+    options = {"sampler": sampler, "eta": eta, "steps": 20, "first": FIRST, "progress": False}
+    expected = fastddpm.sample(digits[0], 12, seed=SEED, **options)
+    assert (drawn(digits, **options) - expected).abs().max() <= 1e-3
+    encoded = [fastddpm.encode(digits[0], digits[1], steps=20, device=device).cpu() for device in ("cpu", "cuda")]
+    torch.testing.assert_close(encoded[1], encoded[0], rtol=0, atol=2e-3)
+
+
+def test_the_bound_is_the_cpus(kind, digits):
+    """The same draws; only the network's rounding differs."""
+    options = {"subsample": 30, "seed": SEED, "quantize": True, "progress": False}
+    cpu, gpu = (fastddpm.likelihood(digits[0], digits[1].clamp(-1, 1), device=d, **options) for d in ("cpu", "cuda"))
+    torch.testing.assert_close(gpu.per_image, cpu.per_image, rtol=1e-3, atol=1e-3)
+
+
 def test_a_low_precision_chain_stays_near(kind, digits):
     """The middle one of the images: now and then one becomes another digit, on a CPU too."""
     of_image = (drawn(digits, dtype=torch.bfloat16) - digits[1]).square().mean((1, 2, 3)).sqrt()
@@ -414,6 +430,14 @@ def test_replayed_chains_give_the_bits_of_eager_ones(kind, untuned, steps, dtype
         assert chain_of(model) is chain
     assert same_bits(draw(model, 5, batch_size=3, dtype=dtype), eager(model, 5, batch_size=3, dtype=dtype))
     assert chain_of(model) is chain
+
+
+def test_replayed_chains_of_other_samplers(kind, untuned):
+    """dpm++2m's graphs read the last x0."""
+    model = small()
+    for options in ({"sampler": "ddim", "eta": 0.5}, {"sampler": "dpm++2m", "steps": 23}, {"steps": 12}):
+        assert same_bits(draw(model, 5, batch_size=3, **options), eager(model, 5, batch_size=3, **options))
+        assert set(chain_of(model).graphs) == {1, 10}
 
 
 def test_replayed_chains_with_classes(kind, untuned):
