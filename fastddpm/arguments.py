@@ -7,7 +7,6 @@ import os
 import torch
 from torch import nn
 
-from .diffusion import random_seed
 from .ops._library import check_seed
 from .samplers import PREDICTIONS
 from .schedule import Schedule
@@ -28,11 +27,17 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 def trained_for(model: object, schedule: Schedule | None, prediction: str | None) -> tuple[Schedule, str]:
     """(schedule, prediction): as given, else the model's own, else the paper's."""
     schedule = schedule or getattr(model, "schedule", None) or Schedule.linear()
-    return schedule, choice("prediction", prediction or getattr(model, "prediction", "epsilon"), PREDICTIONS)
+    return schedule, choice("prediction", prediction or getattr(model, "prediction", None) or "epsilon", PREDICTIONS)
 
 
 def variance_of(model: object) -> str:
-    return getattr(model, "variance", "fixed_large")
+    return getattr(model, "variance", None) or "fixed_large"
+
+
+def random_seed() -> int:
+    """64 bits from torch's default CPU generator, so that torch.manual_seed governs them."""
+    high, low = torch.randint(0, 1 << 32, (2,)).tolist()
+    return high << 32 | low
 
 
 def bound_of(clip: bool | float) -> float | None:
@@ -107,3 +112,16 @@ def fitting_batch(n: int, shape: tuple[int, int, int], device: torch.device) -> 
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
     return max(1, min(n, memory // 4 // (shape[1] * shape[2] * 4096)))
+
+
+def output_fault(o: object, shape: list[int], learned: bool) -> str | None:
+    """What is wrong with a model's output for x of `shape` [N, C, ...]; None: nothing. learned: it must hold a variance, which
+    it may hold all the same where it needn't."""
+    if not isinstance(o, torch.Tensor):
+        return f"it returned {type(o).__name__}; expected a tensor. Wrap it, e.g. lambda x, t: model(x, t).sample"
+    n, c, *spatial = shape
+    doubled = [n, 2 * c, *spatial]
+    if list(o.shape) == doubled or (not learned and list(o.shape) == shape):
+        return None
+    expected = f"{doubled}, with the learned variance" if learned else shape
+    return f"its output has shape {list(o.shape)}; expected {expected}"

@@ -24,6 +24,7 @@ from .arguments import (
     device_of,
     fitting_batch,
     labels_of,
+    output_fault,
     seed_of,
     shape_of,
     trained_for,
@@ -82,10 +83,11 @@ class Likelihood:
         low, high = self.interval
         spread = "no interval from a single image" if n == 1 else f"95 % interval {low:.4f} to {high:.4f}"
         first = float(self.terms[0])
-        between = self.bits_per_dim - self.prior - first
+        last = len(self.terms) - 1
+        between_said = f"L_1..L_{last} {self.bits_per_dim - self.prior - first:.4f} + " if last else ""
         return (
             f"{self.bits_per_dim:.4f} bits/dim ({spread}; {n} image{'s' if n > 1 else ''}, {self.evaluations} evaluations)\n"
-            f"= L_T {self.prior:.3g} + L_1..L_{len(self.terms) - 1} {between:.4f} + L_0 {first:.4f}"
+            f"= L_T {self.prior:.3g} + {between_said}L_0 {first:.4f}"
         )
 
 
@@ -166,8 +168,8 @@ def likelihood(
     subsample: None evaluates all T timesteps of each image. K in 1..T-1: L_T and L_0 as they are, and the sum of the others
         estimated from K draws, one uniform t from each of the K parts of 1..T-1 that `strata` makes, weighted with the
         part's size. This is unbiased, and each image draws for itself, so that the standard error over images covers
-        both the images and the timesteps. Where few images draw from a part whose terms differ much, the estimate may miss
-        its large ones and its interval be too narrow: with K = 20 and 100 images that is no matter.
+        both the images and the timesteps. With few images and few parts the estimate may miss large terms, and its
+        interval be too narrow.
     seed, first: image i is number first + i; its noise at t depends on (seed, first + i, t) alone, its drawn timesteps on
         (seed, first + i, K).
     batch_size: (image, timestep) pairs per forward; default what fits, at most 256. device, dtype, progress: as for `sample`.
@@ -232,6 +234,8 @@ def _measure(
     """What the model says of the images; arguments as for `likelihood`, all of them checked here."""
     pixels = _pixels(images, quantize)
     n, *shape = pixels.shape
+    if isinstance(model, UNet) and shape[0] != model.config.in_channels:
+        raise ValueError(f"images: {shape[0]} channels; the network takes {model.config.in_channels}")
     shape = shape_of(model, shape)
     if isinstance(model, UNet) and any(side % (1 << len(model.config.multipliers) - 1) for side in shape[1:]):
         raise ValueError(
@@ -277,6 +281,7 @@ def _run(
     Arithmetic around the network is float64: for the bundled digits it takes a few hundredths of the time.
     """
     n, m = timesteps.shape
+    learned = bound.log_variance is None
     pairs, device = n * m, pixels.device
     signal, scale = schedule.alphas_cumprod.sqrt(), (1 - schedule.alphas_cumprod).sqrt()
     coefficients = torch.stack((signal, scale, *to_x0(schedule, prediction))).to(device)
@@ -298,9 +303,12 @@ def _run(
             o = net.predict(
                 x.to(net.dtype, memory_format=net.memory_format), net.at(t), None if labels is None else labels[image]
             )
-        o = _checked(o, list(x.shape), bound.log_variance is None)
+        fault = output_fault(o, list(x.shape), learned)
+        if fault is not None:
+            raise LikelihoodError(f"model: {fault}")
+        o = (o if learned else o[:, : x.shape[1]]).to(torch.float64, memory_format=torch.contiguous_format)
         finite = o.flatten(1).sum(1).isfinite()
-        o, v = o.chunk(2, dim=1) if bound.log_variance is None else (o, None)
+        o, v = o.chunk(2, dim=1) if learned else (o, None)
         x0_hat = a * x + b * o
         error = x0 - (x0_hat if limit is None or prediction == "mean" else x0_hat.clamp(-limit, limit))
         inside = error if prediction != "mean" and limit is not None and limit <= 1 else x0 - x0_hat.clamp(-1, 1)
@@ -308,6 +316,7 @@ def _run(
         at_zero = slice(-start % m, None, m)  # known without a look at t
         if -start % m < batch_size:
             value[at_zero] = bound.decoder(x0[at_zero], error[at_zero], None if v is None else v[at_zero])
+        finite &= value.isfinite()  # which a variance far outside of its range is not, either
         terms[start:stop] = value[: stop - start]
         mse[start:stop] = inside.square().flatten(1).mean(1)[: stop - start]
         bad = torch.minimum(bad, torch.where(finite, pairs, pair).min())
@@ -317,28 +326,12 @@ def _run(
             if where < pairs:
                 i, t = where // m, int(timesteps[where // m, where % m])
                 raise LikelihoodError(
-                    f"model: its output for image {i} at timestep {t} holds a NaN or an infinity; "
+                    f"model: its output for image {i} at timestep {t} holds a NaN or an infinity, or gives one; "
                     "try dtype=torch.float32, and check the weights"
                 )
             bar.update(waiting)
             waiting = 0
     return terms.reshape(n, m), mse.reshape(n, m)
-
-
-def _checked(o: object, shape: list[int], learned: bool) -> torch.Tensor:
-    """The network's output for x of `shape`, float64, without a variance that isn't asked for."""
-    if not isinstance(o, torch.Tensor):
-        raise LikelihoodError(
-            f"model: it returned {type(o).__name__}; expected a tensor. Wrap it, e.g. lambda x, t: model(x, t).sample"
-        )
-    n, c, *spatial = shape
-    doubled = [n, 2 * c, *spatial]
-    if list(o.shape) != doubled and (learned or list(o.shape) != shape):
-        raise LikelihoodError(
-            f"model: its output has shape {list(o.shape)}; expected {doubled if learned else shape}"
-            + (', as variance is "learned_range"' if learned else "")
-        )
-    return (o if learned else o[:, :c]).to(torch.float64, memory_format=torch.contiguous_format)
 
 
 def _scaled(pixels: torch.Tensor) -> torch.Tensor:

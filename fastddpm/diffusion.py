@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from . import ops
+from .arguments import choice, random_seed, trained_for, variance_of
 from .ops._library import check_first, check_seed
 from .ops.philox_normal import Stream, first_words
-from .samplers import PREDICTIONS, VARIANCES, to_x0
+from .samplers import VARIANCES, to_x0
 from .schedule import Schedule
 
 __all__ = ["training_loss"]
@@ -45,12 +46,6 @@ def target(
     if prediction == "v_prediction":
         return at_t(schedule.alphas_cumprod.sqrt()) * noise - at_t((1 - schedule.alphas_cumprod).sqrt()) * x0
     return at_t(schedule.posterior_mean_coef1) * x0 + at_t(schedule.posterior_mean_coef2) * x_t  # "mean", eq. 7
-
-
-def random_seed() -> int:
-    """64 bits from torch's default CPU generator, so that torch.manual_seed governs them."""
-    high, low = torch.randint(0, 1 << 32, (2,)).tolist()
-    return high << 32 | low
 
 
 class Bound:
@@ -161,15 +156,11 @@ def training_loss(
     (seed, first + i); give `first` the running count of drawn examples, so that no example meets the same noise twice.
     seed: in [0, 2^64); None draws one from torch's default generator. Raises ValueError on what does not fit.
     """
-    schedule = schedule or getattr(model, "schedule", None) or Schedule.linear()
-    prediction = prediction or getattr(model, "prediction", None) or "epsilon"
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: got {prediction!r}; expected one of {', '.join(PREDICTIONS)}")
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective: got {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    schedule, prediction = trained_for(model, schedule, prediction)
+    choice("objective", objective, OBJECTIVES)
     bound = None
     if objective == "bound":
-        bound = Bound(schedule, variance or getattr(model, "variance", None) or "fixed_large", x0.device)
+        bound = Bound(schedule, variance or variance_of(model), x0.device)
     if x0.dim() < 2 or not x0.is_floating_point():
         raise ValueError(f"x0: got {x0.dtype} {list(x0.shape)}; expected floating-point images [N, C, H, W] in [-1, 1]")
     seed = random_seed() if seed is None else check_seed(seed)

@@ -20,6 +20,7 @@ from .arguments import (
     device_of,
     fitting_batch,
     labels_of,
+    output_fault,
     seed_of,
     shape_of,
     trained_for,
@@ -335,19 +336,10 @@ class Chain:
         """The network's output for `input`. step: its number; None: where `state` points, which the host needn't know."""
         row = self.table[2].index_select(0, self.state[2:3])[0] if step is None else self._row(net, step)
         o = net.predict(self.input, row, self.labels)
-        n, c, *spatial = self.x.shape
-        if not isinstance(o, torch.Tensor):
-            raise SamplingError(
-                f"model: it returned {type(o).__name__}; expected a tensor. Wrap it, e.g. lambda x, t: model(x, t).sample"
-            )
-        # A variance that isn't asked for may be there all the same.
-        expected = [[n, 2 * c, *spatial]] if self.learned else [[n, c, *spatial], [n, 2 * c, *spatial]]
-        if list(o.shape) not in expected:
+        fault = output_fault(o, list(self.x.shape), self.learned)
+        if fault is not None:
             step = step or 0
-            raise SamplingError(
-                f"model: at step {step} (timestep {self.host_timesteps[step]}) its output has shape {list(o.shape)}; "
-                f"expected {expected[0]}" + (", with the learned variance" if self.learned else "")
-            )
+            raise SamplingError(f"model: at step {step} (timestep {self.host_timesteps[step]}) {fault}")
         return o
 
     def step(self, net: Plain, step: int | None = None) -> None:
