@@ -60,12 +60,10 @@ def seed_of(seed: int | torch.Generator | None) -> int:
 
 
 def shape_of(model: object, shape: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    if not callable(model):
+        raise ValueError(f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)")
     if shape is None:
         if not isinstance(model, UNet):
-            if not callable(model):
-                raise ValueError(
-                    f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)"
-                )
             raise ValueError("shape: missing; a model that is not a fastddpm.UNet needs shape=(C, H, W)")
         return model.shape
     shape = tuple(shape)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from . import ops, samplers
-from .arguments import check_count, device_of, seed_of, trained_for
+from .arguments import check_count, device_of, labels_of, seed_of, trained_for
 from .ops._library import check_first
 from .ops.philox_normal import Stream
 from .sampling import PLANNED, StepState, plan, run
 from .schedule import Schedule
+from .unet import UNet
 
 __all__ = ["encode", "interpolate", "progressive"]
 
@@ -40,7 +42,7 @@ def encode(
 
     Both ways are first-order solutions of one differential equation, so that the round trip's error falls as steps grow.
     """
-    images = _images("images", images)
+    images = _images("images", images, model)
     # The chain's own arguments are checked by sample's plan; its timesteps, upwards, are the ones to visit.
     timesteps = plan(model, schedule, prediction, "ddim", steps, spacing).table.timesteps
     schedule, prediction = trained_for(model, schedule, prediction)
@@ -76,13 +78,15 @@ def interpolate(
 ) -> torch.Tensor:
     """Images between a and b, float32 [W, N, C, H, W] (Ho et al. 2020, section 4.4 and figures 8 and 9).
 
-    x_t ~ q(x_t | a) and x'_t ~ q(x_t | b) are drawn once; (1 - w) x_t + w x'_t goes through the reverse process for each w.
+    x_t ~ q(x_t | a) and x'_t ~ q(x_t | b) are drawn once; (1 - w) x_t + w x'_t goes through the reverse process for each w,
+    with the same noise. The w are taken one after another, the pairs in batches.
 
     a, b: floating point [N, C, H, W] in [-1, 1]. t: in 0..T-1, how far up; default T // 2 - 1, the paper's 500 of 1000. The more,
         the coarser what the images between have of a and b. weights: the w, or how many, evenly inside (0, 1), as there.
-    first: the pairs are the images first.. of the seed's sequence. steps: of the t + 1 that are to go. Others: as in `sample`.
+    first: pair i is image first + i of the seed's sequence, whatever other pairs and w there are. steps: of the t + 1 that
+        are to go. Others: as in `sample`.
     """
-    a, b = _images("a", a), _images("b", b)
+    a, b = _images("a", a, model), _images("b", b, model)
     if a.shape != b.shape or a.device != b.device:
         raise ValueError(
             f"b: got {list(b.shape)} on {b.device}; expected a's shape and device, {list(a.shape)} on {a.device}"
@@ -90,43 +94,51 @@ def interpolate(
     if isinstance(weights, int):
         check_count("weights", weights, 1)
         weights = [(i + 1) / (weights + 1) for i in range(weights)]
+    weights = list(weights)
+    if not weights or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
+        raise ValueError(f"weights: got {weights}; expected a number of them, or finite numbers")
     schedule, prediction = trained_for(model, schedule, prediction)
     t = max(len(schedule) // 2 - 1, 0) if t is None else t
     if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < len(schedule):
         raise ValueError(f"t: got {t!r}; expected an int in 0..{len(schedule) - 1}")
     table = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance, start=t).table
-    seed, device = seed_of(seed), device_of(model, device)
-    check_first(2 * (check_first(first) + len(a)))
+    seed, first, device = seed_of(seed), check_first(first), device_of(model, device)
+    if first >= 1 << 54:
+        raise ValueError(f"first: got {first}; expected less than 2^54 here, where each pair has two draws")
+    labels = labels_of(class_labels, len(a), model)
 
     a, b = a.to(device), b.to(device)
     index = first + torch.arange(len(a), device=device)
-    # Two draws for each pair, so that another number of pairs or weights leaves them as they are.
     noise = [ops.philox_normal(a.shape, seed=seed, t=t, stream=Stream.FORWARD, sample=2 * index + i) for i in (0, 1)]
     x_a, x_b = schedule.add_noise(a, noise[0], t), schedule.add_noise(b, noise[1], t)
-    mixed = torch.stack([(1 - w) * x_a + w * x_b for w in weights])
-    labels = class_labels
-    if isinstance(labels, torch.Tensor):
-        labels = labels.repeat(len(mixed))
-    drawn = run(
-        model, len(mixed) * len(a), table, shape=tuple(a.shape[1:]), clip=clip, class_labels=labels,
-        noise=mixed.flatten(0, 1), seed=seed, first=first, batch_size=batch_size, device=device, dtype=dtype,
-        progress=progress,
-    )  # fmt: skip
-    return drawn.reshape(mixed.shape)
+    drawn = [
+        run(
+            model, len(a), table, shape=tuple(a.shape[1:]), clip=clip, class_labels=labels, noise=(1 - w) * x_a + w * x_b,
+            seed=seed, first=first, batch_size=batch_size, device=device, dtype=dtype, progress=progress,
+        )
+        for w in weights
+    ]  # fmt: skip
+    with torch.inference_mode(False):
+        return torch.stack(drawn)
 
 
-def progressive(model: nn.Module | Callable, n: int, *, frames: int = 10, **options: object) -> torch.Tensor:
+def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = None, **options: object) -> torch.Tensor:
     """What the chain takes x_0 to be on its way, float32 [n, frames, C, H, W], evenly over its steps and the last one being
     the images themselves (Ho et al. 2020, section 4.3 and figure 6).
 
-    options: `sample`'s.
+    frames: default 10, or as many as there are steps. options: `sample`'s.
     """
     if options.get("callback") is not None:
         raise ValueError("callback: not here, where the frames are taken by one; give it to sample itself")
     table = plan(model, **{name: options.pop(name) for name in PLANNED if name in options}).table
-    kept = Frames(len(table.timesteps), frames, lambda state: state.x0)
+    steps = len(table.timesteps)
+    frames = min(10, steps) if frames is None else frames
+    kept = Frames(steps, frames, lambda state: state.x0)
     x = run(model, n, table, **{**options, "callback": kept})
-    return torch.stack(kept.frames, dim=1) if n else x[:, None].expand(0, frames, *x.shape[1:])
+    with torch.inference_mode(False):
+        if n == 0:
+            return torch.empty(0, frames, *x.shape[1:], dtype=torch.float32, device=x.device)
+        return torch.stack([*kept.frames[:-1], x], dim=1)
 
 
 class Frames:
@@ -147,10 +159,12 @@ class Frames:
         return [torch.cat(parts) for parts in self.kept.values()]
 
 
-def _images(name: str, images: torch.Tensor) -> torch.Tensor:
+def _images(name: str, images: torch.Tensor, model: object) -> torch.Tensor:
     if not isinstance(images, torch.Tensor) or images.dim() != 4 or not images.is_floating_point():
         got = f"{images.dtype} {list(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"{name}: got {got}; expected floating-point images [N, C, H, W] in [-1, 1]")
     if images.numel() and not float(images.abs().max()) <= 1:
         raise ValueError(f"{name}: values reach {float(images.abs().max()):.4g}; expected images in [-1, 1]")
+    if isinstance(model, UNet) and images.shape[1] != model.config.in_channels:
+        raise ValueError(f"{name}: {images.shape[1]} channels; the network takes {model.config.in_channels}")
     return images.detach().float()

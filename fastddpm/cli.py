@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from . import __version__, backend, data, evaluation, images, samplers, training
+from .arguments import random_seed
 from .chains import Frames
 from .checkpoints import native
 from .coding import LikelihoodError
-from .diffusion import OBJECTIVES, random_seed
+from .diffusion import OBJECTIVES
 from .features import inception, named
 from .files import whole
 from .ops import philox_normal

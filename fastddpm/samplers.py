@@ -22,6 +22,7 @@ from .schedule import Schedule
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "mean")
 VARIANCES = ("fixed_large", "fixed_small", "learned_range", "none")
 SPACINGS = ("leading", "linspace", "trailing", "logsnr")
+LEAST_LAMBDA = -5.1  # diffusers' lambda_min_clipped; the linear schedule ends at -5.06
 STEPS = {"ddpm": None, "ddim": 50, "dpm++2m": 20}  # how many a sampler takes unless told otherwise; None: all
 SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++2m": "logsnr"}
 
@@ -62,7 +63,8 @@ def spaced(schedule: Schedule, steps: int, spacing: str, start: int | None = Non
 
     "leading", "linspace" and "trailing" as Lin et al. 2023 (table 2) and diffusers have them: multiples of T // steps from 0 on,
     so that the chain begins below T - 1; evenly from T - 1 to 0; and evenly from T - 1 on with the step to x_0 as long as the
-    others. "logsnr": evenly in lambda from T - 1 on, likewise.
+    others. "logsnr": evenly in lambda from T - 1 on, likewise, but for what lies below LEAST_LAMBDA, where there is next to
+    nothing but noise: the cosine schedule's last timesteps would take half of the steps.
     """
     T = len(schedule) if start is None else start + 1
     if spacing == "leading":
@@ -73,8 +75,12 @@ def spaced(schedule: Schedule, steps: int, spacing: str, start: int | None = Non
         t = [round(i * T / steps) - 1 for i in range(1, steps + 1)]
     else:
         lam = _lambda(schedule.alphas_cumprod[:T])
-        wanted = torch.linspace(float(lam[0]), float(lam[-1]), steps + 1, dtype=torch.float64)[1:]
-        t = (lam[:, None] - wanted).abs().argmin(0).tolist()
+        last = max(float(lam[-1]), min(LEAST_LAMBDA, float(lam[0])))
+        wanted = torch.linspace(float(lam[0]), last, steps + 1, dtype=torch.float64, device="cpu")[1:]
+        above = torch.searchsorted(-lam, -wanted).clamp(1, max(T - 1, 1)).clamp(max=T - 1)  # lambda falls with t
+        below = (above - 1).clamp(min=0)
+        t = torch.where(wanted - lam[above] < lam[below] - wanted, above, below).tolist()
+        t[-1] = T - 1
         for i in range(1, steps):  # timesteps are wider apart in lambda towards 0, and each can be visited once
             t[i] = max(t[i], t[i - 1] + 1)
         for i in range(1, steps + 1):
@@ -163,9 +169,8 @@ def _multistep(abar: torch.Tensor, prev: torch.Tensor) -> tuple[torch.Tensor, to
     c0 = -prev.sqrt() * torch.expm1(-h)
     c1 = ((1 - prev) / (1 - abar)).sqrt()
     c2 = torch.zeros_like(c0)
-    inner = slice(1, len(h) - 1)
-    if len(h) > 2:
-        half = h[inner] / h[:-2] / 2  # 1 / (2 r)
-        c2[inner] = -c0[inner] * half
-        c0[inner] = c0[inner] * (1 + half)
+    inner = slice(1, max(len(h) - 1, 1))
+    half = h[inner] / h[: len(h[inner])] / 2  # 1 / (2 r)
+    c2[inner] = -c0[inner] * half
+    c0[inner] = c0[inner] * (1 + half)
     return c0, c1, c2

@@ -92,7 +92,8 @@ def sample(
     variance: ddpm's noise: "fixed_large" (sigma^2 = beta), "fixed_small" (the posterior variance), "learned_range" (in between,
         as the second half of an output with 2C channels says) or "none" (an ablation). Default the model's own, else
         "fixed_large"; where steps are left out "fixed_small" takes the place of a default "fixed_large", which would ruin images.
-    clip: bound on each step's x0; True is 1.0, False none.
+    clip: bound on each step's x0; True is 1.0, False none. A predicted mean is taken as it is, unless steps are left out: then
+        it goes through x0, which costs digits: float32 outputs are wanted.
     class_labels: an int, or int64 [n], for a network with classes.
     noise: x_T, float32 [n, C, H, W], in place of the seed's.
     seed: an int in [0, 2^64), a torch.Generator, or None: 64 bits from torch's default generator. Image i is image
@@ -105,7 +106,6 @@ def sample(
     Raises ValueError naming the argument that does not fit, before anything is drawn, and SamplingError where the
     model's output has the wrong shape or is not finite, naming the step.
     """
-    check_count("n", n, 0)
     chosen = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance)
     return run(
         model, n, chosen.table, shape=shape, clip=clip, class_labels=class_labels, noise=noise, seed=seed, first=first,
@@ -142,7 +142,7 @@ def plan(
         steps = min(samplers.STEPS[sampler] or most, most)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
         raise ValueError(f"steps: got {steps!r}; expected an int in 1..{most}, as the chain has {most} timesteps")
-    spacing = choice("spacing", spacing or samplers.SPACING[sampler], samplers.SPACINGS)
+    spacing = choice("spacing", samplers.SPACING[sampler] if spacing is None else spacing, samplers.SPACINGS)
     if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
         raise ValueError(f"eta: got {eta!r}; expected a number in [0, 1]")
     if eta and sampler != "ddim":
@@ -152,7 +152,8 @@ def plan(
             f'variance: got {variance!r}, which only sampler="ddpm" has; '
             + ("ddim's noise is eta" if sampler == "ddim" else f"{sampler!r} adds no noise")
         )
-    asked, variance = variance, choice("variance", variance or variance_of(model), samplers.VARIANCES)
+    asked = variance
+    variance = choice("variance", variance_of(model) if variance is None else variance, samplers.VARIANCES)
     timesteps = samplers.spaced(schedule, steps, spacing, start)
     if sampler == "ddpm" and variance == "fixed_large" and steps < most:
         if asked is None:
@@ -160,7 +161,7 @@ def plan(
             said = "variance: fixed_small in place of the default fixed_large"
         else:
             said = "variance: consider fixed_small in place of fixed_large"
-        _warn(model, f"{said}, which ruins images where steps are left out ({steps} of {most})")
+        _warn(model, f"{said}, which ruins images where steps are left out")
     table = samplers.table(
         schedule, sampler=sampler, prediction=prediction, variance=variance, eta=eta, timesteps=timesteps
     )
@@ -190,18 +191,22 @@ def run(
     callback: Callable[[StepState], None] | None = None,
 ) -> torch.Tensor:
     """Where the table takes n images. All else as in `sample`."""
+    check_count("n", n, 0)
     shape = shape_of(model, shape)
     bound = bound_of(clip)
     seed, first = seed_of(seed), check_first(first)
     device = device_of(model, device)
     class_labels = labels_of(class_labels, n, model)
+    if noise is not None and not isinstance(noise, torch.Tensor):
+        raise ValueError(f"noise: got {type(noise).__name__}; expected float32 {[n, *shape]}")
     if noise is not None and (tuple(noise.shape) != (n, *shape) or noise.dtype != torch.float32):
         raise ValueError(f"noise: got {noise.dtype} {list(noise.shape)}; expected float32 {[n, *shape]}")
     if batch_size is None:
         batch_size = fitting_batch(n, shape, device)
     check_count("batch_size", batch_size, 1)
     if n == 0:
-        return torch.empty(0, *shape, device=device)
+        with torch.inference_mode(False):
+            return torch.empty(0, *shape, dtype=torch.float32, device=device)
     batch_size = min(batch_size, n)
     chunks = range(0, n, batch_size)
     with (
@@ -211,7 +216,7 @@ def run(
         network(model, device, dtype, (batch_size, *shape)) as net,
         progress_bar(progress, total=len(table.timesteps) * len(chunks), unit="step", leave=progress is True) as bar,
     ):
-        out = torch.empty(n, *shape, device=device)
+        out = torch.empty(n, *shape, dtype=torch.float32, device=device)
         chain = prepared(net, table, (batch_size, *shape), bound, class_labels is not None, callback is not None)
         if net.notice is not None:
             _warn(model, f"{net.notice}. Images are the same, only slower")
@@ -300,7 +305,9 @@ class Chain:
     def capture(self, net: Plain) -> None:
         """Make graphs of the step. Raises graphs.CaptureError; the buffers then hold nothing that `run` would use."""
         with net.settings():
-            self.graphs = graphs.capture(lambda: self.step(net), tuple({self.unroll: 0, 1: 0}), self.device)
+            self.graphs = graphs.capture(
+                lambda: self.step(net), (self.unroll, 1) if self.unroll > 1 else (1,), self.device
+            )
 
     def run(self, net, out, seed, first, x_T, labels, bar, callback) -> None:
         """The whole chain for images first.. of the sequence; the leading len(out) of them go into `out`."""

@@ -104,6 +104,36 @@ def test_encode_and_back_through_the_kernels(prediction):
     torch.testing.assert_close(again - both, there * back * (x - MEAN), rtol=0, atol=tolerance)
 
 
+def test_encode_does_not_clip():
+    """x0 as the network sees it leaves [-1, 1] here."""
+    x, t = pictures(), samplers.spaced(SHORT, 20, "trailing")
+    x_T = fastddpm.encode(lambda x, t: 2 * x, x, schedule=SHORT, steps=20)
+    table, expected, far = samplers.inversion(SHORT, timesteps=t), x.double(), 0.0
+    for row in table.rows:
+        expected, x0 = ops.ddpm_step_ref(expected, 2 * expected, row, clip=None)
+        far = max(far, float(x0.abs().max()))
+    assert far > 1.2 and (x_T - expected).abs().max() < 1e-5
+
+
+def test_results_are_ordinary_tensors():
+    """In inference mode, and whatever the default dtype is."""
+    options, x = {"schedule": SHORT, "steps": 2}, pictures(1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            results = [
+                fastddpm.encode(ideal(SHORT), x, **options),
+                fastddpm.interpolate(ideal(SHORT), x, x, t=5, weights=1, **options),
+                fastddpm.progressive(ideal(SHORT), 1, shape=SHAPE, **options),
+                fastddpm.progressive(ideal(SHORT), 0, shape=SHAPE, **options),
+                fastddpm.sample(ideal(SHORT), 0, shape=SHAPE, **options),
+                fastddpm.sample(ideal(SHORT), 1, shape=SHAPE, **options),
+            ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not any(v.is_inference() for v in results) and {v.dtype for v in results} == {torch.float32}
+
+
 def test_encode_a_network_with_classes():
     model = small_unet(classes=3)
     x, labels = pictures(3, (1, 8, 8)), torch.tensor([2, 0, 1])
@@ -117,29 +147,33 @@ def test_encode_a_network_with_classes():
 # --------------------------------------------------------------------------------------------- interpolate
 
 
-def test_interpolate_is_the_papers():
+@pytest.mark.parametrize(("clip", "bound"), [(True, 1.0), (0.4, 0.4), (False, math.inf)])
+def test_interpolate_is_the_papers(clip, bound):
     """x_t of both by q, mixed, and back by algorithm 2 from t on."""
     a, b, t, w = pictures(2), pictures(2, seed=1), 12, 0.3
     model, schedule = ideal(SHORT, std=2.0), SHORT
-    got = fastddpm.interpolate(model, a, b, t=t, weights=[w, 0.9], schedule=schedule, seed=4, first=3)
+    got = fastddpm.interpolate(model, a, b, t=t, weights=[w, 0.9], schedule=schedule, seed=4, first=3, clip=clip)
     assert got.shape == (2, 2, *SHAPE)
     sample = torch.tensor([6, 7, 8, 9])  # two draws a pair, of pairs 3 and 4
     eps = ops.philox_normal((4, *SHAPE), seed=4, t=t, stream=Stream.FORWARD, sample=sample).double()
     bar = schedule.alphas_cumprod
-    x = (1 - w) * (bar[t].sqrt() * a + (1 - bar[t]).sqrt() * eps[0::2])
-    x = x + w * (bar[t].sqrt() * b + (1 - bar[t]).sqrt() * eps[1::2])
-    for s in range(t, -1, -1):
-        x0 = ((x - (1 - bar[s]).sqrt() * (model.slope[s] * x + model.shift[s])) / bar[s].sqrt()).clamp(-1, 1)
-        x = schedule.posterior_mean_coef1[s] * x0 + schedule.posterior_mean_coef2[s] * x
-        if s:
-            z = ops.philox_normal((2, *SHAPE), seed=4, t=s, stream=Stream.REVERSE, first=3).double()
-            x = x + schedule.betas[s].sqrt() * z
-    assert (got[0] - x).abs().max() <= 2e-5
+    for number, weight in enumerate((w, 0.9)):
+        x = (1 - weight) * (bar[t].sqrt() * a + (1 - bar[t]).sqrt() * eps[0::2])
+        x = x + weight * (bar[t].sqrt() * b + (1 - bar[t]).sqrt() * eps[1::2])
+        for s in range(t, -1, -1):
+            x0 = ((x - (1 - bar[s]).sqrt() * (model.slope[s] * x + model.shift[s])) / bar[s].sqrt()).clamp(
+                -bound, bound
+            )
+            x = schedule.posterior_mean_coef1[s] * x0 + schedule.posterior_mean_coef2[s] * x
+            if s:
+                z = ops.philox_normal((2, *SHAPE), seed=4, t=s, stream=Stream.REVERSE, first=3).double()
+                x = x + schedule.betas[s].sqrt() * z
+        assert (got[number] - x).abs().max() <= 2e-5
 
 
 def test_interpolate_ends_and_options():
     a, b = pictures(2), pictures(2, seed=1)
-    options = {"schedule": SHORT, "seed": 4, "sampler": "ddim"}
+    options = {"schedule": SHORT, "seed": 4}
     # At weight 0 with no noise to speak of the way back leads to a.
     near = fastddpm.interpolate(ideal(SHORT), a, b, t=0, weights=[0.0, 1.0], **options)
     torch.testing.assert_close(near, torch.stack((a, b)), rtol=0, atol=0.2)
@@ -153,12 +187,18 @@ def test_interpolate_ends_and_options():
     fastddpm.interpolate(model, a, b, weights=1, schedule=LINEAR, sampler="dpm++2m", steps=5)
     assert len(seen) == 5 and seen[0] == 499  # the paper's 500
     whole = fastddpm.interpolate(ideal(SHORT), a, b, weights=[0.2, 0.7], **options)
-    one = fastddpm.interpolate(ideal(SHORT), a[1:], b[1:], weights=[0.2], first=1, batch_size=1, **options)
-    assert torch.equal(one[0], whole[0, 1:])  # x_t is the pair's, whatever else is asked for
+    one = fastddpm.interpolate(ideal(SHORT), a[1:], b[1:], weights=[0.7], first=1, batch_size=1, **options)
+    assert torch.equal(one[0], whole[1, 1:])  # all noise is the pair's, whatever else is asked for
     model = small_unet(classes=3)
-    x, y = pictures(2, (1, 8, 8)), pictures(2, (1, 8, 8), seed=1)
-    mixed = fastddpm.interpolate(model, x, y, weights=2, seed=0, class_labels=torch.tensor([0, 2]))
-    assert mixed.shape == (2, 2, 1, 8, 8) and mixed.abs().max() <= 1
+    x, y, labels = pictures(2, (1, 8, 8)), pictures(2, (1, 8, 8), seed=1), torch.tensor([0, 2])
+    mixed = fastddpm.interpolate(model, x, y, weights=2, seed=0, class_labels=labels)
+    for i in range(2):
+        alone = fastddpm.interpolate(
+            model, x[i:][:1], y[i:][:1], weights=2, seed=0, first=i, class_labels=int(labels[i])
+        )
+        torch.testing.assert_close(mixed[:, i], alone[:, 0], rtol=0, atol=1e-4)
+        other = fastddpm.interpolate(model, x[i:][:1], y[i:][:1], weights=2, seed=0, first=i, class_labels=1)
+        assert (mixed[:, i] - other[:, 0]).abs().max() > 1e-3
 
 
 # --------------------------------------------------------------------------------------------- progressive
@@ -173,8 +213,10 @@ def test_progressive_shows_x0_on_its_way():
     for i, step in enumerate((4, 9, 14, 19)):
         assert torch.equal(film[:, i], states[step].x0)
     assert fastddpm.progressive(ideal(SHORT), 0, frames=4, **options).shape == (0, 4, *SHAPE)
-    few = fastddpm.progressive(ideal(SHORT), 1, frames=2, sampler="dpm++2m", steps=5, **options)
-    assert few.shape == (1, 2, *SHAPE)
+    few = fastddpm.progressive(ideal(SHORT), 1, sampler="dpm++2m", steps=5, **options)
+    assert few.shape == (1, 5, *SHAPE)
+    whole = fastddpm.progressive(lambda x, t: torch.full_like(x, 3), 1, prediction="mean", **options)
+    assert (whole[:, -1] == 3).all() and whole[:, :-1].abs().max() <= 1  # a mean is not clipped
 
 
 @pytest.mark.parametrize(
@@ -194,7 +236,16 @@ def test_progressive_shows_x0_on_its_way():
             lambda m, x: fastddpm.progressive(m, 1, frames=0, shape=SHAPE),
             r"frames: got 0; expected an int in 1\.\.1000",
         ),
-        (lambda m, x: fastddpm.progressive(m, 1, steps=5, shape=SHAPE), r"frames: got 10; expected an int in 1\.\.5"),
+        (lambda m, x: fastddpm.progressive(m, 1, frames=6, steps=5, shape=SHAPE), r"frames: got 6; expected .* 1\.\.5"),
+        (lambda m, x: fastddpm.progressive(m, -1, shape=SHAPE), "n: got -1"),
+        (lambda m, x: fastddpm.progressive(m, 2.5, shape=SHAPE), "n: got 2.5"),
+        (lambda m, x: fastddpm.interpolate(m, x, x, weights=[]), r"weights: got \[\]"),
+        (lambda m, x: fastddpm.interpolate(m, x, x, weights=[math.nan]), r"weights: got \[nan\]"),
+        (lambda m, x: fastddpm.interpolate(m, x, x, first=2**55), r"first: got 36028797018963968; .* less than 2\^54"),
+        (lambda m, x: fastddpm.interpolate(m, x, x, class_labels=torch.zeros(3).long()), r"got .*\[3\]; .*int64 \[2\]"),
+        (lambda m, x: fastddpm.encode(small_unet(), x), "images: 3 channels; the network takes 1"),
+        (lambda m, x: fastddpm.encode(None, x), "model: got NoneType"),
+        (lambda m, x: fastddpm.sample(m, 2, shape=SHAPE, noise="x"), "noise: got str"),
         (lambda m, x: fastddpm.progressive(m, 1, shape=SHAPE, callback=print), "callback: not here"),
     ],
 )

@@ -95,6 +95,26 @@ def test_spacing_is_that_of_diffusers(spacing, kind):
     assert compared > 130
 
 
+def test_logsnr_is_the_nearest_there_is():
+    """Beside the whole table of distances; and the cosine schedule's last timesteps, of next to nothing but noise, get few."""
+    bar = LINEAR.alphas_cumprod
+    lam = (bar / (1 - bar)).log() / 2
+    for steps in range(1, 120):
+        wanted = torch.linspace(float(lam[0]), float(lam[-1]), steps + 1, dtype=torch.float64)[1:]
+        t = (lam[:, None] - wanted).abs().argmin(0).flip(0)
+        if (t.diff() < 0).all():
+            assert torch.equal(samplers.spaced(LINEAR, steps, "logsnr"), t)
+    assert (samplers.spaced(Schedule.cosine(1000), 20, "logsnr") > 985).sum() == 3  # evenly down to T - 1: 8
+
+
+def test_tables_whatever_the_default_device_is():
+    with torch.device("meta"):
+        for sampler, spacing in itertools.product(samplers.STEPS, samplers.SPACINGS):
+            t = samplers.spaced(LINEAR, 7, spacing)
+            table = samplers.table(LINEAR, sampler=sampler, timesteps=t)
+            assert table.rows.device.type == samplers.inversion(LINEAR, timesteps=t).rows.device.type == "cpu"
+
+
 def test_logsnr_is_even_in_lambda():
     t = samplers.spaced(LINEAR, 20, "logsnr")
     bar = LINEAR.alphas_cumprod[t]
@@ -382,22 +402,32 @@ def test_learned_range():
         fastddpm.sample(small_unet(), 1, variance="learned_range")
     model = small_unet(out_channels=2)
     model.variance = "learned_range"
-    assert fastddpm.sample(model, 2, steps=5, seed=0).abs().max() <= 1
+    plain = {"shape": (1, 8, 8), "schedule": SHORT, "variance": "learned_range", "steps": 5, "seed": 0}
+    expected = fastddpm.sample(lambda x, t: model(x, t), 2, **plain)
+    torch.testing.assert_close(fastddpm.sample(model, 2, steps=5, seed=0), expected, rtol=0, atol=1e-4)
 
 
 def test_fixed_large_is_not_respaced_unasked():
     model = ideal(SHORT)
     options = {"shape": SHAPE, "schedule": SHORT, "seed": 0}
-    with pytest.warns(UserWarning, match=r"fixed_small in place of the default fixed_large.*\(5 of 20\)"):
+    with pytest.warns(UserWarning, match=r"fixed_small in place of the default fixed_large, which ruins images"):
         x = fastddpm.sample(model, 2, steps=5, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once; and nothing to say about these
         assert torch.equal(fastddpm.sample(model, 2, steps=5, **options), x)
         assert torch.equal(fastddpm.sample(model, 2, steps=5, variance="fixed_small", **options), x)
         fastddpm.sample(model, 1, **options)
+        fastddpm.sample(model, 1, steps=6, **options)
         fastddpm.sample(model, 1, sampler="ddim", steps=5, **options)
     with pytest.warns(UserWarning, match="consider fixed_small"):
         assert not torch.equal(fastddpm.sample(model, 2, steps=5, variance="fixed_large", **options), x)
+
+
+def test_a_predicted_mean_is_not_clipped():
+    options = {"shape": SHAPE, "schedule": SHORT, "prediction": "mean", "seed": 0}
+    model = lambda x, t: torch.full_like(x, 3)  # noqa: E731
+    assert (fastddpm.sample(model, 1, **options) == 3).all()
+    assert fastddpm.sample(model, 1, steps=19, **options).abs().max() <= 1  # by way of x0
 
 
 def test_default_steps():
