@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# What np.load and the members of a .npz raise.
+UNREADABLE = (ValueError, OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
 
 
 class DataError(ValueError):
@@ -71,7 +74,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         loaded = np.load(path)
         return {"x": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise DataError(f"data: {path}: not a readable .npz or .npy file ({error})") from error
 
 

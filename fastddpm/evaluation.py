@@ -1,19 +1,21 @@
 """How good a model is: FID, KID and bits per dimension, by the paper's protocol (Ho et al. 2020, section 4).
 
-An evaluation is a folder: settings.json (what was drawn), samples/ (uint8 images), likelihood-*/ and result.json. All of it,
-and the cache of features beside it, is written in shards, each whole or not at all, and image i is image i of the seed's
-sequence: what an interrupted run left is kept, the rest is made, and no image is drawn or counted twice.
+An evaluation is a folder: settings.json (what was drawn), probe.npy (what the model answers to noise), samples/ (uint8
+images), features/, likelihood-*/ and result.json. All of it, and the cache of features beside it, is written in shards, each
+whole or not at all, and image i is image i of the seed's sequence: what an interrupted run left is kept, the rest is made, and
+no image is drawn or counted twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +24,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import data
-from .arguments import check_count, device_of, shape_of, trained_for, variance_of
+from . import data, ops
+from .arguments import (
+    bound_of,
+    check_count,
+    device_of,
+    labels_of,
+    output_fault,
+    shape_of,
+    trained_for,
+    variance_of,
+)
 from .coding import likelihood
+from .engine import network
 from .features import SUBSET, SUBSETS, Features, Statistics, checksum, frechet, inception, kernel_distance, statistics
 from .files import whole
 from .images import to_uint8
 from .ops._library import check_seed
+from .ops.philox_normal import Stream
 from .sampling import PLANNED, plan, sample
 from .shards import LOT, EvaluationError, Shards
 from .unet import UNet
@@ -37,6 +50,8 @@ METRICS = ("fid", "kid", "bpd")
 SAMPLES, SETTINGS, RESULT, CACHE, PROBE = "samples", "settings.json", "result.json", "evaluation-cache", "probe.npy"
 CPU_LOT = 100  # images in one shard on a CPU, where a thousand take hours
 OPTIONS = (*PLANNED, "shape", "clip", "class_labels")
+NOISE = 8  # images of noise that a probe is the answer to
+ALIKE = 0.02  # of a probe's values: three times what bfloat16 costs; TF32 costs far less, and two networks differ by far more
 
 
 def lot_on(device: torch.device) -> int:
@@ -67,7 +82,15 @@ def draw(
     classes and no class_labels draws each in turn: image i is of class i mod classes.
     settings.json says what was drawn. Raises EvaluationError where that is something else, or a file is foreign or broken.
     """
-    return _Drawing(model, folder, n, seed, shard, batch_size, device, dtype, options).run(progress)
+    return _Drawing(model, folder, n, seed, shard, batch_size, device, dtype, _given(options)).run(progress)
+
+
+def _given(options: dict) -> dict:
+    """The options that are not None; TypeError for what is none."""
+    unknown = sorted(options.keys() - set(OPTIONS))
+    if unknown:
+        raise TypeError(f"{', '.join(unknown)}: no such option; expected some of {', '.join(OPTIONS)}")
+    return {name: value for name, value in options.items() if value is not None}
 
 
 class _Drawing:
@@ -76,27 +99,38 @@ class _Drawing:
     def __init__(self, model, folder, n, seed, shard, batch_size, device, dtype, options) -> None:
         check_count("n", n, 1)
         self.model, self.folder, self.n = model, Path(folder), n
-        options = {name: value for name, value in options.items() if value is not None}
-        self.settings = drawn(model, seed=seed, dtype=dtype, **options)
+        self.label = options.get("class_labels")
+        self.settings = drawn(model, seed, dtype, options)
         self.shard = lot_on(device_of(model, device)) if shard is None else shard
         check_count("shard", self.shard, 1)
         if batch_size is not None:
             check_count("batch_size", batch_size, 1)
-        self.label = options.pop("class_labels", None)
         self.options = {"seed": seed, "batch_size": batch_size, "device": device, "dtype": dtype, **options}
-        self.kept = (self.folder / SETTINGS).is_file()
-        if self.kept:
+        self.options.pop("class_labels", None)
+        schedule, _ = trained_for(model, options.get("schedule"), None)
+        self.probe = _Probe(
+            self.folder,
+            _answer(model, self.settings["shape"], len(schedule), device, dtype, self.label),
+            f"{self.folder}: its samples are another model's; name another folder, or delete this",
+        )
+        self._look()
+
+    def _look(self) -> None:
+        """Find the samples that there are; EvaluationError where they are other ones."""
+        if (self.folder / SETTINGS).is_file():
             _same(self.folder, self.settings)
         elif (self.folder / SAMPLES).exists():
             raise EvaluationError(
                 f"{self.folder}: holds {SAMPLES}, but no {SETTINGS} to say what they are; name another folder, or delete this"
             )
+        self.probe.check()
         self.shards = Shards(self.folder / SAMPLES, self.settings["shape"], np.uint8)
 
     def run(self, progress: bool | None) -> Shards:
-        if not self.kept:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write_json(self.folder / SETTINGS, self.settings)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _once(self.folder / SETTINGS, lambda aside: aside.write_text(_json(self.settings), encoding="utf-8"))
+        self._look()  # again: hours may have passed, and another process begun
+        self.probe.keep()
         self.shards.fill(self.n, self.shard, lambda span: self._images(span, progress), progress, "samples")
         return self.shards
 
@@ -119,24 +153,16 @@ def _labels(model, label: int | None, span: range) -> torch.Tensor | int | None:
     return torch.arange(span.start, span.stop) % classes
 
 
-def drawn(model: object, *, seed: int = 0, dtype: torch.dtype | None = None, **options: object) -> dict:
-    """What settings.json says: all that the images depend on, for JSON.
-
-    A bare callable has no weights to tell it by: "weights" is then None, and a folder for each is the caller's business.
-    """
-    unknown = sorted(options.keys() - set(OPTIONS))
-    if unknown:
-        raise TypeError(f"{', '.join(unknown)}: no such option; expected some of {', '.join(OPTIONS)}")
-    options = {name: value for name, value in options.items() if value is not None}
+def drawn(model: object, seed: int, dtype: torch.dtype | None, options: dict) -> dict:
+    """What settings.json says: all that the images depend on, for JSON."""
     label = options.get("class_labels")
     if label is not None:
         check_count("class_labels", label, 0)
+    turn = _labels(model, label, range(1))
     chosen = plan(model, **{name: options[name] for name in PLANNED if name in options})
     table = chosen.table
-    chain = _rounded(table.rows) + str(table.timesteps.tolist())
-    own = next((p.dtype for p in model.parameters()), torch.float32) if isinstance(model, nn.Module) else torch.float32
     return {
-        "weights": checksum(model) if isinstance(model, nn.Module) else None,
+        **_told_by(model, dtype),
         "shape": list(shape_of(model, options.get("shape"))),
         "seed": check_seed(seed),
         "sampler": chosen.sampler,
@@ -144,27 +170,38 @@ def drawn(model: object, *, seed: int = 0, dtype: torch.dtype | None = None, **o
         "spacing": chosen.spacing,
         "eta": float(chosen.eta),
         "variance": chosen.variance,
-        "chain": hashlib.sha256(chain.encode()).hexdigest(),
-        "clip": options.get("clip", True),
-        "class_labels": "each in turn" if isinstance(_labels(model, label, range(1)), torch.Tensor) else label,
+        "chain": _hash(_rounded(table.rows) + str(table.timesteps.tolist())),
+        "clip": bound_of(options.get("clip", True)),
+        "class_labels": "each in turn" if isinstance(turn, torch.Tensor) else label,
+    }
+
+
+def _told_by(model: object, dtype: torch.dtype | None) -> dict:
+    """What tells a model, for JSON; a bare callable has no weights, and its `_answer` has to do."""
+    module = isinstance(model, nn.Module)
+    own = next((p.dtype for p in model.parameters()), torch.float32) if module else torch.float32
+    config = dataclasses.asdict(model.config) if isinstance(model, UNet) else {}
+    return {
+        "weights": checksum(model) if module else None,
+        **{f"config.{k}": list(v) if isinstance(v, tuple) else v for k, v in config.items()},
         "dtype": str(dtype or own).removeprefix("torch."),
     }
 
 
 def _same(folder: Path, wanted: dict) -> None:
     """Raise EvaluationError where the folder's samples are other ones than these."""
-    path = folder / SETTINGS
     try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise EvaluationError(f"{path}: not a JSON object ({error}); name another folder, or delete this") from error
-    differing = [name for name, value in wanted.items() if name not in found or found[name] != value]
-    if found.get("chain") == wanted["chain"]:  # the same numbers by another name, as a default that was spelled out
-        differing = [name for name in differing if name not in ("sampler", "steps", "spacing", "eta", "variance")]
-    elif len(differing) > 1:  # its checksum tells nobody anything, unless nothing else differs
-        differing.remove("chain")
-    if differing:
-        said = "; ".join(f"{name} {_short(found.get(name))}, now {_short(wanted[name])}" for name in differing)
+        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise EvaluationError(f"{folder}: its {SETTINGS} is not a JSON object; name another folder, or delete this")
+    said = "; ".join(
+        f"{name} {_short(found.get(name))}, now {_short(value)}"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    )
+    if said:
         raise EvaluationError(
             f"{folder}: its samples were drawn otherwise ({said}); name another folder, or delete this"
         )
@@ -174,49 +211,106 @@ def _short(value: object) -> str:
     return value[:12] if isinstance(value, str) else str(value)
 
 
-def _write_json(path: Path, content: dict) -> None:
-    with whole(path) as aside:
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(content: dict) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _once(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written whole, unless there is one, be it since a moment, from another process."""
+    if path.exists():
+        return
+    with contextlib.suppress(FileExistsError), whole(path) as aside:
+        write(aside)
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without links, where the later one stays
+            pass
+
+
+# --------------------------------------------------------------------------------------------------- probes
+
+
+class _Probe:
+    """A network's answer to some noise, in the folder of what is made with it: its name and weights may stay while it changes."""
+
+    def __init__(self, folder: Path, answer: np.ndarray, says: str) -> None:
+        """answer: [values, groups], each group of a magnitude of its own. says: what is said where it is another one."""
+        self.path, self.answer, self.says = folder / PROBE, answer, says
+
+    def check(self) -> None:
+        """Raise EvaluationError where the folder holds another network's."""
+        if not self.path.is_file():
+            return
+        (kept,) = _load(self.path, ...)
+        scale = np.abs(self.answer).max(0)
+        # A group that is nearly 0 has the roundings of the others that it comes from.
+        scale = np.maximum(scale, np.quantile(scale, 0.5, method="lower") / 10)
+        if kept.shape != self.answer.shape or not (np.abs(kept - self.answer) <= ALIKE * scale).all():
+            raise EvaluationError(self.says)
+
+    def keep(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _once(self.path, lambda aside: np.save(aside, self.answer))
+        self.check()
+
+
+def _answer(model, shape, T: int, device, dtype, label: int | None = None) -> np.ndarray:
+    """What the model says of noise at two of T timesteps, [values, channels].
+
+    Not at T - 1, where any good network answers with the noise itself.
+    """
+    device = device_of(model, device)
+    labels = labels_of(_labels(model, label, range(NOISE)), NOISE, model)
+    labels = None if labels is None else labels.to(device)
+    x = ops.philox_normal((NOISE, *shape), seed=0, t=0, stream=Stream.X_T, device=device)
+    parts = []
+    with torch.inference_mode(False), torch.no_grad(), network(model, device, dtype, tuple(x.shape)) as net:
+        for t in (0, T // 2):
+            at = net.at(torch.full((NOISE,), t, device=device))
+            with net.settings():
+                o = net.predict(x.to(net.dtype, memory_format=net.memory_format), at, labels)
+            fault = output_fault(o, list(x.shape), learned=False)
+            if fault is not None:
+                raise EvaluationError(f"model: {fault}")
+            parts.append(o.float().transpose(0, 1).flatten(1))
+    return np.nan_to_num(torch.cat(parts).T.cpu().numpy())  # that noise gives a NaN needn't mean that the chain does
+
+
+def _load(path: Path, *members: object) -> list[np.ndarray]:
+    """These members of a .npz, or with `...` the array of a .npy."""
+    try:
+        loaded = np.load(path)
+        return [loaded[member] for member in members]
+    except (IndexError, *data.UNREADABLE) as error:  # IndexError: of an array where there should be members
+        raise EvaluationError(f"{path}: not readable ({error}); delete it, and it is made anew") from error
 
 
 # ------------------------------------------------------------------------------------------------- evaluate
 
 
 class _Kept:
-    """The features of one set of images, in shards: folder/NETWORK/name, where NETWORK tells its weights, too.
+    """The features of one set of images, in shards: folder/NETWORK/name, where NETWORK tells its weights, too."""
 
-    A callable's name may stay while it changes, so its answer to some noise, the probe, lies there too and is to be the same.
-    """
-
-    def __init__(self, features: Features, shape: tuple[int, ...], probe: np.ndarray, folder: Path, name: str) -> None:
-        network = re.sub(r"[^\w.-]", "_", features.name)
-        network = f"{network}-{'x'.join(map(str, shape))}-{(features.checksum or 'callable')[:12]}"
-        self.features, self.probe, self.folder, self.name = features, probe, folder / network, name
-        if (self.folder / PROBE).is_file():
-            kept = _load(self.folder / PROBE)
-            # A hundredth: TF32 on a GPU and float32 on a CPU differ by far less, two networks by far more.
-            if kept.shape != probe.shape or not np.allclose(kept, probe, rtol=0, atol=np.abs(kept).max() / 100):
-                raise EvaluationError(
-                    f"{self.folder}: these are the features of another {features.name}; delete it, or name another cache"
-                )
-        self.shards = Shards(self.folder / name, probe.shape[1:], probe.dtype)
+    def __init__(
+        self, features: Features, shape: tuple[int, ...], answer: np.ndarray, folder: Path, name: str, other: str
+    ) -> None:
+        """answer: the network's, to noise. other: what is to be another one where it is another network's."""
+        own = re.sub(r"[^\w.-]", "_", features.name)
+        own = f"{own}-{'x'.join(map(str, shape))}-{(features.checksum or 'callable')[:12]}"
+        self.features, self.folder, self.name = features, folder / own, name
+        said = f"{self.folder}: these are the features of another {features.name}; delete it, or name another {other}"
+        self.probe = _Probe(self.folder, answer, said)
+        self.probe.check()
+        self.shards = Shards(self.folder / name, answer.shape[1:], answer.dtype)
 
     def fill(self, n: int, pixels: Callable[[range], np.ndarray], progress: bool | None, what: str) -> Shards:
         """Images 0..n-1, of which `pixels` gives a range as uint8 [N, C, H, W]."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / PROBE).is_file():
-            with whole(self.folder / PROBE) as aside:
-                np.save(aside, self.probe)
+        self.probe.keep()
         lot = lot_on(self.features.device)
         self.shards.fill(n, lot, lambda span: self.features(torch.from_numpy(pixels(span))).numpy(), progress, what)
         return self.shards
-
-
-def _load(path: Path) -> np.ndarray | np.lib.npyio.NpzFile:
-    try:
-        return np.load(path)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise EvaluationError(f"{path}: not readable ({error}); delete it, and it is made anew") from error
 
 
 class _Comparison:
@@ -228,11 +322,13 @@ class _Comparison:
             if count < 2:
                 raise ValueError(f"{what}: got {count}; a distance needs at least 2")
         shape = tuple(drawing.settings["shape"])
-        noise = torch.randint(0, 256, (8, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        probe = features(noise).numpy()
-        self.dim = probe.shape[1]
-        self.of_reference = _Kept(features, shape, probe, cache, f"reference-{_digest(reference)[:12]}")
-        self.of_samples = _Kept(features, shape, probe, drawing.folder / "features", SAMPLES)
+        noise = torch.randint(0, 256, (NOISE, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        answer = features(noise).numpy()
+        self.dim = answer.shape[1]
+        name = f"reference-{_digest(reference.pixels)[:12]}"
+        self.of_reference = _Kept(features, shape, answer, cache, name, "cache")
+        name = f"{SAMPLES}-{_hash(_json(drawing.settings))[:12]}"
+        self.of_samples = _Kept(features, shape, answer, drawing.folder / "features", name, "folder")
 
     def warn(self, metrics: list[str]) -> None:
         """Say what the numbers of images don't allow."""
@@ -286,10 +382,8 @@ class _Comparison:
         """The reference's, kept as count, mean and covariance in a .npz."""
         path = self.of_reference.folder / f"{self.of_reference.name}.npz"
         if path.is_file():
-            with _load(path) as kept:
-                return Statistics(
-                    int(kept["count"]), torch.from_numpy(kept["mean"]), torch.from_numpy(kept["covariance"])
-                )
+            count, mean, covariance = _load(path, "count", "mean", "covariance")
+            return Statistics(int(count), torch.from_numpy(mean), torch.from_numpy(covariance))
         features = self._reference(progress)
         made = statistics(map(torch.from_numpy, features.lots(len(self.reference))))
         with whole(path) as aside:
@@ -310,11 +404,25 @@ class _Bits:
         self.n = min(limit or len(images), len(images))
         self.shard = lot_on(device_of(model, device))
         schedule, prediction = trained_for(model, options["schedule"], options["prediction"])
-        known = [checksum(model) if isinstance(model, nn.Module) else None, _digest(images), _rounded(schedule.betas)]
-        known += [prediction, options["variance"] or variance_of(model), options["clip"]]
-        known += [str(options[name]) for name in ("subsample", "seed", "dtype")]
-        key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
-        self.shards = Shards(folder / f"likelihood-{key[:12]}", (), np.float64)
+        if options["subsample"] is not None:
+            check_count("subsample", options["subsample"], 1)
+        self.settings = {
+            **_told_by(model, options["dtype"]),
+            "images": _digest(images.pixels),
+            "labels": None if images.labels is None else _digest(images.labels),
+            "schedule": _hash(_rounded(schedule.betas)),
+            "prediction": prediction,
+            "variance": options["variance"] or variance_of(model),
+            "clip": bound_of(options["clip"]),
+            "subsample": options["subsample"],
+            "seed": check_seed(options["seed"]),
+        }
+        folder = folder / f"likelihood-{_hash(_json(self.settings))[:12]}"
+        answer = _answer(model, images.pixels.shape[1:], len(schedule), device, options["dtype"])
+        said = f"{folder}: these are the bounds of another model; delete it, or name another folder"
+        self.probe = _Probe(folder, answer, said)
+        self.probe.check()
+        self.shards = Shards(folder / "bounds", (), np.float64)
 
     def row(self, progress: bool | None) -> Row:
         self.shards.fill(self.n, self.shard, lambda span: self._bounds(span, progress), progress, "likelihood")
@@ -325,13 +433,13 @@ class _Bits:
             uncertainty, meaning = (mean - half, mean + half), "95 % interval"
         subsample = self.options["subsample"]
         timesteps = "all timesteps" if subsample is None else f"{subsample} timesteps drawn for each"
-        variance = self.options["variance"] or variance_of(self.model)
-        protocol = f"{self.n} images: {self.what}; {timesteps}, {variance}, seed {self.options['seed']}"
+        variance, seed = self.settings["variance"], self.settings["seed"]
+        protocol = f"{self.n} images: {self.what}; {timesteps}, {variance}, seed {seed}"
         return Row("bits per dimension", mean, uncertainty, meaning, protocol)
 
     def _bounds(self, span: range, progress: bool | None) -> np.ndarray:
         chosen = slice(span.start, span.stop)
-        return likelihood(
+        bounds = likelihood(
             self.model,
             self.images.pixels[chosen],
             class_labels=None if self.images.labels is None else self.images.labels[chosen],
@@ -339,6 +447,8 @@ class _Bits:
             progress=None if progress else progress,
             **self.options,
         ).per_image.numpy()
+        self.probe.keep()  # not before, as `likelihood` checks the rest of its arguments
+        return bounds
 
 
 def _rounded(values: torch.Tensor) -> str:
@@ -346,22 +456,28 @@ def _rounded(values: torch.Tensor) -> str:
     return " ".join(f"{value:.5e}" for value in values.flatten().tolist())
 
 
-def _digest(images: data.ArrayImages) -> str:
-    total = hashlib.sha256(str(list(images.pixels.shape)).encode())
-    total.update(images.pixels.numpy())
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(values: torch.Tensor) -> str:
+    total = hashlib.sha256(str(list(values.shape)).encode())
+    total.update(values.numpy())
     return total.hexdigest()
 
 
 def _fitting(images: data.ArrayImages, shape: tuple[int, int, int]) -> data.ArrayImages:
-    """The images, padded as for training; ValueError where they are not the model's."""
+    """The images, padded as for training, which their source then says; ValueError where they are not the model's."""
     own = tuple(images.pixels.shape[1:])
-    images = images.pad_to(shape[1]) if shape[1] == shape[2] else images
-    if tuple(images.pixels.shape[1:]) != shape or not len(images):
+    padded = images.pad_to(shape[1]) if shape[1] == shape[2] else images
+    if tuple(padded.pixels.shape[1:]) != shape or not len(images):
         raise ValueError(
             f"data: {images.source}: {len(images)} images of {'x'.join(map(str, own))}; "
             f"expected the model's {'x'.join(map(str, shape))}, or smaller ones of as many channels"
         )
-    return images
+    if own != shape:
+        padded.source += f", padded from {own[1]}x{own[2]} to {shape[1]}x{shape[2]}"
+    return padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,11 +550,13 @@ def evaluate(
     unknown = [metric for metric in metrics if metric not in METRICS]
     if unknown or not metrics:
         raise ValueError(f"metrics: got {', '.join(unknown) or 'none'}; expected some of {', '.join(METRICS)}")
+    options = _given(options)
     folder, shape = Path(folder), shape_of(model, options.get("shape"))
     labels = "bpd" in metrics and isinstance(model, UNet) and model.config.classes is not None
-    reference = _fitting(data.load(source, labels=labels), shape)
+    held_out = data.load_test(source, labels=labels) if "bpd" in metrics else None
+    reference = _fitting(data.load(source, labels=labels and held_out is None), shape)
     settings = {"versions": {name: version(name) for name in ("fastddpm", "torch", "numpy")}}
-    settings["reference"] = {"source": reference.source, "images": len(reference), "sha256": _digest(reference)}
+    settings["reference"] = {"source": reference.source, "images": len(reference), "sha256": _digest(reference.pixels)}
 
     comparison = bits = None
     if "fid" in metrics or "kid" in metrics:
@@ -449,14 +567,14 @@ def evaluate(
         settings["samples"] = {"n": n, **drawing.settings}
         settings["features"] = {"name": features.name, "dim": comparison.dim, "sha256": features.checksum}
     if "bpd" in metrics:
-        held_out = data.load_test(source, labels=labels)
         images = reference if held_out is None else _fitting(held_out, shape)
         what = f"the {'training images' if held_out is None else 'x_test'} of {images.source}"
         of_both = {name: options.get(name) for name in ("schedule", "prediction", "variance")}
         bits = _Bits(
             model, images, what, likelihood_images, folder, device, clip=options.get("clip", True), subsample=subsample,
-            seed=seed, dtype=dtype, **of_both,
+            seed=seed, batch_size=batch_size, dtype=dtype, **of_both,
         )  # fmt: skip
+        settings["likelihood"] = {"n": bits.n, **bits.settings}
 
     rows = []
     if comparison is not None:
@@ -466,5 +584,7 @@ def evaluate(
     if comparison is not None:
         rows[:0] = comparison.rows(metrics, progress)
     result = Result(rows, settings)
-    _write_json(folder / RESULT, {"metrics": [dataclasses.asdict(row) for row in rows], **settings})
+    with whole(folder / RESULT) as aside:
+        content = {"metrics": [dataclasses.asdict(row) for row in rows], **settings}
+        aside.write_text(_json(content), encoding="utf-8")
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -117,10 +118,12 @@ def inception(weights: str | Path | None = None, device: torch.device | str = "c
             f"features: Inception's weights could not be downloaded ({error}); fetch {source} where you can, and give the "
             "file as --inception-weights, in Python as inception(weights=...)"
         ) from error
-    except RuntimeError as error:
-        raise EvaluationError(
-            f"inception weights: {weights}: not this network's ({str(error).splitlines()[0]}); expected {source}"
-        ) from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        what, do = f"{weights}: not this network's", f"expected {source}"
+        if weights is None:
+            what = f"{Path(torch.hub.get_dir(), 'checkpoints', Path(source).name)}: damaged"
+            do = f"delete it, and it is downloaded anew from {source}"
+        raise EvaluationError(f"inception weights: {what} ({str(error).partition(chr(10))[0]}); {do}") from error
     return _Inception(_Pooled(network).to(device).eval(), "Inception")
 
 
@@ -152,9 +155,12 @@ def named(spec: str, device: torch.device | str = "cpu") -> Features:
 
 
 def checksum(module: nn.Module) -> str:
-    """SHA-256 of the module's parameters and buffers, with their names, dtypes and shapes."""
+    """SHA-256 of the module's parameters and buffers, with their names, dtypes and shapes; of extra state, what it prints as."""
     total = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
+        if not isinstance(value, torch.Tensor):
+            total.update(f"{name} {re.sub(' at 0x[0-9a-fA-F]+', '', repr(value))}".encode())  # addresses change
+            continue
         total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .data import UNREADABLE
 from .files import whole
 from .progress import bar as progress_bar
 
@@ -45,7 +46,9 @@ class Shards:
         span = range(int(match[1]), int(match[2]) + 1)
         try:
             rows = np.load(path, mmap_mode="r")  # a file that is cut short is noticed, and nothing read yet
-        except (ValueError, OSError, EOFError) as error:
+            if not isinstance(rows, np.ndarray):
+                raise ValueError("an archive")
+        except UNREADABLE as error:
             raise EvaluationError(f"{path}: not a whole .npy file ({error}); delete it, and it is made anew") from error
         if rows.shape != (len(span), *self.row) or rows.dtype != self.dtype:
             raise EvaluationError(
@@ -68,9 +71,12 @@ class Shards:
             at = max(at, span.stop)
         return runs
 
+    def _path(self, span: range) -> Path:
+        return self.folder / f"{span.start:08d}-{span.stop - 1:08d}.npy"
+
     def write(self, span: range, rows: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{span.start:08d}-{span.stop - 1:08d}.npy"
+        path = self._path(span)
         with whole(path) as aside:
             np.save(aside, np.ascontiguousarray(rows, self.dtype))
         self.files[self._span(path)] = path
@@ -89,10 +95,17 @@ class Shards:
         return (self.rows(range(first, min(first + LOT, n))) for first in range(0, n, LOT))
 
     def fill(self, n: int, size: int, make: Callable[[range], np.ndarray], progress: bool | None, what: str) -> None:
-        """Make and write the rows below n that are missing, one for each image; `what` names the bar."""
+        """Make and write the rows below n that are missing, one for each image; `what` names the bar.
+
+        A run that another process has written meanwhile is taken as it is.
+        """
         runs = self.missing(n, size)
         done = n - sum(map(len, runs))
         with progress_bar(progress, total=n, initial=done, desc=what, unit="image", leave=progress is True) as bar:
             for span in runs:
-                self.write(span, make(span))
+                path = self._path(span)
+                if path.is_file():
+                    self.files[self._span(path)] = path
+                else:
+                    self.write(span, make(span))
                 bar.update(len(span))

@@ -64,6 +64,12 @@ def test_bad_data(tmp_path):
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(DataError, match="not a readable"):
         data.load(tmp_path / "cut.npz")
+    np.savez_compressed(tmp_path / "a.npz", x_train=np.zeros_like(PIXELS))
+    damaged = bytearray((tmp_path / "a.npz").read_bytes())
+    damaged[60:80] = b"\xff" * 20  # in the compressed member, so that zlib finds it and no checksum
+    (tmp_path / "a.npz").write_bytes(damaged)
+    with pytest.raises(DataError, match="not a readable"):
+        data.load(tmp_path / "a.npz")
     np.savez(tmp_path / "floats.npz", x_train=PIXELS / 255)
     with pytest.raises(DataError, match=r"got float64 \[5, 6, 4\]; expected uint8"):
         data.load(tmp_path / "floats.npz")

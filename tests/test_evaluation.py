@@ -1,8 +1,10 @@
 """FID, KID and bits per dimension: the arithmetic against closed forms and a real library, and evaluations that are cut short."""
 
+import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 import fastddpm
-from fastddpm import Schedule, UNetConfig, cli, evaluation
+from fastddpm import Schedule, UNet, UNetConfig, cli, evaluation
 from fastddpm.coding import likelihood
 from fastddpm.features import Features, Statistics, frechet, inception, kernel_distance, statistics
 from fastddpm.shards import EvaluationError, Shards
@@ -270,7 +272,6 @@ def test_an_interrupted_drawing_goes_on_and_draws_nothing_twice(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         evaluation.draw(model, tmp_path / "b", 23, shard=5, progress=False)
     (tmp_path / "b" / "samples" / ".00000010-00000014.77.npy").write_bytes(b"half")  # as a killed process leaves it
-    spans[:] = [[], *spans]  # lets no more be drawn than the rest
     monkeypatch.setattr(
         evaluation,
         "sample",
@@ -289,6 +290,7 @@ def test_an_interrupted_drawing_goes_on_and_draws_nothing_twice(tmp_path, monkey
 def test_a_folder_holds_one_set_of_samples(tmp_path):
     model, folder = network(), tmp_path / "e"
     draw = {"shard": 4, "progress": False}
+    deeper = UNet(dataclasses.replace(model.config, attention=(4,)), schedule=model.schedule)
     evaluation.draw(model, folder, 4, **draw)
     before = (folder / "settings.json").read_text()
     for options, says in (
@@ -296,16 +298,17 @@ def test_a_folder_holds_one_set_of_samples(tmp_path):
         ({"sampler": "ddim"}, "sampler ddpm, now ddim"),
         ({"steps": 6}, "steps 12, now 6"),
         ({"variance": "fixed_small"}, "variance fixed_large, now fixed_small"),
-        ({"clip": False}, "clip True, now False"),
+        ({"clip": False}, "clip 1.0, now None"),
         ({"dtype": torch.bfloat16}, "dtype float32, now bfloat16"),
         ({"schedule": Schedule.linear(12, 1e-3, 0.41)}, "chain "),
+        ({"model": deeper}, r"config.attention \[\], now \[4\]"),
     ):
         with pytest.raises(EvaluationError, match=f"drawn otherwise .*{says}.*name another folder, or delete this"):
-            evaluation.draw(model, folder, 4, **options, **draw)
+            evaluation.draw(options.pop("model", model), folder, 4, **options, **draw)
     with pytest.raises(EvaluationError, match="weights [0-9a-f]{12}, now "):
         evaluation.draw(network(seed=1), folder, 4, **draw)
-    evaluation.draw(model, folder, 4, sampler="ddpm", steps=12, variance="fixed_large", eta=0.0, clip=True,
-                    dtype=torch.float32, spacing="leading", batch_size=2, **draw)  # the same chain in words  # fmt: skip
+    evaluation.draw(model, folder, 4, sampler="ddpm", steps=12, variance="fixed_large", eta=0.0, clip=1.0,
+                    dtype=torch.float32, batch_size=2, **draw)  # the same in words  # fmt: skip
     assert (folder / "settings.json").read_text() == before
     with pytest.raises(TypeError, match="noise: no such option"):
         evaluation.draw(model, folder, 4, noise=torch.zeros(4, 1, 8, 8), **draw)
@@ -331,6 +334,11 @@ def test_a_broken_or_foreign_file_is_an_error_and_stays(tmp_path):
         refused(r"00000004-00000007.npy: holds .*; expected uint8 \[4, 1, 8, 8\]")
     np.save(second, np.array([{}]), allow_pickle=True)
     refused("not a whole .npy file")
+    np.savez(folder / "x.npz", good=np.zeros(4))
+    archive = (folder / "x.npz").read_bytes()
+    for content in (archive, archive[:-30]):
+        second.write_bytes(content)
+        refused("00000004-00000007.npy: not a whole .npy file .*delete it, and it is made anew")
     second.write_bytes(good)
     for name, says in (("notes.txt", "not written by an evaluation"), ("00000003-00000006.npy", "row 3 is in 0")):
         foreign = folder / "samples" / name
@@ -340,8 +348,9 @@ def test_a_broken_or_foreign_file_is_an_error_and_stays(tmp_path):
     second.unlink()
     evaluation.draw(model, folder, 8, shard=4, progress=False)
     assert second.read_bytes() == good
-    (folder / "settings.json").write_text("[]")
-    refused("settings.json: not a JSON object|drawn otherwise")
+    for content in ("[]", "{", "[[1, 2]]"):
+        (folder / "settings.json").write_text(content)
+        refused("e: its settings.json is not a JSON object; name another folder, or delete this")
     (folder / "settings.json").unlink()
     refused("holds samples, but no settings.json")
 
@@ -364,6 +373,137 @@ def test_a_bare_callable(tmp_path):
     shards = evaluation.draw(model, tmp_path / "e", 3, **options)
     assert shards.rows(range(3)).shape == (3, 1, 4, 4)
     assert json.loads((tmp_path / "e" / "settings.json").read_text())["weights"] is None
+
+
+class Scaled(nn.Module):
+    """A model whose number is no parameter."""
+
+    def __init__(self, model, scale):
+        super().__init__()
+        self.model, self.scale = model, scale
+
+    def forward(self, x, t):
+        return self.model(x, t) * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance .low features", "ignore:fastddpm. Scaled is not")
+@pytest.mark.parametrize("metric", ["fid", "bpd"])
+def test_a_model_is_told_by_what_it_answers_too(metric, here):
+    """Another callable, or a module with another attribute, has the same weights or none."""
+    options = {"metrics": [metric], "n": 4, "features": Features(low, "low"), "shape": (1, 8, 8)}
+    options |= {"likelihood_images": 4, "schedule": Schedule.linear(4, 0.1, 0.4)}
+    network8 = network()
+    pairs = {
+        "callable": (lambda x, t: x * 0.5, lambda x, t: x * 0.6),
+        "module": (Scaled(network8, 1.0), Scaled(network8, 1.1)),
+        "later": (lambda x, t: x, lambda x, t: x + (t > 0).view(-1, 1, 1, 1) * 0.2),
+    }
+    for name, (model, other) in pairs.items():
+        first = evaluated(here, name, model=model, **options)
+        with pytest.raises(EvaluationError, match="another model.*name another folder"):
+            evaluated(here, name, model=other, **options)
+        assert str(evaluated(here, name, model=model, **options)) == str(first)
+    # Other machines' roundings, and bfloat16's, tell no models apart.
+    evaluated(here, "callable", model=lambda x, t: (x * 0.5).bfloat16().float(), **options)
+    evaluated(here, "module", model=Scaled(network8, 1.005), **options)
+    network8.train()
+    evaluated(here, "module", model=Scaled(network8, 1.0), **options)
+
+
+def test_the_probe_lets_bfloat16_pass():
+    """The bundled network in bfloat16 answers as in float32, to the tolerance: machines differ by less."""
+    model = fastddpm.UNet.from_pretrained("digits")
+    exact, rounded = (evaluation._answer(model, model.shape, 1000, None, d) for d in (None, torch.bfloat16))
+    assert exact.shape == (8 * 32 * 32, 2) and not np.array_equal(exact, rounded)
+    assert (np.abs(exact - rounded).max(0) < evaluation.ALIKE / 2 * np.abs(exact).max(0)).all()
+
+
+def test_a_model_that_answers_wrongly_is_refused_before_anything_is_written(tmp_path):
+    options = {"shape": (1, 4, 4), "progress": False}
+    for model, says in (
+        (lambda x, t: x[:, :, 1:], r"output has shape \[8, 1, 3, 4\]"),
+        (lambda x, t: 3, "returned int"),
+    ):
+        with pytest.raises(EvaluationError, match=f"model: it.* {says}"):
+            evaluation.draw(model, tmp_path / "e", 3, **options)
+    for bad, says in (
+        ({"clip": -1}, "clip: got -1"),
+        ({"clip": "yes"}, "clip: got 'yes'"),
+        ({"model": network(classes=3), "class_labels": 3}, "class_labels: got values from 3 to 3; expected 0..2"),
+        ({"model": network(), "class_labels": 0}, "class_labels: given, but the network has no classes"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            evaluation.draw(bad.pop("model", network()), tmp_path / "e", 3, progress=False, **bad)
+    assert not (tmp_path / "e").exists()
+
+
+def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
+    """Both made, and so both looked, before either drew."""
+    model, names = network(), ("n", "seed", "shard", "batch_size", "device", "dtype", "options")
+
+    def drawing(model=model, folder="e", **changed):
+        options = {"n": 9, "seed": 0, "shard": 3, "batch_size": None, "device": None, "dtype": None, "options": {}}
+        return evaluation._Drawing(model, tmp_path / folder, *[{**options, **changed}[name] for name in names])
+
+    first, equal, other, further = drawing(), drawing(), drawing(seed=1), drawing(seed=1, n=12)
+    drawn = first.run(False).rows(range(9))
+    settings = (tmp_path / "e" / "settings.json").read_bytes()
+    equal.model = None  # all is there, and nothing drawn again
+    assert np.array_equal(equal.run(False).rows(range(9)), drawn)
+    for later in (other, further):
+        with pytest.raises(EvaluationError, match="drawn otherwise .seed 0, now 1"):
+            later.run(False)
+    assert (tmp_path / "e" / "settings.json").read_bytes() == settings
+    assert np.array_equal(samples(tmp_path / "e", 9).numpy(), drawn) and len(list((tmp_path / "e").iterdir())) == 3
+
+    options = {"shape": (1, 4, 4), "schedule": Schedule.linear(5, 0.1, 0.4)}
+    half, less = (drawing(lambda x, t, by=by: x * by, "f", options=options) for by in (0.5, 0.4))
+    half.run(False)
+    with pytest.raises(EvaluationError, match="f: its samples are another model's"):
+        drawing(less.model, "f", options=options)  # before anything is run
+    with pytest.raises(EvaluationError, match="f: its samples are another model's; name another folder, or delete"):
+        less.run(False)
+
+
+def test_settings_are_written_by_one_process(tmp_path, monkeypatch):
+    """The file appears between the look and the writing, on disks with hard links and on such without."""
+    path = tmp_path / "s.json"
+
+    def late(aside):
+        aside.write_text("mine")
+        path.write_text("theirs")
+
+    evaluation._once(path, late)
+    assert path.read_text() == "theirs" and list(tmp_path.iterdir()) == [path]
+    path.unlink()
+
+    def refused(*paths):
+        raise PermissionError("no links here")
+
+    for link in (os.link, refused):
+        monkeypatch.setattr(os, "link", link)
+        evaluation._once(path, lambda aside: aside.write_text("mine"))
+        assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+        path.unlink()
+    mine, theirs = (evaluation._Probe(tmp_path, np.full((2, 2), value), "another") for value in (1.0, 2.0))
+    theirs.keep()
+    with pytest.raises(EvaluationError, match="another"):
+        mine.keep()
+
+
+def test_equal_processes_share_the_work(tmp_path):
+    rows, made = np.arange(12, dtype=np.uint8).reshape(12, 1), []
+    mine, theirs = (Shards(tmp_path / "s", (1,), np.uint8) for _ in range(2))
+
+    def make(span):
+        made.append(span)
+        if span.start == 0:
+            theirs.write(range(4, 8), rows[4:8] + 100)
+        return rows[span.start : span.stop]
+
+    mine.fill(12, 4, make, False, "rows")
+    assert made == [range(0, 4), range(8, 12)]
+    assert np.array_equal(mine.rows(range(12))[4:8], rows[4:8] + 100)  # as it was written
 
 
 # ------------------------------------------------------------------------------------------------- evaluate
@@ -408,8 +548,12 @@ def test_the_command_from_end_to_end(here, capsys, monkeypatch):
     row = by_name["bits per dimension"]
     assert row["value"] == pytest.approx(bound.bits_per_dim, rel=1e-5)
     assert row["uncertainty"] == pytest.approx(list(bound.interval), rel=1e-5)
-    assert "15 images: the x_test of x.npz; all timesteps" in row["protocol"]
+    assert "15 images: the x_test of x.npz, padded from 6x6 to 8x8; all timesteps" in row["protocol"]
     assert result["samples"]["n"] == 30 and result["features"] == {"name": "low", "dim": 8, "sha256": None}
+    assert result["reference"]["source"] == "x.npz, padded from 6x6 to 8x8"
+    bound = result["likelihood"]
+    assert bound["n"] == 15 and bound["weights"] == result["samples"]["weights"] and bound["seed"] == 0
+    assert bound["config.channels"] == 8 and bound["variance"] == "fixed_large" and bound["dtype"] == "float32"
     assert "FID" not in out and "KID" not in out
 
     mine = sys.modules["mine"]
@@ -487,11 +631,35 @@ def test_features_are_taken_once(here):
 
 
 def test_features_that_changed_are_noticed(here):
-    evaluated(here, features=Features(low, "low"))
-    for changed in (lambda p: low(p) * 1.1, lambda p: low(p)[:, :3]):
-        with pytest.raises(EvaluationError, match="features of another low; delete it, or name another cache"):
-            evaluated(here, features=Features(changed, "low"))
-    evaluated(here, features=Features(lambda p: low(p) * (1 + 1e-5), "low"))  # another machine's arithmetic
+    scale = torch.tensor(
+        [1e4, 1, 1, 1, 1, 1, 1, 0], dtype=torch.float64
+    )  # of features of which one is larger, one dead
+
+    def scaled(changes=None):
+        return Features(lambda p: low(p) * scale * (1 if changes is None else torch.tensor(changes)), "low")
+
+    evaluated(here, features=scaled())
+    for changed in (scaled([1.1] * 8), scaled([1] * 3 + [1.1] + [1] * 4), Features(lambda p: low(p)[:, :3], "low")):
+        with pytest.raises(EvaluationError, match="evaluation-cache.*of another low; delete it, or name another cache"):
+            evaluated(here, features=changed)
+        with pytest.raises(EvaluationError, match="e/features.*of another low; delete it, or name another folder"):
+            evaluated(here, features=changed, cache="other")
+    evaluated(
+        here, features=Features(lambda p: low(p) * scale * (1 + 1e-5) + 1e-5, "low")
+    )  # another machine's arithmetic
+
+
+def test_features_of_samples_that_went_are_not_used(here):
+    """Whoever deletes the samples and their settings, and leaves the features."""
+    counted = Counted()
+    evaluated(here, features=Features(counted, "low"))
+    counted.images = 0
+    for name in ("samples", "probe.npy", "settings.json"):
+        path = here / "e" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    result = evaluated(here, seed=1, features=Features(counted, "low"))
+    assert counted.images == 8 + 30
+    assert str(evaluated(here, "f", seed=1, features=Features(counted, "low"))) == str(result)
 
 
 def test_a_module_is_known_by_its_weights(here):
@@ -503,9 +671,40 @@ def test_a_module_is_known_by_its_weights(here):
         counts.append(net.images)
     assert counts == [8 + 40 + 30, 8 + 40 + 30, 8]
     (kept,) = (here / "evaluation-cache").glob(f"net-1x8x8-{evaluation.checksum(net)[:12]}/reference-*.npz")
-    kept.write_bytes(b"cut")
-    with pytest.raises(EvaluationError, match="npz: not readable .*delete it, and it is made anew"):
-        evaluated(here, features=Features(net, "net"))
+    good = kept.read_bytes()
+    flipped = bytearray(good)
+    flipped[good.index(b"mean.npy") + 400] ^= 1  # in a member, which is read later
+    np.savez(here / "other.npz", count=40)
+    np.save(here / "array.npy", np.zeros(3))
+    damaged = (b"cut", b"", good[:-30], bytes(flipped))
+    for content in (*damaged, (here / "other.npz").read_bytes(), (here / "array.npy").read_bytes()):
+        kept.write_bytes(content)
+        with pytest.raises(EvaluationError, match="npz: not readable .*delete it, and it is made anew"):
+            evaluated(here, features=Features(net, "net"))
+    kept.write_bytes(good)
+    probe = kept.parent / "probe.npy"
+    for content in (probe.read_bytes()[:-1], good):
+        probe.write_bytes(content)
+        with pytest.raises(EvaluationError, match="probe.npy: not readable .*delete it, and it is made anew"):
+            evaluated(here, features=Features(net, "net"))
+
+
+def test_a_checksum_of_extra_state():
+    class Extra(nn.Linear):
+        def __init__(self, state):
+            super().__init__(1, 1)
+            nn.init.ones_(self.weight), nn.init.ones_(self.bias)
+            self.state = state
+
+        def get_extra_state(self):
+            return self.state
+
+    class Thing:
+        pass
+
+    one, two = evaluation.checksum(Extra({"scale": 1})), evaluation.checksum(Extra({"scale": 2}))
+    assert one == evaluation.checksum(Extra({"scale": 1})) != two
+    assert evaluation.checksum(Extra(Thing())) == evaluation.checksum(Extra(Thing()))  # wherever they are
 
 
 class Weighted(nn.Module):
@@ -551,7 +750,10 @@ def test_bits_per_dimension_resume_and_say_what_they_are_of(here, monkeypatch):
         evaluated(here, **options)
     calls[:] = ["", *calls]
     (row,) = evaluated(here, likelihood_images=4, **options).rows
-    assert "4 images: the x_test of x.npz; 3 timesteps drawn for each" in row.protocol and len(calls) == 3
+    assert (
+        "4 images: the x_test of x.npz, padded from 6x6 to 8x8; 3 timesteps drawn for each" in row.protocol
+        and len(calls) == 3
+    )
     monkeypatch.setattr(evaluation, "likelihood", lambda *a, **k: calls.append(k["first"]) or likelihood(*a, **k))
     (row,) = evaluated(here, **options).rows
     assert calls == ["", 0, 4, 8, 12]
@@ -564,11 +766,13 @@ def test_bits_per_dimension_resume_and_say_what_they_are_of(here, monkeypatch):
         calls.clear()
         evaluated(here, **{**options, **changed})
         assert calls == [0, 4, 8, 12]
+        evaluated(here, **{**options, **changed, "batch_size": 3, "dtype": torch.float32})  # the same bounds
+        assert len(calls) == 4
 
     with np.load("x.npz") as arrays:
         np.savez("x.npz", x_train=arrays["x_train"][:5])
     (row,) = evaluated(here, **options).rows
-    assert "5 images: the training images of x.npz" in row.protocol
+    assert "5 images: the training images of x.npz, padded" in row.protocol
     (row,) = evaluated(here, likelihood_images=1, **options).rows
     assert row.uncertainty is None
 
@@ -579,6 +783,32 @@ def test_bits_per_dimension_of_a_network_with_classes(here):
     test = fastddpm.data.load_test(here / "x.npz").pad_to(8).pixels
     truth = likelihood(model, test, seed=0, class_labels=torch.arange(15) % 3, progress=False)
     assert row.value == pytest.approx(truth.bits_per_dim, rel=1e-5)
+    with np.load("x.npz") as arrays:
+        changed = {**arrays, "y_test": (arrays["y_test"] + 1) % 3}
+    del changed["y_train"]  # which the held-out images don't need
+    np.savez("x.npz", **changed)
+    (row,) = evaluated(here, metrics=["bpd"], model=model).rows
+    truth = likelihood(model, test, seed=0, class_labels=(torch.arange(15) + 1) % 3, progress=False)
+    assert row.value == pytest.approx(truth.bits_per_dim, rel=1e-5)
+    del changed["x_test"]
+    np.savez("x.npz", **changed)
+    with pytest.raises(ValueError, match="expected one of y_train"):
+        evaluated(here, metrics=["bpd"], model=model)
+
+
+def test_options_reach_the_bound(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "likelihood", lambda *a, **k: seen.append(k["batch_size"]) or likelihood(*a, **k))
+    evaluated(here, metrics=["bpd"], batch_size=7, clip=None, variance=None)
+    assert seen == [7]
+    with pytest.raises(TypeError, match="clipp, noise: no such option; expected some of schedule"):
+        evaluated(here, metrics=["bpd"], clipp=True, noise=None)
+
+
+def test_images_of_the_models_size_are_not_padded(here):
+    np.save("x.npy", np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8))
+    (row,) = evaluation.evaluate(network(), "x.npy", here / "e", metrics=["bpd"], progress=False).rows
+    assert "4 images: the training images of x.npy; all timesteps" in row.protocol
 
 
 @pytest.mark.parametrize("metric", ["fid", "kid"])
@@ -658,6 +888,7 @@ STAND_IN = """
 import torch
 from torch import nn
 URL_INCEPTION_V3 = "https://example.org/weights.pth"
+DOWNLOAD = None
 
 class FeatureExtractorInceptionV3(nn.Module):
     def __init__(self, name, features_list, feature_extractor_weights_path=None):
@@ -666,7 +897,7 @@ class FeatureExtractorInceptionV3(nn.Module):
         self.layer = nn.Linear(3, 64)  # the real one has 2048, and takes seconds
         if feature_extractor_weights_path is None:
             import urllib.error
-            raise urllib.error.URLError("no network")
+            raise DOWNLOAD if DOWNLOAD else urllib.error.URLError("no network")
         self.load_state_dict(torch.load(feature_extractor_weights_path))
 
     def forward(self, x):
@@ -711,6 +942,12 @@ def test_inception_that_cannot_be_had_is_one_line(here, monkeypatch, capsys):
     assert (
         "could not be downloaded" in err and "https://example.org/weights.pth" in err and "--inception-weights" in err
     )
+    for error in ("RuntimeError('PytorchStreamReader failed\\nmore')", "EOFError()"):  # a download that was cut short
+        library(here, monkeypatch, STAND_IN.replace("DOWNLOAD = None", f"DOWNLOAD = {error}"))
+        err = said()
+        assert f"inception weights: {torch.hub.get_dir()}/checkpoints/weights.pth: damaged (" in err
+        assert "); delete it, and it is downloaded anew from https://example.org/weights.pth" in err
+    library(here, monkeypatch, STAND_IN)
     assert "no.pth: not readable" in said("--inception-weights", "no.pth")
     assert "x.npz: not a file of weights; expected https://example.org" in said("--inception-weights", "x.npz")
     torch.save(nn.Linear(1, 1), "pickled.pth")
