@@ -36,7 +36,7 @@ def encode(
     """The x_T, float32 [N, C, H, W], from which ddim comes back to `images`: its deterministic chain run backwards
     (Song et al. 2021, section 4.3), unclipped, from abar = 1.
 
-    images: floating point [N, C, H, W] in [-1, 1]. The other arguments are `sample`'s; the way back is
+    images: floating point [N, C, H, W] in [-1, 1]. steps: default 50, as for ddim. The others are `sample`'s; the way back is
 
         sample(model, len(images), sampler="ddim", steps=steps, spacing=spacing, clip=False, noise=x_T)
 
@@ -81,10 +81,10 @@ def interpolate(
     x_t ~ q(x_t | a) and x'_t ~ q(x_t | b) are drawn once; (1 - w) x_t + w x'_t goes through the reverse process for each w,
     with the same noise. The w are taken one after another, the pairs in batches.
 
-    a, b: floating point [N, C, H, W] in [-1, 1]. t: in 0..T-1, how far up; default T // 2 - 1, the paper's 500 of 1000. The more,
-        the coarser what the images between have of a and b. weights: the w, or how many, evenly inside (0, 1), as there.
-    first: pair i is image first + i of the seed's sequence, whatever other pairs and w there are. steps: of the t + 1 that
-        are to go. Others: as in `sample`.
+    a, b: floating point [N, C, H, W] in [-1, 1]. t: in 0..T-1, how far up; default T // 2 - 1, the paper's 500 of 1000. The
+        larger, the less of a's and b's detail survives. weights: the w, or how many, evenly inside (0, 1), as there.
+    first: pair i is image first + i of the seed's sequence, whatever other pairs and w there are. steps: how many of
+        the t + 1 timesteps that are to go, default as for `sample`. Others: as in `sample`.
     """
     a, b = _images("a", a, model), _images("b", b, model)
     if a.shape != b.shape or a.device != b.device:
@@ -126,7 +126,7 @@ def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = Non
     """What the chain takes x_0 to be on its way, float32 [n, frames, C, H, W], evenly over its steps and the last one being
     the images themselves (Ho et al. 2020, section 4.3 and figure 6).
 
-    frames: default 10, or as many as there are steps. options: `sample`'s.
+    frames: default 10, or as many as there are steps. options: `sample`'s, but callback.
     """
     if options.get("callback") is not None:
         raise ValueError("callback: not here, where the frames are taken by one; give it to sample itself")

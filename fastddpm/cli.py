@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; what the user can mend is one line, not a traceback."""
     try:
-        cli()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: click.echo(message, err=True)  # its place is of no use here
+            cli()
     except (ValueError, SamplingError, LikelihoodError, backend.BackendError, OSError) as error:
         click.echo(f"fastddpm: {error}", err=True)
         sys.exit(1)
@@ -76,10 +79,16 @@ def _sampler_options(command):
     """What `plan` asks of a chain, for every command that draws; None means the default."""
     for option in (
         click.option(
-            "--variance", type=click.Choice(samplers.VARIANCES), help="ddpm's noise; default the model's own."
+            "--variance",
+            type=click.Choice(samplers.VARIANCES),
+            help="ddpm's noise; default the model's own, but fixed_small for fixed_large with fewer steps.",
         ),
         click.option("--eta", type=float, help="ddim's noise, from 0 (none, the default) to 1."),
-        click.option("--spacing", type=click.Choice(samplers.SPACINGS), help="Which timesteps are visited."),
+        click.option(
+            "--spacing",
+            type=click.Choice(samplers.SPACINGS),
+            help="Which timesteps are visited; default trailing, for dpm++2m logsnr.",
+        ),
         click.option("--steps", type=int, help="Steps; default all for ddpm, 50 for ddim, 20 for dpm++2m."),
         click.option("--sampler", type=click.Choice(list(samplers.STEPS)), help="Default ddpm."),
     ):
@@ -101,7 +110,7 @@ def _sampler_options(command):
 @click.option("--label", type=int, help="Class to draw, for a network with classes.")
 @click.option("--gif", type=click.Path(path_type=Path), help="Also write the denoising film to this .gif.")
 @click.option("--strip", type=click.Path(path_type=Path),
-              help="Also write to this .png what the chain takes each image to be on its way, a row for each.")  # fmt: skip
+              help="Also write to this .png what the chain takes each image to be on its way, ten in a row.")  # fmt: skip
 @click.option("--forward", type=click.Path(path_type=Path),
               help="Draw no images: show how the forward process destroys this picture.")  # fmt: skip
 def sample_command(
@@ -270,9 +279,15 @@ def train_command(source, out, preset, resume, labels, dtype, device, **options)
 @click.option("--features", metavar="MODULE:NAME",
               help="A network of your own for fid and kid, uint8 [N, C, H, W] -> float [N, D]; default Inception.")  # fmt: skip
 @click.option("--inception-weights", type=click.Path(path_type=Path), help="Inception's weights; default downloaded.")
-@click.option("--subsample", type=int, help="Timesteps drawn for each image's bpd; default all.")
+@click.option(
+    "--subsample",
+    type=int,
+    help="Timesteps drawn for each image's bpd; default all, which takes T evaluations an image.",
+)
 @click.option("--likelihood-images", type=int, help="How many images bpd is measured on; default all.")
-@click.option("--shard", type=int, help="Samples in one file, the most that an interruption loses.")
+@click.option(
+    "--shard", type=int, help="Samples in one file, the most that an interruption loses; default 1000, on a CPU 100."
+)
 @click.option("--cache", type=click.Path(path_type=Path),
               help="Folder for the reference's features; default evaluation-cache, beside --out.")  # fmt: skip
 def evaluate_command(model, source, out, metrics, seed, device, dtype, features, inception_weights, **options) -> None:

@@ -166,8 +166,8 @@ def likelihood(
     clip: bound on x0_hat, True is 1.0, False none; where the mean is predicted, it is taken as it is.
     class_labels: an int, or int64 [N], for a network with classes.
     subsample: None evaluates all T timesteps of each image. K in 1..T-1: L_T and L_0 as they are, and the sum of the others
-        estimated from K draws, one uniform t from each of the K parts of 1..T-1 that `strata` makes, weighted with the
-        part's size. This is unbiased, and each image draws for itself, so that the standard error over images covers
+        estimated from K draws, one uniform t from each of K parts of 1..T-1 (`fastddpm.coding.strata`), weighted with
+        the part's size. This is unbiased, and each image draws for itself, so that the standard error over images covers
         both the images and the timesteps. With few images and few parts the estimate may miss large terms, and its
         interval be too narrow.
     seed, first: image i is number first + i; its noise at t depends on (seed, first + i, t) alone, its drawn timesteps on
@@ -202,7 +202,7 @@ def rate_distortion(
     dtype: torch.dtype | None = None,
     progress: bool | None = None,
 ) -> RateDistortion:
-    """The progressive code of section 4.3, after each number of reverse steps. Arguments as for `likelihood`."""
+    """The progressive code of section 4.3, after each number of reverse steps. Arguments as for `likelihood`, but subsample."""
     measured = _measure(
         model, images, schedule, prediction, variance, clip, class_labels, None, quantize, seed, first, batch_size,
         device, dtype, progress,
@@ -240,7 +240,7 @@ def _measure(
     if isinstance(model, UNet) and any(side % (1 << len(model.config.multipliers) - 1) for side in shape[1:]):
         raise ValueError(
             f"images: {shape[1]}x{shape[2]} cannot be halved {len(model.config.multipliers) - 1} times, as the network does; "
-            f"it was made for {model.config.sample_size}x{model.config.sample_size}: pad them"
+            f"it was made for {model.config.sample_size}x{model.config.sample_size}: pad them, as for its training"
         )
     schedule, prediction = trained_for(model, schedule, prediction)
     seed, first = seed_of(seed), check_first(first)

@@ -148,7 +148,7 @@ def training_loss(
 
     objective: "simple", L_simple (eq. 14), the mean squared error of the prediction; or "bound", the mean of L_t in bits per
         dimension, so that T times its expectation, plus the constant L_T, is the variational bound L (eq. 5): eq. 12's weighted
-        error for t >= 1 and the decoder for t = 0, for images on the 8-bit grid. Nothing is clipped.
+        error for t >= 1 and the decoder for t = 0, for images on the 8-bit grid (not checked). Nothing is clipped.
     variance: the model's, which "bound" needs: "fixed_large", "fixed_small" or "learned_range" (an output of 2C channels);
         default the model's own, else "fixed_large".
     model: a `UNet`, or any callable model(x_t, t). x0: [N, C, H, W] in [-1, 1]. schedule, prediction: default the model's

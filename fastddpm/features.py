@@ -151,7 +151,7 @@ def named(spec: str, device: torch.device | str = "cpu") -> Features:
             ) from error
     if isinstance(network, nn.Module):
         network = network.to(device).eval()
-    return Features(network, name)
+    return Features(network, spec)
 
 
 def checksum(module: nn.Module) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 def whole(path: str | Path) -> Iterator[Path]:
     """A path to write to, beside `path`; renamed onto it when the block ends, removed if the block fails."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; make it first")
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield aside

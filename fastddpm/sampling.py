@@ -93,7 +93,7 @@ def sample(
         as the second half of an output with 2C channels says) or "none" (an ablation). Default the model's own, else
         "fixed_large"; where steps are left out "fixed_small" takes the place of a default "fixed_large", which would ruin images.
     clip: bound on each step's x0; True is 1.0, False none. A predicted mean is taken as it is, unless steps are left out: then
-        it goes through x0, which costs digits: float32 outputs are wanted.
+        it goes through x0, which costs precision, so that the network should answer in float32.
     class_labels: an int, or int64 [n], for a network with classes.
     noise: x_T, float32 [n, C, H, W], in place of the seed's.
     seed: an int in [0, 2^64), a torch.Generator, or None: 64 bits from torch's default generator. Image i is image
@@ -158,10 +158,10 @@ def plan(
     if sampler == "ddpm" and variance == "fixed_large" and steps < most:
         if asked is None:
             variance = "fixed_small"
-            said = "variance: fixed_small in place of the default fixed_large"
+            said, way_out = "fixed_small in place of the default fixed_large", " (passing fixed_large keeps it)"
         else:
-            said = "variance: consider fixed_small in place of fixed_large"
-        _warn(model, f"{said}, which ruins images where steps are left out")
+            said, way_out = "consider fixed_small in place of fixed_large", ""
+        _warn(model, f"variance: {said}, which ruins images where steps are left out{way_out}")
     table = samplers.table(
         schedule, sampler=sampler, prediction=prediction, variance=variance, eta=eta, timesteps=timesteps
     )

@@ -511,14 +511,15 @@ def test_equal_processes_share_the_work(tmp_path):
 
 def test_the_command_from_end_to_end(here, capsys, monkeypatch):
     arguments = ("model", "--data", "x.npz", "--out", "e", "-n", 30, "--features", "mine:low", "--shard", 8)
-    with pytest.warns(UserWarning, match="30 samples: every subset is all of them"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
         code, out, err = run(capsys, monkeypatch, *arguments)
-    assert code == 0, err
+    assert code == 0 and "30 samples: every subset is all of them" in err and "Warning" not in err, err
     result = json.loads((here / "e" / "result.json").read_text())
     by_name = {row["metric"]: row for row in result["metrics"]}
     assert list(by_name) == [
-        "Fréchet distance (low features)",
-        "kernel distance (low features)",
+        "Fréchet distance (mine:low features)",
+        "kernel distance (mine:low features)",
         "bits per dimension",
     ]
     for row in by_name.values():
@@ -533,15 +534,15 @@ def test_the_command_from_end_to_end(here, capsys, monkeypatch):
     library = FrechetInceptionDistance(AsGiven(8))
     library.update(real, real=True)
     library.update(fake, real=False)
-    assert by_name["Fréchet distance (low features)"]["value"] == pytest.approx(float(library.compute()), rel=1e-6)
+    assert by_name["Fréchet distance (mine:low features)"]["value"] == pytest.approx(float(library.compute()), rel=1e-6)
     mean, deviation = kernel_distance(real, fake)
-    row = by_name["kernel distance (low features)"]
+    row = by_name["kernel distance (mine:low features)"]
     assert (row["value"], row["uncertainty"]) == pytest.approx((mean, deviation), rel=1e-9)
     assert row["meaning"] == "s.d. over 100 subsets of 30"
     for part in (
         "30 samples (ddpm, 12 steps, fixed_large, seed 0)",
         "40 training images of x.npz",
-        "8 features of low",
+        "8 features of mine:low",
     ):
         assert part in row["protocol"]
     bound = likelihood(network(), torch.from_numpy(test), seed=0, progress=False)
@@ -549,7 +550,7 @@ def test_the_command_from_end_to_end(here, capsys, monkeypatch):
     assert row["value"] == pytest.approx(bound.bits_per_dim, rel=1e-5)
     assert row["uncertainty"] == pytest.approx(list(bound.interval), rel=1e-5)
     assert "15 images: the x_test of x.npz, padded from 6x6 to 8x8; all timesteps" in row["protocol"]
-    assert result["samples"]["n"] == 30 and result["features"] == {"name": "low", "dim": 8, "sha256": None}
+    assert result["samples"]["n"] == 30 and result["features"] == {"name": "mine:low", "dim": 8, "sha256": None}
     assert result["reference"]["source"] == "x.npz, padded from 6x6 to 8x8"
     bound = result["likelihood"]
     assert bound["n"] == 15 and bound["weights"] == result["samples"]["weights"] and bound["seed"] == 0
@@ -575,7 +576,7 @@ def test_ctrl_c_says_how_to_go_on(here, capsys, monkeypatch):
         code, _, err = run(capsys, monkeypatch, *arguments)
     assert code == 130 and err.endswith("e: stopped; the same command goes on\n")
     code, out, _ = run(capsys, monkeypatch, *arguments, "--sampler", "ddpm", "--variance", "fixed_large")
-    assert code == 0 and "kernel distance (low features)" in out
+    assert code == 0 and "kernel distance (mine:low features)" in out
 
 
 def test_a_killed_command_goes_on(here, capsys, monkeypatch):
@@ -854,7 +855,7 @@ def test_the_reference_is_looked_at_before_hours_of_sampling(metric, here, monke
             ("model", "--features", "mine:flat"),
             "flat gave torch.float32 [] for uint8 [8, 1, 8, 8]; expected floats [8, D]",
         ),
-        (("model", "--features", "mine:nan"), "features: nan gave a NaN or an infinity"),
+        (("model", "--features", "mine:nan"), "features: mine:nan gave a NaN or an infinity"),
         (("model", "--likelihood-images", "0"), "likelihood_images: got 0"),
         (("model", "--subsample", "12"), "subsample: got 12"),
         (("model", "--variance", "none"), "the variational bound needs a density"),
