@@ -257,6 +257,14 @@ def check_outputs(settings: argparse.Namespace) -> None:
         sys.exit("--plot: needs matplotlib (pip install matplotlib)")
 
 
+def check_inputs(settings: argparse.Namespace) -> None:
+    """The data must be there; the folder for what is cached, where there is one, is made."""
+    if not settings.data.is_file():
+        sys.exit(f"--data: {settings.data}: no such file")
+    if hasattr(settings, "cache"):
+        settings.cache.mkdir(parents=True, exist_ok=True)
+
+
 def write_json(path: Path, content: dict[str, object], *, quiet: bool = False) -> None:
     with whole(path) as aside:
         aside.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _harness import arguments, check_outputs, print_table, provenance, write_json
+from _harness import arguments, check_inputs, check_outputs, print_table, provenance, write_json
 from digits_quality import CONFIDENT, TRAINED_ON, Classifier, certainty, checksum, floor, judged
 from digits_quality import recipe as classifier_recipe
 from digits_quality import trained as trained_classifier
@@ -306,9 +306,7 @@ def parse() -> argparse.Namespace:
             sys.exit(f"--{name.replace('_', '-')}: got {getattr(settings, name)}; expected at least {least}")
     if not 0 < settings.minutes <= 5:
         sys.exit(f"--minutes: got {settings.minutes:g}; expected more than 0 and at most 5")
-    if not settings.data.is_file():
-        sys.exit(f"--data: {settings.data}: no such file")
-    settings.cache.mkdir(parents=True, exist_ok=True)
+    check_inputs(settings)
     return settings
 
 

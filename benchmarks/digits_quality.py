@@ -28,7 +28,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from _harness import arguments, check_outputs, print_table, provenance, write_json
+from _harness import arguments, check_inputs, check_outputs, print_table, provenance, write_json
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -205,9 +205,7 @@ def parse() -> argparse.Namespace:
     check_outputs(settings)
     if settings.n < 2:
         sys.exit(f"--n: got {settings.n}; expected at least 2")
-    if not settings.data.is_file():
-        sys.exit(f"--data: {settings.data}: no such file")
-    settings.cache.mkdir(parents=True, exist_ok=True)
+    check_inputs(settings)
     return settings
 
 

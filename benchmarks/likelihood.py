@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _harness import Load, alternate, arguments, check_outputs, print_table, provenance, write_json
+from _harness import Load, alternate, arguments, check_inputs, check_outputs, print_table, provenance, write_json
 
 import fastddpm
 from fastddpm import memory
@@ -157,8 +157,7 @@ def parse() -> argparse.Namespace:
     check_outputs(settings)
     if settings.images < 2 or (settings.estimated and settings.estimated < 2):
         parser.error("--images, --estimated: at least 2 images have a standard error")
-    if not settings.data.is_file():
-        sys.exit(f"--data: {settings.data}: no such file")
+    check_inputs(settings)
     return settings
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _harness import Load, arguments, check_outputs, print_table, provenance, write_json
+from _harness import Load, arguments, check_inputs, check_outputs, print_table, provenance, write_json
 from digits_quality import TRAINED_ON, certainty, checksum, floor, judged, recipe, trained
 from tqdm.auto import tqdm
 
@@ -183,9 +183,7 @@ def parse() -> argparse.Namespace:
     check_outputs(settings)
     if settings.n < 2:
         sys.exit(f"--n: got {settings.n}; expected at least 2")
-    if not settings.data.is_file():
-        sys.exit(f"--data: {settings.data}: no such file")
-    settings.cache.mkdir(parents=True, exist_ok=True)
+    check_inputs(settings)
     return settings
 
 

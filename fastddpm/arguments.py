@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+import weakref
 
 import torch
 from torch import nn
@@ -123,3 +125,17 @@ def output_fault(o: object, shape: list[int], learned: bool) -> str | None:
         return None
     expected = f"{doubled}, with the learned variance" if learned else shape
     return f"its output has shape {list(o.shape)}; expected {expected}"
+
+
+_notices: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
+
+
+def warn_once(model: object, notice: str) -> None:
+    """To who called the function that called this one's caller, once for each model and notice."""
+    try:
+        told = _notices.setdefault(model, set())
+    except TypeError:  # some callables cannot be remembered
+        told = set()
+    if notice not in told:
+        told.add(notice)
+        warnings.warn(f"fastddpm: {notice}", stacklevel=4)

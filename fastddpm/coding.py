@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +28,7 @@ from .arguments import (
     shape_of,
     trained_for,
     variance_of,
+    warn_once,
 )
 from .diffusion import Bound
 from .engine import Plain, network
@@ -262,7 +262,7 @@ def _measure(
         progress_bar(progress, total=pairs, unit="evaluation", leave=progress is True) as bar,
     ):
         if net.notice is not None:
-            warnings.warn(f"fastddpm: {net.notice}. The numbers are the same, only slower", stacklevel=3)
+            warn_once(model, f"{net.notice}. The numbers are the same, only slower")
         labels = None if class_labels is None else class_labels.to(device)
         pixels = pixels.to(device)
         terms, mse = _run(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,6 +23,7 @@ from .arguments import (
     shape_of,
     trained_for,
     variance_of,
+    warn_once,
 )
 from .engine import Plain, network
 from .ops._library import as_int64_bits, check_first
@@ -161,7 +160,7 @@ def plan(
             said, way_out = "fixed_small in place of the default fixed_large", " (passing fixed_large keeps it)"
         else:
             said, way_out = "consider fixed_small in place of fixed_large", ""
-        _warn(model, f"variance: {said}, which ruins images where steps are left out{way_out}")
+        warn_once(model, f"variance: {said}, which ruins images where steps are left out{way_out}")
     table = samplers.table(
         schedule, sampler=sampler, prediction=prediction, variance=variance, eta=eta, timesteps=timesteps
     )
@@ -219,7 +218,7 @@ def run(
         out = torch.empty(n, *shape, dtype=torch.float32, device=device)
         chain = prepared(net, table, (batch_size, *shape), bound, class_labels is not None, callback is not None)
         if net.notice is not None:
-            _warn(model, f"{net.notice}. Images are the same, only slower")
+            warn_once(model, f"{net.notice}. Images are the same, only slower")
         for start in chunks:
             count = min(batch_size, n - start)
             x_T = None if noise is None else _padded(noise[start : start + count], batch_size)
@@ -387,20 +386,6 @@ class Chain:
     def _tell(self, callback: Callable[[StepState], None], step: int, indices: range) -> None:
         x, x0 = (v[: len(indices)].clone() for v in (self.x, self.x0))
         callback(StepState(step, self.host_timesteps[step], x, x0, indices))
-
-
-_notices: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
-
-
-def _warn(model: object, notice: str) -> None:
-    """Once for each model and notice."""
-    try:
-        told = _notices.setdefault(model, set())
-    except TypeError:  # some callables cannot be remembered
-        told = set()
-    if notice not in told:
-        told.add(notice)
-        warnings.warn(f"fastddpm: {notice}", stacklevel=4)
 
 
 def _padded(v: torch.Tensor, size: int) -> torch.Tensor:
