@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from fastddpm import Schedule, UNet, backend, memory, ops, samplers
 from fastddpm.engine import network
 from fastddpm.sampling import prepared
-from fastddpm.unet import EPS, Attention, GroupNormSiLU, TimestepEmbedding
+from fastddpm.unet import Attention, GroupNormSiLU, TimestepEmbedding
 
 try:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -96,11 +96,12 @@ def macs(model: UNet) -> int:
 class PlainNorm(nn.Module):
     def __init__(self, norm: GroupNormSiLU) -> None:
         super().__init__()
-        self.groups, self.silu, self.weight, self.bias = norm.groups, norm.silu, norm.weight, norm.bias
+        self.groups, self.eps, self.silu = norm.groups, norm.eps, norm.silu
+        self.weight, self.bias = norm.weight, norm.bias
 
     def forward(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
         x = x if add is None else x + add[:, :, None, None]
-        y = F.group_norm(x, self.groups, self.weight, self.bias, EPS)
+        y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
         return F.silu(y) if self.silu else y
 
 
@@ -134,7 +135,7 @@ def diffusers_unet(model: UNet) -> nn.Module:
         layers_per_block=config.blocks,
         attention_head_dim=None,  # one head
         downsample_padding=0,
-        norm_eps=EPS,
+        norm_eps=config.eps,
         norm_num_groups=config.groups,
         flip_sin_to_cos=False,
         freq_shift=1,

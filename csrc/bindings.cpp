@@ -261,12 +261,13 @@ void group_norm_silu(const py::object& x, const py::object& y_, bool inner, cons
 
 // (h, a, b) [3, samples, channels], channels inner, with group_norm_silu(x) = silu((x + h) * a + b).
 void group_norm_coefficients(const py::object& x, const py::object& coefficients_, const py::object& weight,
-                             const py::object& bias, const py::object& add, int64_t samples, int64_t channels,
-                             int64_t pixels, int64_t groups, float eps, int threads) {
+                             const py::object& bias, const py::object& add, const py::object& scale,
+                             const py::object& shift, int64_t samples, int64_t channels, int64_t pixels, int64_t groups,
+                             float eps, int threads) {
     Buffer coefficients("coefficients", coefficients_);
     GroupNormSiluArgs args{};
     const py::object none = py::none();
-    fill_group_norm(args, x, true, weight, bias, add, none, none, samples, channels, pixels, groups, true, none,
+    fill_group_norm(args, x, true, weight, bias, add, scale, shift, samples, channels, pixels, groups, true, none,
                     Place(py::int_(threads)));
     args.coefficients = coefficients.required().size(product(3, samples, channels)).floats();
     args.eps = eps;

@@ -9,7 +9,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import winograd
-from .unet import EPS, Attention, Downsample, GroupNormSiLU, Level, Middle, ResBlock, TimestepEmbedding, UNet, Upsample
+from .unet import (
+    Attention,
+    Downsample,
+    GroupNormSiLU,
+    Level,
+    Middle,
+    ResBlock,
+    TimestepEmbedding,
+    UNet,
+    Upsample,
+    conditions,
+    resampled,
+)
 
 ONEDNN = (
     "_convolution_pointwise",
@@ -53,6 +65,10 @@ class Convolution(nn.Module):
     def of(cls, conv: nn.Conv2d) -> Convolution:
         return cls(conv.weight.detach(), conv.bias.detach(), conv.stride[0], conv.padding[0])
 
+    @classmethod
+    def upsampling(cls, conv: nn.Conv2d) -> Convolution:
+        return cls(conv.weight.detach(), conv.bias.detach(), stride=1, padding=1, upsample=True)
+
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """As module.to, for a network in this dtype."""
         self.dtype = dtype
@@ -94,19 +110,21 @@ class Convolution(nn.Module):
         self,
         norm: GroupNormSiLU,
         x: torch.Tensor,
-        add: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         overwrite: bool = False,
         exact: bool = False,
+        **conditions: torch.Tensor,
     ) -> torch.Tensor:
-        """self(norm(x, add), residual, overwrite). exact: the result may be float32 in a network of another dtype."""
+        """self(norm(x, **conditions), residual, overwrite). exact: the result may be float32 in a network of another dtype."""
         if self.packed is None:
             self._pack(x)
         if not (self.winograd and x.is_contiguous(memory_format=torch.channels_last)):
-            return self(norm(x, add), residual, overwrite)
-        coefficients = winograd.norm_coefficients(x, norm.groups, norm.weight, norm.bias, EPS, add)
+            return self(norm(x, **conditions), residual, overwrite)
+        coefficients = winograd.norm_coefficients(x, norm.groups, norm.weight, norm.bias, norm.eps, **conditions)
         out, dtype = residual if overwrite else None, torch.float32 if exact else None
-        return winograd.convolve(x, self.packed, self.bias, residual, out, coefficients=coefficients, dtype=dtype)
+        return winograd.convolve(
+            x, self.packed, self.bias, residual, out, coefficients=coefficients, upsample=self.upsample, dtype=dtype
+        )
 
     def _pack(self, x: torch.Tensor) -> None:
         """For this shape of x; another batch size then works too, but may cost a reordering in every call."""
@@ -149,28 +167,44 @@ class MergedResBlock(nn.Module):
 
     def __init__(self, block: ResBlock) -> None:
         super().__init__()
+        self.scale_shift, self.resample, self.divisor = block.scale_shift, block.resample, block.divisor
         self.norm1, self.norm2 = block.norm1, block.norm2
-        self.conv1, self.conv2 = Convolution.of(block.conv1), Convolution.of(block.conv2)
+        self.conv1 = Convolution.upsampling(block.conv1) if self.resample == "up" else Convolution.of(block.conv1)
+        self.conv2 = Convolution.of(block.conv2)
         self.conv_shortcut = None if block.conv_shortcut is None else Convolution.of(block.conv_shortcut)
         self.time_emb_proj = copy.copy(block.time_emb_proj)
-        self.time_emb_proj._parameters = {
-            "weight": block.time_emb_proj.weight,
-            "bias": nn.Parameter(block.time_emb_proj.bias.detach() + self.conv1.bias, requires_grad=False),
-        }
+        self.register_buffer("added", None)
+        if self.scale_shift:
+            self.added = self.conv1.bias
+        else:
+            self.time_emb_proj._parameters = {
+                "weight": block.time_emb_proj.weight,
+                "bias": nn.Parameter(block.time_emb_proj.bias.detach() + self.conv1.bias, requires_grad=False),
+            }
         self.conv1.bias = None
         if self.conv_shortcut is not None:
             self.conv_shortcut.bias, self.conv2.bias = self.conv_shortcut.bias + self.conv2.bias, None
 
-    def forward(self, x: torch.Tensor, add: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         # What lies between the convolutions needn't be rounded where both take float32 as it is.
-        h = self.conv1.behind(self.norm1, x, exact=self.conv2.fast)
+        exact = self.conv2.fast
+        if self.resample == "down":
+            h = self.conv1(resampled(self.norm1(x), self.resample))
+        else:
+            h = self.conv1.behind(self.norm1, x, exact=exact)
+        x = resampled(x, self.resample)
+        given = conditions(embedding, self.scale_shift)
+        if self.added is not None:
+            given["add"] = self.added
         if self.conv_shortcut is None:
-            return self.conv2.behind(self.norm2, h, add, x)
-        return self.conv2.behind(self.norm2, h, add, self.conv_shortcut(x), overwrite=True)
+            h = self.conv2.behind(self.norm2, h, x, **given)
+        else:
+            h = self.conv2.behind(self.norm2, h, self.conv_shortcut(x), overwrite=True, **given)
+        return h if self.divisor == 1 else h / self.divisor
 
 
 class MergedAttention(nn.Module):
-    """`Attention` with two projections instead of four.
+    """`Attention` of one head with two projections instead of four.
 
     With one head as wide as x, and h the normalised x:
       q_i . k_j = (Wk^T Wq h_i + Wk^T bq) . h_j + what is the same for all j, and leaves the softmax alone
@@ -184,12 +218,12 @@ class MergedAttention(nn.Module):
             p.detach().double() for p in (q.weight, q.bias, k.weight, v.weight, v.bias, out.weight, out.bias)
         )
         weight, bias = torch.cat((wk.T @ wq, wo @ wv)), torch.cat((wk.T @ bq, wo @ bv + bo))
-        self.group_norm = attention.group_norm
+        self.group_norm, self.divisor = attention.group_norm, attention.divisor
         self.projections = Convolution(weight[..., None, None], bias, stride=1, padding=0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, c, height, width = x.shape
-        h = self.group_norm(x)
+        h = x if self.group_norm is None else self.group_norm(x)
         q, v = self.projections(h).flatten(2).transpose(1, 2).split(c, dim=-1)  # [N, H*W, C] each, views
         k, residual = h.flatten(2).transpose(1, 2), x.flatten(2).transpose(1, 2)
         if x.device.type == "cpu" and x.dtype == torch.bfloat16:
@@ -198,24 +232,52 @@ class MergedAttention(nn.Module):
             y = torch.baddbmm(residual, scores.softmax(-1), v)
         else:
             y = residual + F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]).squeeze(1)
-        return y.transpose(1, 2).reshape(n, c, height, width)
+        y = y.transpose(1, 2).reshape(n, c, height, width)
+        return y if self.divisor == 1 else y / self.divisor
+
+
+class MergedHeads(nn.Module):
+    """`Attention` of several heads with its first three projections in one. Merged as above each head's would be as wide as x."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        parts = attention.to_q, attention.to_k, attention.to_v
+        weight, bias = (torch.cat([getattr(part, name).detach() for part in parts]) for name in ("weight", "bias"))
+        out = attention.to_out[0]
+        self.group_norm, self.heads, self.divisor = attention.group_norm, attention.heads, attention.divisor
+        self.projections = Convolution(weight[..., None, None], bias, stride=1, padding=0)
+        self.out = Convolution(out.weight.detach()[..., None, None], out.bias.detach(), stride=1, padding=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, height, width = x.shape
+        h = x if self.group_norm is None else self.group_norm(x)
+        q, k, v = self.projections(h).reshape(n, 3, self.heads, c // self.heads, -1).transpose(-1, -2).unbind(1)
+        y = F.scaled_dot_product_attention(q, k, v)  # [N, heads, H*W, C / heads]
+        y = y.permute(0, 2, 1, 3).reshape(n, height, width, c).permute(0, 3, 1, 2)  # channels_last
+        y = self.out(y, x)
+        return y if self.divisor == 1 else y / self.divisor
+
+
+def merged_attention(attention: Attention) -> nn.Module:
+    return MergedAttention(attention) if attention.heads == 1 else MergedHeads(attention)
 
 
 def merged_upsample(upsample: Upsample) -> Convolution:
-    conv = upsample.conv
-    return Convolution(conv.weight.detach(), conv.bias.detach(), stride=1, padding=1, upsample=True)
+    return Convolution.upsampling(upsample.conv)
 
 
 MERGED = {
     ResBlock: MergedResBlock,
-    Attention: MergedAttention,
+    Attention: merged_attention,
     Upsample: merged_upsample,
     nn.Conv2d: Convolution.of,
 }
 
 
 # (kernel, stride, padding) of the convolutions in unet.py
-MADE = {((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (0, 0)), ((1, 1), (1, 1), (0, 0))}
+MADE = {
+    ((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (0, 0)), ((3, 3), (2, 2), (1, 1)), ((1, 1), (1, 1), (0, 0)),
+}  # fmt: skip
 
 
 def _untouched(module: nn.Module) -> bool:

@@ -2,11 +2,15 @@
 
 `embed` yields what each residual block needs of the timestep (and class); `body` is everything that depends on x. Parameters
 carry the names that diffusers' UNet2DModel gives them, so that a state dict goes both ways unchanged.
+
+The defaults are the paper's network. The options behind `classes` are what its descendants changed (Nichol & Dhariwal
+2021, Dhariwal & Nichol 2021, diffusers), so that their checkpoints are this network too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,55 +22,138 @@ from .schedule import Schedule
 
 __all__ = ["UNet", "UNetConfig"]
 
-EPS = 1e-6  # of every GroupNorm, as in the paper's code
-
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """The network's architecture.
 
-    sample_size: side of the image, divisible by 2^(levels - 1). channels: width of the first level; multipliers: widths of
-    the levels, as multiples of it. blocks: residual blocks per level going down (one more going up). attention: sides
-    at which every block is followed by self-attention (the middle always has it). out_channels: default in_channels; twice
-    that for a learned variance. groups: of every GroupNorm. classes: number of class labels, None for an unconditional network.
+    sample_size: side of the image, divisible by 2^(levels - 1). channels: width that the timestep's embedding starts with, and
+    that of the first level in most networks; multipliers: widths of the levels, as multiples of it. blocks: residual blocks per
+    level going down (one more going up). attention: sides at which every block is followed by self-attention (the middle always
+    has it). out_channels: default in_channels; twice that for a learned variance. groups: of every GroupNorm. classes: number
+    of class labels, None for an unconditional network.
+
+    What the paper's network doesn't change:
+    eps: of every GroupNorm. attention_up: the sides with attention going up, default as going down. stem: width of the first
+    convolution, default `channels`. heads, head_channels: number of attention's heads, or width of each; at most one of them,
+    default one head. scale_shift: the timestep scales and shifts the second norm's output instead of being added in front of it.
+    resample: "conv", a strided convolution down and nearest upsampling with a convolution up, or "resnet", a residual block that
+    averages 2x2 pixels or repeats them between its first norm and convolution. pad: what a strided convolution sees outside
+    the image, "end", a zero at the right and bottom, or "both", zeros all around. flip_sin_to_cos, freq_shift: the timestep
+    embedding's order and spacing (`ops.timestep_embedding`). time_scale: by which t is multiplied in front of it.
+    center_input: the network is given 2x - 1. middle_attention: whether the middle has attention. middle_groups: of its
+    norm, default `groups`; 0 for no norm. middle_scale: by which every layer of the middle divides its output.
     """
 
     sample_size: int = 32
     in_channels: int = 3
     out_channels: int | None = None
     channels: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    multipliers: tuple[float, ...] = (1, 2, 2, 2)
     blocks: int = 2
     attention: tuple[int, ...] = (16,)
     dropout: float = 0.0
     groups: int = 32
     classes: int | None = None
+    eps: float = 1e-6
+    attention_up: tuple[int, ...] | None = None
+    stem: int | None = None
+    heads: int | None = None
+    head_channels: int | None = None
+    scale_shift: bool = False
+    resample: str = "conv"
+    pad: str = "end"
+    flip_sin_to_cos: bool = False
+    freq_shift: int = 1
+    time_scale: float = 1.0
+    center_input: bool = False
+    middle_attention: bool = True
+    middle_groups: int | None = None
+    middle_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        object.__setattr__(self, "attention", tuple(self.attention))
-        if self.out_channels is None:
-            object.__setattr__(self, "out_channels", self.in_channels)
+        for name, value in (
+            ("multipliers", tuple(self.multipliers)),
+            ("attention", tuple(self.attention)),
+            ("attention_up", None if self.attention_up is None else tuple(self.attention_up)),
+            ("out_channels", self.in_channels if self.out_channels is None else self.out_channels),
+        ):
+            object.__setattr__(self, name, value)
         for name in ("sample_size", "in_channels", "out_channels", "channels", "blocks", "groups"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}; expected an int >= 1")
-        if not self.multipliers or any(not isinstance(m, int) or m < 1 for m in self.multipliers):
-            raise ValueError(f"multipliers: got {self.multipliers}; expected ints >= 1, one for each level")
+            _check_int(name, getattr(self, name), 1)
+        for name in ("classes", "stem", "heads", "head_channels", "middle_groups"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0 if name == "middle_groups" else 1)
+        if not self.multipliers or any(not _whole(self.channels, m) for m in self.multipliers):
+            raise ValueError(
+                f"multipliers: got {self.multipliers}; expected for each level a positive number that makes a whole "
+                f"number of {self.channels} channels"
+            )
         if self.sample_size % (1 << (len(self.multipliers) - 1)):
             raise ValueError(
                 f"sample_size: {self.sample_size} cannot be halved {len(self.multipliers) - 1} times, once for each level "
                 "after the first"
             )
-        for m in self.multipliers:
-            if self.channels * m % self.groups:
-                raise ValueError(f"groups: {self.channels * m} channels cannot be divided into {self.groups} groups")
-        if self.channels < 4:
+        for width in (self.first_width, *self.widths):
+            if width % self.groups:
+                raise ValueError(f"groups: {width} channels cannot be divided into {self.groups} groups")
+        if self.middle_groups and self.widths[-1] % self.middle_groups:
+            width, groups = self.widths[-1], self.middle_groups
+            raise ValueError(f"middle_groups: {width} channels cannot be divided into {groups} groups")
+        if self.channels // 2 <= max(self.freq_shift, 1):
             raise ValueError(f"channels: got {self.channels}; expected at least 4, for the timestep embedding")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: got {self.dropout}; expected a probability in [0, 1)")
-        if self.classes is not None and self.classes < 1:
-            raise ValueError(f"classes: got {self.classes}; expected None or at least 1")
+        if self.heads is not None and self.head_channels is not None:
+            raise ValueError(f"heads, head_channels: got {self.heads} and {self.head_channels}; expected one of them")
+        for width in self.attended:
+            if width % (self.heads or self.head_channels or 1):
+                name, value = ("heads", self.heads) if self.heads else ("head_channels", self.head_channels)
+                raise ValueError(f"{name}: {width} channels, at which there is attention, cannot be divided by {value}")
+        for name, choices in (("resample", ("conv", "resnet")), ("pad", ("end", "both"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        for name in ("eps", "time_scale", "middle_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected a positive number")
+
+    @property
+    def first_width(self) -> int:
+        """Channels behind the first convolution."""
+        return self.channels if self.stem is None else self.stem
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level."""
+        return [round(self.channels * m) for m in self.multipliers]
+
+    @property
+    def sides(self) -> list[int]:
+        """Side of each level's images."""
+        return [self.sample_size >> i for i in range(len(self.multipliers))]
+
+    @property
+    def going_up(self) -> tuple[int, ...]:
+        """Sides with attention going up."""
+        return self.attention if self.attention_up is None else self.attention_up
+
+    @property
+    def attended(self) -> list[int]:
+        """Channels of each level that has attention, and of the middle where it has it."""
+        everywhere = {*self.attention, *self.going_up}
+        levels = [width for width, side in zip(self.widths, self.sides, strict=True) if side in everywhere]
+        return [*levels, self.widths[-1]] if self.middle_attention else levels
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: got {value!r}; expected an int >= {least}")
+
+
+def _whole(channels: int, multiplier: float) -> bool:
+    """Whether it makes a whole number of channels; thirds are not exact."""
+    width = channels * multiplier
+    return width > 0.5 and abs(width - round(width)) < 1e-6
 
 
 PRESETS = {
@@ -92,79 +179,115 @@ def _conv(inputs: int, outputs: int, size: int = 3, gain: float = 1.0, **options
 
 
 class GroupNormSiLU(nn.Module):
-    """GroupNorm with eps 1e-6 and, unless told otherwise, a SiLU behind it."""
+    """GroupNorm and, unless told otherwise, a SiLU behind it."""
 
-    def __init__(self, groups: int, channels: int, silu: bool = True) -> None:
+    def __init__(self, groups: int, channels: int, eps: float, silu: bool = True) -> None:
         super().__init__()
-        self.groups, self.silu = groups, silu
+        self.groups, self.eps, self.silu = groups, eps, silu
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
-        return ops.group_norm_silu(x, self.groups, self.weight, self.bias, EPS, add=add, silu=self.silu)
+    def forward(self, x: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
+        """conditions: add, scale and shift of `ops.group_norm_silu`."""
+        return ops.group_norm_silu(x, self.groups, self.weight, self.bias, self.eps, silu=self.silu, **conditions)
 
     def extra_repr(self) -> str:
-        return f"{self.groups}, {self.weight.numel()}, silu={self.silu}"
+        return f"{self.groups}, {self.weight.numel()}, eps={self.eps}, silu={self.silu}"
 
 
 class TimestepEmbedding(nn.Module):
     """Sinusoids of t, dense, SiLU, dense: [N] -> [N, 4 * channels]."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        self.channels = channels
-        self.linear_1 = _linear(channels, 4 * channels)
-        self.linear_2 = _linear(4 * channels, 4 * channels)
+        self.channels, self.time_scale = config.channels, config.time_scale
+        self.flip_sin_to_cos, self.freq_shift = config.flip_sin_to_cos, config.freq_shift
+        self.linear_1 = _linear(self.channels, 4 * self.channels)
+        self.linear_2 = _linear(4 * self.channels, 4 * self.channels)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         dtype = self.linear_1.weight.dtype
-        sinusoids = ops.timestep_embedding(t.double() if dtype == torch.float64 else t, self.channels).to(dtype)
-        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+        if dtype == torch.float64:
+            t = t.double()
+        if self.time_scale != 1:
+            t = (t if t.is_floating_point() else t.float()) * self.time_scale
+        sinusoids = ops.timestep_embedding(
+            t, self.channels, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
+        )
+        return self.linear_2(F.silu(self.linear_1(sinusoids.to(dtype))))
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv; a 1x1 shortcut where the width changes."""
+    """norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv; a 1x1 shortcut where the width changes.
 
-    def __init__(self, inputs: int, outputs: int, config: UNetConfig) -> None:
+    resample: "up" or "down" in front of the first convolution, and for the shortcut.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, config: UNetConfig, *, resample: str | None = None, divisor: float = 1.0
+    ) -> None:
         super().__init__()
-        self.norm1 = GroupNormSiLU(config.groups, inputs)
+        self.scale_shift, self.resample, self.divisor = config.scale_shift, resample, divisor
+        self.norm1 = GroupNormSiLU(config.groups, inputs, config.eps)
         self.conv1 = _conv(inputs, outputs)
-        self.time_emb_proj = _linear(4 * config.channels, outputs)
-        self.norm2 = GroupNormSiLU(config.groups, outputs)
+        self.time_emb_proj = _linear(4 * config.channels, 2 * outputs if config.scale_shift else outputs)
+        self.norm2 = GroupNormSiLU(config.groups, outputs, config.eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = _conv(outputs, outputs, gain=1e-5)
         self.conv_shortcut = _conv(inputs, outputs, 1) if inputs != outputs else None
 
-    def forward(self, x: torch.Tensor, add: torch.Tensor) -> torch.Tensor:
-        """add: this block's projection of the embedding, [N, outputs] or [outputs]."""
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.dropout(self.norm2(h, add)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """embedding: this block's projection of the timestep's, [N, width] or [width]."""
+        h = self.conv1(resampled(self.norm1(x), self.resample))
+        h = self.conv2(self.dropout(self.norm2(h, **conditions(embedding, self.scale_shift))))
+        x = resampled(x, self.resample)
+        h = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return h if self.divisor == 1 else h / self.divisor
+
+
+def resampled(x: torch.Tensor, resample: str | None) -> torch.Tensor:
+    """x; or with sides doubled ("up", each pixel repeated) or halved ("down", means of 2x2 pixels)."""
+    if resample is None:
+        return x
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if resample == "up" else F.avg_pool2d(x, 2)
+
+
+def conditions(embedding: torch.Tensor, scale_shift: bool) -> dict[str, torch.Tensor]:
+    """What the second norm of a block takes: add [..., C]; or of [..., 2C], scale and shift [..., C]."""
+    if not scale_shift:
+        return {"add": embedding}
+    return dict(zip(("scale", "shift"), embedding.chunk(2, dim=-1), strict=True))
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all pixels, scaled by C^-0.5, with a residual."""
+    """Self-attention over all pixels, scaled by (C / heads)^-0.5, with a residual."""
 
-    def __init__(self, channels: int, config: UNetConfig) -> None:
+    def __init__(self, channels: int, config: UNetConfig, *, groups: int, divisor: float = 1.0) -> None:
+        """groups: of the norm; 0 for none."""
         super().__init__()
-        self.group_norm = GroupNormSiLU(config.groups, channels, silu=False)
+        self.heads = config.heads or (1 if config.head_channels is None else channels // config.head_channels)
+        self.divisor = divisor
+        self.group_norm = GroupNormSiLU(groups, channels, config.eps, silu=False) if groups else None
         self.to_q, self.to_k, self.to_v = (_linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([_linear(channels, channels, gain=1e-5)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, c, height, width = x.shape
-        h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # [N, 1, H*W, C], one head
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + self.to_out[0](h).squeeze(1).transpose(1, 2).reshape(n, c, height, width)
+        h = (x if self.group_norm is None else self.group_norm(x)).flatten(2).transpose(1, 2)  # [N, H*W, C]
+        q, k, v = (to(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = x + self.to_out[0](h).transpose(1, 2).reshape(n, c, height, width)
+        return h if self.divisor == 1 else h / self.divisor
 
 
 class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, pad: str) -> None:
         super().__init__()
-        self.conv = _conv(channels, channels, stride=2, padding=0)
+        self.pad = pad
+        self.conv = _conv(channels, channels, stride=2, padding=int(pad == "both"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, TensorFlow's "SAME"
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad == "end" else x)  # "end" is TensorFlow's "SAME"
 
 
 class Upsample(nn.Module):
@@ -177,35 +300,69 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the level has it."""
+    """The residual blocks of one resolution, each followed by attention where the level has it, and what changes the
+    resolution behind them."""
 
     def __init__(self, widths: list[tuple[int, int]], attention: bool, config: UNetConfig) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(i, o, config) for i, o in widths)
         if attention:
-            self.attentions = nn.ModuleList(Attention(o, config) for _, o in widths)
+            self.attentions = nn.ModuleList(Attention(o, config, groups=config.groups) for _, o in widths)
         self.attention = attention
 
-    def block(self, j: int, x: torch.Tensor, add: torch.Tensor) -> torch.Tensor:
-        x = self.resnets[j](x, add)
+    def block(self, j: int, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        x = self.resnets[j](x, embedding)
         return self.attentions[j](x) if self.attention else x
+
+    def resampler(self) -> nn.Module | None:
+        for name in ("downsamplers", "upsamplers"):
+            if hasattr(self, name):
+                return getattr(self, name)[0]
+        return None
+
+    def resample(self, x: torch.Tensor, embedding: Iterator[torch.Tensor]) -> torch.Tensor:
+        """x for the next level; as it is behind the last one."""
+        resampler = self.resampler()
+        if resampler is None:
+            return x
+        return resampler(x, next(embedding)) if _embedded(resampler) else resampler(x)
+
+    def resblocks(self) -> list[ResBlock]:
+        """In the order in which `UNet.body` meets them."""
+        return [*self.resnets, *([self.resampler()] if _embedded(self.resampler()) else [])]
+
+
+def _embedded(layer: nn.Module | None) -> bool:
+    """Whether it is a residual block, which takes a part of the embedding; also of the engine's kind."""
+    return hasattr(layer, "time_emb_proj")
 
 
 class Middle(nn.Module):
     def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(channels, channels, config) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(channels, config)])
+        self.resnets = nn.ModuleList(
+            ResBlock(channels, channels, config, divisor=config.middle_scale) for _ in range(2)
+        )
+        if config.middle_attention:
+            groups = config.groups if config.middle_groups is None else config.middle_groups
+            self.attentions = nn.ModuleList([Attention(channels, config, groups=groups, divisor=config.middle_scale)])
+        self.attention = config.middle_attention
 
-    def forward(self, x: torch.Tensor, adds: list[torch.Tensor]) -> torch.Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, adds[0])), adds[1])
+    def forward(self, x: torch.Tensor, embedding: Iterator[torch.Tensor]) -> torch.Tensor:
+        x = self.resnets[0](x, next(embedding))
+        if self.attention:
+            x = self.attentions[0](x)
+        return self.resnets[1](x, next(embedding))
+
+    def resblocks(self) -> list[ResBlock]:
+        return list(self.resnets)
 
 
 class UNet(nn.Module):
     """Ho et al.'s network: x_t [N, C, H, W] and t int64 [N] -> prediction [N, out_channels, H, W].
 
-    schedule, prediction, variance: what the network was trained for, taken by `fastddpm.sample` unless told otherwise;
-    default the paper's linear schedule, "epsilon" and "fixed_large".
+    schedule, prediction, variance, clip: what the network was trained for, taken by `fastddpm.sample` unless told otherwise;
+    default the paper's linear schedule, "epsilon", "fixed_large" and True.
     """
 
     def __init__(
@@ -215,28 +372,35 @@ class UNet(nn.Module):
         schedule: Schedule | None = None,
         prediction: str = "epsilon",
         variance: str = "fixed_large",
+        clip: bool | float = True,
     ) -> None:
         super().__init__()
         self.config = config
         self.schedule = Schedule.linear() if schedule is None else schedule
-        self.prediction, self.variance = prediction, variance
-        widths = [config.channels * m for m in config.multipliers]
-        sides = [config.sample_size >> i for i in range(len(widths))]
-        temb = 4 * config.channels
+        self.prediction, self.variance, self.clip = prediction, variance, clip
 
-        self.conv_in = _conv(config.in_channels, config.channels)
-        self.time_embedding = TimestepEmbedding(config.channels)
+        self.conv_in = _conv(config.in_channels, config.first_width)
+        self.time_embedding = TimestepEmbedding(config)
         if config.classes is not None:
-            self.class_embedding = nn.Embedding(config.classes, temb)
+            self.class_embedding = nn.Embedding(config.classes, 4 * config.channels)
 
-        skips = [config.channels]  # widths of what the way up will be given, in the order it is produced
-        width = config.channels
+        def down(width: int) -> nn.Module:
+            if config.resample == "resnet":
+                return ResBlock(width, width, config, resample="down")
+            return Downsample(width, config.pad)
+
+        def up(width: int) -> nn.Module:
+            return ResBlock(width, width, config, resample="up") if config.resample == "resnet" else Upsample(width)
+
+        levels = list(enumerate(zip(config.widths, config.sides, strict=True)))
+        skips = [config.first_width]  # widths of what the way up will be given, in the order it is produced
+        width = config.first_width
         self.down_blocks = nn.ModuleList()
-        for i, (out, side) in enumerate(zip(widths, sides, strict=True)):
+        for i, (out, side) in levels:
             level = Level([(width, out)] + [(out, out)] * (config.blocks - 1), side in config.attention, config)
             skips += [out] * config.blocks
-            if i + 1 < len(widths):
-                level.downsamplers = nn.ModuleList([Downsample(out)])
+            if i + 1 < len(levels):
+                level.downsamplers = nn.ModuleList([down(out)])
                 skips.append(out)
             self.down_blocks.append(level)
             width = out
@@ -244,17 +408,17 @@ class UNet(nn.Module):
         self.mid_block = Middle(width, config)
 
         self.up_blocks = nn.ModuleList()
-        for i, (out, side) in reversed(list(enumerate(zip(widths, sides, strict=True)))):
+        for i, (out, side) in reversed(levels):
             pairs = []
             for _ in range(config.blocks + 1):
                 pairs.append((width + skips.pop(), out))
                 width = out
-            level = Level(pairs, side in config.attention, config)
+            level = Level(pairs, side in config.going_up, config)
             if i > 0:
-                level.upsamplers = nn.ModuleList([Upsample(out)])
+                level.upsamplers = nn.ModuleList([up(out)])
             self.up_blocks.append(level)
 
-        self.conv_norm_out = GroupNormSiLU(config.groups, width)
+        self.conv_norm_out = GroupNormSiLU(config.groups, width, config.eps)
         self.conv_out = _conv(width, config.out_channels, gain=1e-5)
 
     @classmethod
@@ -265,17 +429,32 @@ class UNet(nn.Module):
         return cls(PRESETS[name])
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> UNet:
-        """A trained network, in eval mode: a bundled model's name ("digits") or a folder that `save_pretrained` wrote."""
-        from .checkpoints import native
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, flags: str | None = None) -> UNet:
+        """A trained network, in eval mode, with the schedule, prediction, variance and clip that it was trained for.
 
-        return native.load(name)
+        name: a bundled model's name ("digits"); a folder that `save_pretrained` wrote; a diffusers DDPM folder; a checkpoint
+            file of pesser's conversions of the paper's weights, or of OpenAI's improved-diffusion and guided-diffusion; or
+            the id of a diffusers or fastddpm model on the Hugging Face Hub ("google/ddpm-cifar10-32").
+        revision: branch, tag or commit, of a Hub id alone.
+        flags: of OpenAI's files alone, which don't say how their network was made: what the publisher passes to
+            the sampling script ("--image_size 64 --num_channels 192 ..."). For the published files it may be left out.
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`, made if missing; each file appears whole or not at all."""
-        from .checkpoints import native
+        Pickles are read with weights_only, so that they cannot run code. Raises CheckpointError, a ValueError, naming the file
+        and what is wrong with it. Warns where nothing says that the weights are averaged (EMA) ones.
+        """
+        from .checkpoints import pretrained
 
-        native.save(self, folder)
+        return pretrained.load(name, revision=revision, flags=flags)
+
+    def save_pretrained(self, folder: str | Path, *, format: str = "fastddpm") -> None:
+        """Write the network into `folder`, made if missing; each file appears whole or not at all.
+
+        format: "fastddpm" (config.json and model.safetensors), or "diffusers": a folder for DDPMPipeline.from_pretrained.
+        Raises ValueError where diffusers' UNet2DModel has no such network, naming the option.
+        """
+        from .checkpoints import pretrained
+
+        pretrained.save(self, folder, format)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -285,7 +464,7 @@ class UNet(nn.Module):
     def resblocks(self) -> list[ResBlock]:
         """All residual blocks in the order `body` meets them."""
         levels = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        return [block for level in levels for block in level.resnets]
+        return [block for level in levels for block in level.resblocks()]
 
     def embedding_layers(self) -> list[nn.Module]:
         """All that `embed` calls and `body` doesn't."""
@@ -293,7 +472,7 @@ class UNet(nn.Module):
         return [self.time_embedding, *classes, *(block.time_emb_proj for block in self.resblocks())]
 
     def embed(self, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """What each residual block adds for timesteps t [N] (and class labels int64 [N]): a list of [N, width]."""
+        """What each residual block takes for timesteps t [N] (and class labels int64 [N]): a list of [N, width]."""
         if (class_labels is None) != (self.config.classes is None):
             wanted = "int64 [N]" if self.config.classes is not None else "none, as this network has no classes"
             raise ValueError(f"class_labels: got {class_labels!r}; expected {wanted}")
@@ -305,22 +484,21 @@ class UNet(nn.Module):
 
     def body(self, x: torch.Tensor, embedding: list[torch.Tensor]) -> torch.Tensor:
         """Everything that depends on x. embedding: a list as `embed` gives it, each entry [N, width] or [width]."""
-        adds = iter(embedding)
-        h = self.conv_in(x)
+        parts = iter(embedding)
+        h = self.conv_in(2 * x - 1 if self.config.center_input else x)
         skips = [h]
         for level in self.down_blocks:
             for j in range(len(level.resnets)):
-                h = level.block(j, h, next(adds))
+                h = level.block(j, h, next(parts))
                 skips.append(h)
-            if hasattr(level, "downsamplers"):
-                h = level.downsamplers[0](h)
+            if level.resampler() is not None:
+                h = level.resample(h, parts)
                 skips.append(h)
-        h = self.mid_block(h, [next(adds), next(adds)])
+        h = self.mid_block(h, parts)
         for level in self.up_blocks:
             for j in range(len(level.resnets)):
-                h = level.block(j, torch.cat((h, skips.pop()), dim=1), next(adds))
-            if hasattr(level, "upsamplers"):
-                h = level.upsamplers[0](h)
+                h = level.block(j, torch.cat((h, skips.pop()), dim=1), next(parts))
+            h = level.resample(h, parts)
         return self.conv_out(self.conv_norm_out(h))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:

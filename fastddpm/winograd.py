@@ -49,28 +49,21 @@ def norm_coefficients(
     bias: torch.Tensor,
     eps: float,
     add: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(h, a, b), float32 [3, N, C], with group_norm_silu(x, num_groups, weight, bias, eps, add=add) = silu((x + h) * a + b).
+    """(h, a, b), float32 [3, N, C], with group_norm_silu(x, num_groups, weight, bias, eps, ...) = silu((x + h) * a + b).
 
-    x: [N, C, H, W] channels_last; weight, bias, add as there.
+    x: [N, C, H, W] channels_last; weight, bias, add, scale, shift as there.
     """
     n, c, height, width = x.shape
     coefficients = torch.empty(3, n, c, dtype=torch.float32, device=x.device)
-    weight, bias, add = weight.contiguous(), bias.contiguous(), None if add is None else add.contiguous()
+    weight, bias, add, scale, shift = (None if v is None else v.contiguous() for v in (weight, bias, add, scale, shift))
     b = backend.buffer
     backend.native.group_norm_coefficients(
-        b(x),
-        b(coefficients),
-        b(weight),
-        b(bias),
-        b(add),
-        n,
-        c,
-        height * width,
-        num_groups,
-        eps,
-        torch.get_num_threads(),
-    )
+        b(x), b(coefficients), b(weight), b(bias), b(add), b(scale), b(shift),
+        n, c, height * width, num_groups, eps, torch.get_num_threads(),
+    )  # fmt: skip
     return coefficients
 
 

@@ -4,6 +4,7 @@ And from call to call: kept while the model is what it was, never stale, and gon
 """
 
 import copy
+import dataclasses
 import gc
 import itertools
 import threading
@@ -33,7 +34,19 @@ CONFIGS = {
     "classes": UNetConfig(
         sample_size=8, in_channels=2, out_channels=4, channels=8, multipliers=(2, 2), groups=2, classes=3
     ),
-}
+    "guided diffusion's": UNetConfig(
+        sample_size=8, out_channels=6, channels=16, multipliers=(0.5, 1, 1.5), attention=(4,), groups=4, stem=8, blocks=1,
+        eps=1e-5, head_channels=4, scale_shift=True, resample="resnet", flip_sin_to_cos=True, freq_shift=0, time_scale=0.25,
+    ),
+    "every other option": UNetConfig(
+        sample_size=8, channels=8, multipliers=(1, 2), attention=(), attention_up=(8,), groups=4, heads=2, pad="both",
+        center_input=True, middle_groups=0, middle_scale=1.5,
+    ),
+    "scaled and shifted, resampled by residual blocks, one head": UNetConfig(
+        sample_size=8, channels=8, multipliers=(1, 2), attention=(8,), groups=4, scale_shift=True, resample="resnet",
+        middle_attention=False,
+    ),
+}  # fmt: skip
 
 
 def both(model, dtype, n=3):
@@ -57,14 +70,16 @@ def test_engine_is_the_network(config, dtype, bound):
 
 
 WIDE = UNetConfig(sample_size=16, channels=32, multipliers=(1, 2), attention=(8,), groups=8)
+WIDE_GUIDED = dataclasses.replace(WIDE, scale_shift=True, resample="resnet", heads=4)
 
 
 @pytest.mark.skipif(backend.native is None, reason="there are no compiled kernels")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
-def test_wide_layers_go_winograd_s_way(dtype, bound):
+@pytest.mark.parametrize("config", [WIDE, WIDE_GUIDED], ids=["the paper's", "guided diffusion's"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
+def test_wide_layers_go_winograd_s_way(config, dtype, bound):
     if not backend.native.winograd_serves(str(dtype)[6:]):
         pytest.skip("this processor has no bfloat16 products")
-    model = randomised(WIDE)
+    model = randomised(config)
     engine = Engine(model, CPU, dtype)
     x, t = torch.randn(2, *model.shape), torch.tensor([3, 800])
     with torch.inference_mode():
@@ -135,10 +150,12 @@ def test_the_paper_s_network_at_twenty_timesteps(dtype, bound):
 
 
 def test_every_layer_that_can_be_merged_is():
-    model = randomised(CONFIGS["two levels"])
-    kinds = [type(m) for m in Engine(model, CPU, torch.float32).model.modules()]
-    assert kinds.count(merged.MergedAttention) == 6 and kinds.count(merged.MergedResBlock) == len(model.resblocks())
-    assert nn.Conv2d not in kinds and Upsample not in kinds
+    for config, attentions in (("two levels", (6, 0)), ("guided diffusion's", (0, 4)), ("every other option", (0, 4))):
+        model = randomised(CONFIGS[config])
+        kinds = [type(m) for m in Engine(model, CPU, torch.float32).model.modules()]
+        assert (kinds.count(merged.MergedAttention), kinds.count(merged.MergedHeads)) == attentions
+        assert kinds.count(merged.MergedResBlock) == len(model.resblocks())
+        assert nn.Conv2d not in kinds and Upsample not in kinds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
