@@ -1,9 +1,11 @@
-"""The command line: fastddpm sample | train | evaluate | check | info."""
+"""The command line: fastddpm sample | train | evaluate | convert | check | info."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import sys
 import time
 import warnings
@@ -18,7 +20,7 @@ from PIL import Image
 from . import __version__, backend, data, evaluation, images, samplers, training
 from .arguments import random_seed
 from .chains import Frames
-from .checkpoints import native
+from .checkpoints import base, native, pretrained
 from .coding import LikelihoodError
 from .diffusion import OBJECTIVES
 from .features import inception, named
@@ -27,7 +29,7 @@ from .ops import philox_normal
 from .ops.philox_normal import Stream
 from .sampling import SamplingError, plan, sample
 from .schedule import Schedule
-from .unet import UNet
+from .unet import UNet, UNetConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RAW = (".npy", ".npz")
@@ -116,11 +118,12 @@ def _sampler_options(command):
 def sample_command(
     model, n, output, seed, first, batch_size, device, dtype, label, gif, strip, forward, **chain
 ) -> None:
-    """Draw images with MODEL: a bundled model's name or a run's folder (default: the bundled digits)."""
+    """Draw images with MODEL: a bundled model's name (default: digits), the folder of a run or of a diffusers model, a
+    checkpoint of pytorch_diffusion, or the id of a model on the Hugging Face Hub (owner/name)."""
     seed = random_seed() if seed is None else seed
     if forward is not None:
         _writable(output, (".png",))
-        images.save(_forward_strip(forward, native.load(model).schedule, seed), output)
+        images.save(_forward_strip(forward, UNet.from_pretrained(model).schedule, seed), output)
         click.echo(f"{output}: {forward} from x_0 to x_T (seed {seed})")
         return
     _writable(output, (".png", *RAW))
@@ -291,7 +294,7 @@ def train_command(source, out, preset, resume, labels, dtype, device, **options)
 @click.option("--cache", type=click.Path(path_type=Path),
               help="Folder for the reference's features; default evaluation-cache, beside --out.")  # fmt: skip
 def evaluate_command(model, source, out, metrics, seed, device, dtype, features, inception_weights, **options) -> None:
-    """Measure MODEL (a bundled model's name or a run's folder): FID, KID, bits per dimension; again, to go on after Ctrl-C."""
+    """Measure MODEL: FID, KID, bits per dimension; again, to go on after Ctrl-C. MODEL is what sample takes."""
     device = _device(device)
     metrics = [metric.strip() for metric in metrics.split(",") if metric.strip()]
     network = UNet.from_pretrained(model).to(device)
@@ -311,6 +314,59 @@ def evaluate_command(model, source, out, metrics, seed, device, dtype, features,
         click.echo(f"{out}: stopped; the same command goes on", err=True)
         sys.exit(130)
     click.echo(f"{result}\n{out / evaluation.RESULT}: the same, for programs")
+
+
+@cli.command("convert")
+@click.argument("source", metavar="IN")
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--to", "format", type=click.Choice(list(pretrained.FORMATS)), required=True,
+              help="What OUT is read by: this package, or diffusers' DDPMPipeline.from_pretrained.")  # fmt: skip
+@click.option("--revision", help="Branch, tag or commit, where IN is a model on the Hub.")
+@click.option(
+    "--flags", help="Of OpenAI's files: what their sampling script takes, in quotes; published ones need none."
+)
+def convert_command(source, out, format, revision, flags) -> None:
+    """Write the model IN into the new folder OUT, and say what was found in it.
+
+    IN is what sample takes as MODEL, or a checkpoint of OpenAI's improved-diffusion or guided-diffusion, or a folder of them.
+    """
+    place = out.absolute()
+    if not place.parent.is_dir():
+        raise ValueError(f"out: the folder {place.parent} does not exist; make it first")
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise ValueError(f"out: {out} exists; expected a new or an empty folder")
+    found = pretrained.read(source, revision=revision, flags=flags)
+    for name, value in _described(found):
+        click.echo(f"{name:<12} {value}")
+    aside = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        base.build(found).save_pretrained(aside, format=format)
+        if place.is_dir():
+            place.rmdir()
+        aside.rename(place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    click.echo(f"{out}: written, for {format}")
+
+
+def _described(found: base.Read) -> list[tuple[str, str]]:
+    default, always = UNetConfig(), ("sample_size", "channels", "multipliers", "blocks", "attention")
+    options = [
+        f"{name} {value}"
+        for name, value in dataclasses.asdict(found.config).items()
+        if name in always or value != getattr(default, name)
+    ]
+    return [
+        ("format", f"{found.format}, {found.path}"),
+        ("network", ", ".join(options)),
+        ("parameters", f"{sum(value.numel() for value in found.state.values()):,}"),
+        ("schedule", str(found.schedule)),
+        ("prediction", found.prediction),
+        ("variance", found.variance),
+        ("clip", str(found.clip)),
+        ("averaged", "yes (EMA)" if found.averaged else "not said"),
+        *(("note", note) for note in found.notes),
+    ]
 
 
 @cli.command("check")

@@ -1,5 +1,6 @@
 """The command line as a person meets it: what it writes, what it says, what it refuses."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -107,6 +108,78 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, says, model, tmp_pa
     code, _, err = run(capsys, monkeypatch, *(str(model) if a == "MODEL" else a for a in arguments))
     assert code != 0 and says in err and "Traceback" not in err
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
+
+
+def test_convert(model, tmp_path, capsys, monkeypatch):
+    """There and back: the same tensors, and what was found in words."""
+    code, out, err = run(capsys, monkeypatch, "convert", model, tmp_path / "theirs", "--to", "diffusers")
+    assert code == 0 and err == ""
+    for line in (
+        f"format       fastddpm, {model}",
+        "network      sample_size 8, in_channels 1",
+        "schedule     Schedule(T=20, ",
+        "prediction   epsilon",
+        "variance     fixed_large",
+        "clip         True",
+        "averaged     not said",
+    ):
+        assert line in out, line
+    assert f"parameters   {sum(p.numel() for p in UNet.from_pretrained(model).parameters()):,}" in out
+    assert f"{tmp_path / 'theirs'}: written, for diffusers" in out
+    (tmp_path / "back").mkdir()  # an empty one is as good as none
+    code, out, _ = run(capsys, monkeypatch, "convert", tmp_path / "theirs", tmp_path / "back", "--to", "fastddpm")
+    assert code == 0 and "format       diffusers" in out and "note         " in out and "(EMA)" in out
+    first, second = UNet.from_pretrained(model), UNet.from_pretrained(tmp_path / "back")
+    assert first.config == second.config and first.schedule == second.schedule
+    assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "model", "theirs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("MODEL", "out", "--to", "onnx"), "onnx"),
+        (("MODEL", "out"), "--to"),
+        (("MODEL", "missing/out", "--to", "diffusers"), "the folder"),
+        (("MODEL", "full", "--to", "diffusers"), "full exists; expected a new or an empty folder"),
+        (("MODEL", "file", "--to", "diffusers"), "file exists; expected a new or an empty folder"),
+        (("MODEL", "out", "--to", "diffusers", "--revision", "v2"), "revision: got 'v2'"),
+        (("MODEL", "out", "--to", "fastddpm", "--flags", "--image_size 64"), "flags: given, but"),
+        (("nothing", "out", "--to", "diffusers"), "neither a folder nor a bundled model"),
+        (("rescaled", "out", "--to", "diffusers"), "time_scale: got 0.5; diffusers' UNet2DModel has no such network"),
+        (("file", "out", "--to", "fastddpm"), "file: not a whole torch checkpoint"),
+    ],
+)
+def test_convert_writes_nothing_where_it_fails(arguments, says, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    for name in ("full/kept.txt", "file"):
+        (tmp_path / name).write_text("kept")
+    network = UNet.from_pretrained(model)
+    UNet(dataclasses.replace(network.config, time_scale=0.5)).save_pretrained("rescaled")
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run(capsys, monkeypatch, "convert", *(str(model) if a == "MODEL" else a for a in arguments))
+    assert code != 0 and says in err and "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_convert_leaves_nothing_of_a_write_that_fails(model, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save", full)
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run(capsys, monkeypatch, "convert", model, tmp_path / "out", "--to", "diffusers")
+    assert code != 0 and "no space left on device" in err and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_forward_strip_of_a_diffusers_model(model, tmp_path, capsys, monkeypatch):
+    """sample takes all that from_pretrained does, also where it draws no images."""
+    UNet.from_pretrained(model).save_pretrained(tmp_path / "ema", format="diffusers")
+    Image.fromarray(np.full((6, 5, 3), 200, np.uint8)).save(tmp_path / "in.png")
+    for options in (("--forward", tmp_path / "in.png"), ("-n", 2)):
+        code, _, err = run(capsys, monkeypatch, "sample", tmp_path / "ema", *options, "-o", tmp_path / "out.png")
+        assert code == 0 and err == ""
 
 
 def test_train_interrupt_and_resume(tmp_path):

@@ -1,7 +1,6 @@
-"""The network: parameter counts, diffusers' UNet2DModel with the same weights, initialisation, body(x, embed(t)), checkpoints."""
+"""The network: parameter counts, diffusers' UNet2DModel with the same weights, initialisation, body(x, embed(t))."""
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from conftest import randomised
 
 from fastddpm import UNet, UNetConfig, backend
-from fastddpm.checkpoints.native import CheckpointError
 
 SMALL = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4)
 
@@ -135,45 +133,7 @@ def test_body_takes_a_row_of_the_table():
         torch.testing.assert_close(model.body(x, [v[1] for v in table]), model(x, torch.tensor([700, 700])))
 
 
-def test_save_and_load(tmp_path):
-    model = randomised(SMALL)
-    model.save_pretrained(tmp_path / "new" / "folder")
-    loaded = UNet.from_pretrained(tmp_path / "new" / "folder")
-    assert loaded.config == model.config and loaded.schedule == model.schedule and not loaded.training
-    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:1000]), "truncated"),
-        (lambda d: (d / "model.safetensors").unlink(), "missing"),
-        (lambda d: (d / "config.json").unlink(), "missing"),
-        (lambda d: (d / "config.json").write_text("{"), "not JSON"),
-        (lambda d: (d / "config.json").write_text('{"_class_name": "UNet2DModel"}'), "another library"),
-        (lambda d: _edit(d, lambda c: c["unet"].update(channels=16)), "shape"),
-        (lambda d: _edit(d, lambda c: c["unet"].update(blocks=3)), "tensors are not those of this network"),
-        (lambda d: _edit(d, lambda c: c["unet"].update(wings=2)), "unet: .*wings"),
-        (lambda d: _edit(d, lambda c: c.update(prediction="future")), "prediction: got 'future'"),
-        (lambda d: _edit(d, lambda c: c["schedule"].update(start=2.0)), "schedule: betas"),
-    ],
-)
-def test_bad_checkpoints(tmp_path, spoil, says):
-    randomised(SMALL).save_pretrained(tmp_path)
-    spoil(tmp_path)
-    with pytest.raises(CheckpointError, match=says):
-        UNet.from_pretrained(tmp_path)
-
-
-def _edit(folder, change):
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def test_unknown_names():
-    with pytest.raises(CheckpointError, match="'numbers' is neither a folder nor a bundled model"):
-        UNet.from_pretrained("numbers")
+def test_an_unknown_preset():
     with pytest.raises(ValueError, match="preset: unknown name 'x'"):
         UNet.from_preset("x")
 

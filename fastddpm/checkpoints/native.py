@@ -6,21 +6,20 @@ import dataclasses
 import json
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 
+from ..arguments import bound_of, choice
 from ..files import whole
 from ..samplers import PREDICTIONS, VARIANCES
 from ..schedule import Schedule
 from ..unet import UNet, UNetConfig
+from . import tensors
+from .base import CheckpointError, Read, check
 
+ARCHITECTURE = "fastddpm.UNet"
 BUNDLED = Path(__file__).parent.parent / "pretrained"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: what is wrong, and with which file."""
 
 
 def bundled() -> list[str]:
@@ -35,7 +34,8 @@ def find(name: str | Path) -> Path:
     if str(name) in bundled():
         return BUNDLED / str(name)
     raise CheckpointError(
-        f"model: {str(name)!r} is neither a folder nor a bundled model ({', '.join(bundled()) or 'none is bundled'})"
+        f"model: {str(name)!r} is neither a folder nor a bundled model ({', '.join(bundled()) or 'none is bundled'}), nor a "
+        "file, nor a model on the Hugging Face Hub, as those are called owner/name"
     )
 
 
@@ -44,16 +44,18 @@ def save(
 ) -> None:
     """Write `model` (with the weights of `state`, where given) and config.json with the entries of `extra` beside its own."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state is None else state
     config = {
-        "architecture": "fastddpm.UNet",
+        "architecture": ARCHITECTURE,
         "unet": dataclasses.asdict(model.config),
         "schedule": _describe(model.schedule),
-        "prediction": model.prediction,
-        "variance": model.variance,
+        "prediction": choice("prediction", model.prediction, PREDICTIONS),
+        "variance": choice("variance", model.variance, VARIANCES),
+        "clip": model.clip,
         **(extra or {}),
     }
+    bound_of(model.clip)
+    folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / WEIGHTS) as path:
         dense = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         path.write_bytes(safetensors.torch.save(dense))  # save_file would leave a file that only its owner can read
@@ -61,44 +63,33 @@ def save(
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load(name: str | Path) -> UNet:
-    folder = find(name)
+def is_own(folder: Path) -> bool:
+    """Whether the folder's config.json says that it is of this kind."""
+    path = folder / CONFIG
+    return path.is_file() and f'"{ARCHITECTURE}"' in path.read_text(encoding="utf-8", errors="replace")
+
+
+def read(folder: Path) -> Read:
     config = read_config(folder)
-    model = UNet(
-        _unet_config(config, folder / CONFIG),
-        schedule=_schedule(config, folder / CONFIG),
-        prediction=_choice(config, "prediction", PREDICTIONS, folder / CONFIG),
-        variance=_choice(config, "variance", VARIANCES, folder / CONFIG),
+    path, weights = folder / CONFIG, folder / WEIGHTS
+    network, schedule = _unet_config(config, path), _schedule(config, path)
+    prediction, variance = (
+        _choice(config, name, choices, path) for name, choices in (("prediction", PREDICTIONS), ("variance", VARIANCES))
     )
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; a model folder holds {CONFIG} and {WEIGHTS}")
+    clip = config.get("clip", True)  # which older folders don't say
     try:
-        state = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}); it may be truncated: copy it again"
-        ) from error
-    load_state(model, state, path)
-    return model.eval()
+        bound_of(clip)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not weights.is_file():
+        raise CheckpointError(f"{weights}: missing; a model folder holds {CONFIG} and {WEIGHTS}")
+    averaged = True if "training" in config else None  # a run saves the average as its model
+    return Read("fastddpm", weights, network, tensors.read(weights), schedule, prediction, variance, clip, averaged)
 
 
 def load_state(model: UNet, state: dict[str, torch.Tensor], path: Path) -> None:
     """model.load_state_dict(state), with an error that says what differs."""
-    own = model.state_dict()
-    missing, foreign = own.keys() - state.keys(), state.keys() - own.keys()
-    if missing or foreign:
-        parts = [
-            f"{len(names)} {what} (first: {min(names)})"
-            for what, names in (("missing", missing), ("unknown", foreign))
-            if names
-        ]
-        raise CheckpointError(f"{path}: its tensors are not those of this network: {', '.join(parts)}")
-    for key, value in own.items():
-        if state[key].shape != value.shape:
-            raise CheckpointError(
-                f"{path}: {key} has shape {list(state[key].shape)}; the config asks for {list(value.shape)}"
-            )
+    check(model.state_dict(), state, path)
     model.load_state_dict(state)
 
 
@@ -110,8 +101,10 @@ def read_config(folder: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("architecture") != "fastddpm.UNet":
-        raise CheckpointError(f'{path}: no "architecture": "fastddpm.UNet" in it; is it another library\'s checkpoint?')
+    if not isinstance(config, dict) or config.get("architecture") != ARCHITECTURE:
+        raise CheckpointError(
+            f'{path}: no "architecture": "{ARCHITECTURE}" in it; is it another library\'s checkpoint?'
+        )
     return config
 
 

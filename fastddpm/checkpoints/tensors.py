@@ -1,0 +1,94 @@
+"""Tensors from a file: safetensors, or a pickle that is not allowed to run anything; and which of them are the network's."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from .base import CheckpointError
+
+# Under which names people keep the averaged weights, and the raw ones, in a file with more beside them.
+AVERAGED = ("ema", "ema_state_dict", "ema_model", "model_ema", "ema_model_state_dict", "averaged", "shadow")
+RAW = ("model", "state_dict", "model_state_dict", "net", "network", "unet", "module", "params")
+EMA = re.compile(r"(?<![a-z])(?<!no[-_ ])(?<!non[-_ ])ema(?![a-z])")
+
+
+def says_averaged(*names: str) -> bool | None:
+    """True where "ema" stands in one of the names as a word; None where nothing is said."""
+    return True if any(EMA.search(name.lower()) for name in names) else None
+
+
+def read(path: Path) -> object:
+    """What the file holds, in memory that may be the file's own until it is copied."""
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise _damaged(path, "safetensors file", str(error)) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        held = re.search(r"GLOBAL (\S+)", str(error))
+        if held is None:
+            raise _damaged(path, "torch checkpoint", "no pickle of tensors") from error
+        raise CheckpointError(
+            f"{path}: it holds more than tensors ({held[1]}), and reading that could run code of whoever made the file; "
+            "nothing was read. Who made it can save the weights alone: torch.save(model.state_dict(), path)"
+        ) from error
+    except Exception as error:  # torch.load raises many kinds, and only some of them say what is wrong
+        told = str(error).split(".")[0] if isinstance(error, (RuntimeError, OSError)) else "no pickle of tensors"
+        raise _damaged(path, "torch checkpoint", told) from error
+
+
+def _damaged(path: Path, kind: str, why: str) -> CheckpointError:
+    with path.open("rb") as file:
+        if file.read(30).startswith(b"version https://git-lfs"):
+            return CheckpointError(
+                f"{path}: not the file but a pointer to it, as git leaves it without LFS; get it with  git lfs pull"
+            )
+    return CheckpointError(f"{path}: not a whole {kind} ({why}); it may be truncated: copy it again")
+
+
+def network_in(held: object, path: Path, anchors: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], bool | None]:
+    """(its tensors by name, whether they are averaged ones or None) of the network in what a file holds.
+
+    anchors: names of which each format's network has one. Looks into the containers that training scripts write (averaged
+    weights before raw ones) and takes off what such a script puts in front of every name ("module.").
+    """
+    state, averaged = _contained(held)
+    if state is None:
+        what = f"the entries {', '.join(map(str, held))[:200]}" if isinstance(held, dict) else type(held).__name__
+        raise CheckpointError(f"{path}: no network's tensors in it; it holds {what}")
+    prefixes = {name.removesuffix(anchor) for name in state for anchor in anchors if name.endswith(anchor)}
+    prefixes = {prefix for prefix in prefixes if not prefix or prefix.endswith(".")}
+    chosen = prefixes if len(prefixes) == 1 else {prefix for prefix in prefixes if says_averaged(prefix)}
+    if len(chosen) > 1 or (prefixes and not chosen):
+        raise CheckpointError(
+            f"{path}: several networks in it ({', '.join(sorted(map(repr, prefixes)))}); expected one"
+        )
+    prefix = chosen.pop() if chosen else ""
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return own, averaged or says_averaged(prefix)
+
+
+def _contained(held: object) -> tuple[dict[str, torch.Tensor] | None, bool | None]:
+    if isinstance(held, (list, tuple)):  # of the DDIM authors' scripts: the averages ("shadow") come last
+        found = [_contained(entry) for entry in held if isinstance(entry, dict)]
+        found = [entry for entry in found if entry[0] is not None]
+        return (found[-1][0], True if len(found) > 1 else None) if found else (None, None)
+    if not isinstance(held, dict):
+        return None, None
+    if held and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in held.items()):
+        return held, None
+    for names, averaged in ((AVERAGED, True), (RAW, None)):
+        for name in names:
+            state, inner = _contained(held.get(name))
+            if state is not None:
+                return state, averaged or inner
+    return None, None
