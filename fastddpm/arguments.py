@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from .checkpoints import scheduler
+from .foreign import is_diffusers
 from .ops._library import check_seed
-from .samplers import PREDICTIONS
+from .samplers import PREDICTIONS, VARIANCES
 from .schedule import Schedule
 from .unet import UNet
 
@@ -26,14 +30,51 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def trained_for(model: object, schedule: Schedule | None, prediction: str | None) -> tuple[Schedule, str]:
-    """(schedule, prediction): as given, else the model's own, else the paper's."""
-    schedule = schedule or getattr(model, "schedule", None) or Schedule.linear()
-    return schedule, choice("prediction", prediction or getattr(model, "prediction", None) or "epsilon", PREDICTIONS)
+class Trained(NamedTuple):
+    """What a network was trained for, as far as a chain needs it."""
+
+    schedule: Schedule
+    prediction: str
+    variance: str
+    clip: bool | float
 
 
-def variance_of(model: object) -> str:
-    return getattr(model, "variance", None) or "fixed_large"
+def trained_for(
+    model: object,
+    schedule: object = None,
+    prediction: str | None = None,
+    variance: str | None = None,
+    clip: bool | float | None = None,
+) -> Trained:
+    """Each as given; else as a diffusers scheduler given as the schedule has it; else the model's own; else the paper's."""
+    if is_diffusers(schedule, "SchedulerMixin"):
+        kind = type(schedule).__name__
+        own = Trained(*scheduler.read({**schedule.config, "_class_name": kind}, f"schedule: the {kind}'s"))
+    elif schedule is None or isinstance(schedule, Schedule):
+        own = model
+    else:
+        raise ValueError(
+            f"schedule: got {type(schedule).__name__}; expected a fastddpm.Schedule or one of diffusers' schedulers"
+        )
+    given = dict(zip(Trained._fields, (schedule if own is model else None, prediction, variance, clip), strict=True))
+    paper = {"schedule": Schedule.linear(), "prediction": "epsilon", "variance": "fixed_large", "clip": True}
+    found = Trained(
+        *(
+            next(v for v in (given[name], getattr(own, name, None), paper[name]) if v is not None)
+            for name in Trained._fields
+        )
+    )
+    choice("prediction", found.prediction, PREDICTIONS)
+    choice("variance", found.variance, VARIANCES)
+    silent = is_diffusers(model, "UNet2DModel") or (isinstance(model, UNet) and model.schedule is None)
+    if schedule is None and silent:
+        rest = "".join(f", {getattr(found, name)}" for name in ("prediction", "variance") if given[name] is None)
+        warn_once(
+            model,
+            "schedule: a UNet2DModel doesn't say what it was trained for; assumed the paper's linear schedule of 1000 steps"
+            f"{rest}; pass its scheduler, e.g. schedule=pipeline.scheduler",
+        )
+    return found
 
 
 def random_seed() -> int:
@@ -65,9 +106,13 @@ def shape_of(model: object, shape: tuple[int, int, int] | None) -> tuple[int, in
     if not callable(model):
         raise ValueError(f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)")
     if shape is None:
-        if not isinstance(model, UNet):
+        own = getattr(model, "shape", None)  # torch.compile's wrapper of a UNet has it, too
+        if isinstance(own, tuple):
+            return own
+        side = model.config.sample_size if is_diffusers(model, "UNet2DModel") else None
+        if side is None:
             raise ValueError("shape: missing; a model that is not a fastddpm.UNet needs shape=(C, H, W)")
-        return model.shape
+        return (model.config.in_channels, *((side, side) if isinstance(side, int) else side))
     shape = tuple(shape)
     if len(shape) != 3 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in shape):
         raise ValueError(f"shape: got {shape}; expected (C, H, W), each an int >= 1")
@@ -131,11 +176,14 @@ _notices: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionar
 
 
 def warn_once(model: object, notice: str) -> None:
-    """To who called the function that called this one's caller, once for each model and notice."""
+    """To who called this package, once for each model and notice."""
     try:
         told = _notices.setdefault(model, set())
     except TypeError:  # some callables cannot be remembered
         told = set()
     if notice not in told:
         told.add(notice)
-        warnings.warn(f"fastddpm: {notice}", stacklevel=4)
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastddpm."):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(f"fastddpm: {notice}", stacklevel=level)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import ops, samplers
 from .arguments import check_count, device_of, labels_of, seed_of, trained_for
+from .foreign import adopted
 from .ops._library import check_first
 from .ops.philox_normal import Stream
 from .sampling import PLANNED, StepState, plan, run
@@ -23,7 +25,7 @@ def encode(
     model: nn.Module | Callable,
     images: torch.Tensor,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Any | None = None,
     prediction: str | None = None,
     steps: int | None = None,
     spacing: str | None = None,
@@ -42,11 +44,12 @@ def encode(
 
     Both ways are first-order solutions of one differential equation, so that the round trip's error falls as steps grow.
     """
+    model = adopted(model)
     images = _images("images", images, model)
     # The chain's own arguments are checked by sample's plan; its timesteps, upwards, are the ones to visit.
     timesteps = plan(model, schedule, prediction, "ddim", steps, spacing).table.timesteps
-    schedule, prediction = trained_for(model, schedule, prediction)
-    table = samplers.inversion(schedule, prediction=prediction, timesteps=timesteps)
+    trained = trained_for(model, schedule, prediction)
+    table = samplers.inversion(trained.schedule, prediction=trained.prediction, timesteps=timesteps)
     return run(
         model, len(images), table, shape=tuple(images.shape[1:]), clip=False, class_labels=class_labels, noise=images,
         seed=0, batch_size=batch_size, device=device, dtype=dtype, progress=progress,
@@ -60,14 +63,14 @@ def interpolate(
     *,
     t: int | None = None,
     weights: int | Sequence[float] = 9,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Any | None = None,
     prediction: str | None = None,
     sampler: str = "ddpm",
     steps: int | None = None,
     spacing: str | None = None,
     eta: float = 0.0,
     variance: str | None = None,
-    clip: bool | float = True,
+    clip: bool | float | None = None,
     class_labels: torch.Tensor | int | None = None,
     seed: int | torch.Generator | None = None,
     first: int = 0,
@@ -86,6 +89,7 @@ def interpolate(
     first: pair i is image first + i of the seed's sequence, whatever other pairs and w there are. steps: how many of
         the t + 1 timesteps that are to go, default as for `sample`. Others: as in `sample`.
     """
+    model = adopted(model)
     a, b = _images("a", a, model), _images("b", b, model)
     if a.shape != b.shape or a.device != b.device:
         raise ValueError(
@@ -97,11 +101,11 @@ def interpolate(
     weights = list(weights)
     if not weights or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
         raise ValueError(f"weights: got {weights}; expected a number of them, or finite numbers")
-    schedule, prediction = trained_for(model, schedule, prediction)
-    t = max(len(schedule) // 2 - 1, 0) if t is None else t
-    if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < len(schedule):
-        raise ValueError(f"t: got {t!r}; expected an int in 0..{len(schedule) - 1}")
-    table = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance, start=t).table
+    q = trained_for(model, schedule, prediction).schedule
+    t = max(len(q) // 2 - 1, 0) if t is None else t
+    if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < len(q):
+        raise ValueError(f"t: got {t!r}; expected an int in 0..{len(q) - 1}")
+    chosen = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance, clip, start=t)
     seed, first, device = seed_of(seed), check_first(first), device_of(model, device)
     if first >= 1 << 54:
         raise ValueError(f"first: got {first}; expected less than 2^54 here, where each pair has two draws")
@@ -110,11 +114,12 @@ def interpolate(
     a, b = a.to(device), b.to(device)
     index = first + torch.arange(len(a), device=device)
     noise = [ops.philox_normal(a.shape, seed=seed, t=t, stream=Stream.FORWARD, sample=2 * index + i) for i in (0, 1)]
-    x_a, x_b = schedule.add_noise(a, noise[0], t), schedule.add_noise(b, noise[1], t)
+    x_a, x_b = q.add_noise(a, noise[0], t), q.add_noise(b, noise[1], t)
     drawn = [
         run(
-            model, len(a), table, shape=tuple(a.shape[1:]), clip=clip, class_labels=labels, noise=(1 - w) * x_a + w * x_b,
-            seed=seed, first=first, batch_size=batch_size, device=device, dtype=dtype, progress=progress,
+            model, len(a), chosen.table, shape=tuple(a.shape[1:]), clip=chosen.clip, class_labels=labels,
+            noise=(1 - w) * x_a + w * x_b, seed=seed, first=first, batch_size=batch_size, device=device, dtype=dtype,
+            progress=progress,
         )
         for w in weights
     ]  # fmt: skip
@@ -130,11 +135,12 @@ def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = Non
     """
     if options.get("callback") is not None:
         raise ValueError("callback: not here, where the frames are taken by one; give it to sample itself")
-    table = plan(model, **{name: options.pop(name) for name in PLANNED if name in options}).table
-    steps = len(table.timesteps)
+    model = adopted(model)
+    chosen = plan(model, **{name: options.pop(name) for name in PLANNED if name in options})
+    steps = len(chosen.table.timesteps)
     frames = min(10, steps) if frames is None else frames
     kept = Frames(steps, frames, lambda state: state.x0)
-    x = run(model, n, table, **{**options, "callback": kept})
+    x = run(model, n, chosen.table, clip=chosen.clip, **{**options, "callback": kept})
     with torch.inference_mode(False):
         if n == 0:
             return torch.empty(0, frames, *x.shape[1:], dtype=torch.float32, device=x.device)

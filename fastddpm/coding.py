@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,12 +27,12 @@ from .arguments import (
     seed_of,
     shape_of,
     trained_for,
-    variance_of,
     warn_once,
 )
 from .diffusion import Bound
 from .engine import Plain, network
 from .files import whole
+from .foreign import adopted
 from .ops._library import check_first, short
 from .ops.philox_normal import Stream, first_words
 from .progress import bar as progress_bar
@@ -142,10 +142,10 @@ def likelihood(
     model: nn.Module | Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     images: torch.Tensor,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Any | None = None,
     prediction: str | None = None,
     variance: str | None = None,
-    clip: bool | float = True,
+    clip: bool | float | None = None,
     class_labels: torch.Tensor | int | None = None,
     subsample: int | None = None,
     quantize: bool = False,
@@ -158,12 +158,13 @@ def likelihood(
 ) -> Likelihood:
     """The variational bound of the images, in bits per dimension.
 
-    model: a `UNet`, or any callable model(x, t) -> prediction, as for `sample`.
+    model: a `UNet`, a diffusers UNet2DModel, or any callable model(x, t) -> prediction, as for `sample`.
     images: uint8 [N, C, H, W], or floating point in [-1, 1] on the 8-bit grid k/127.5 - 1, N at least 1. The bound is on the
         probability of 8-bit images, so others are refused; quantize=True rounds to the grid.
     schedule, prediction: as for `sample`. variance: "fixed_large", "fixed_small" or "learned_range" (an output of 2C
         channels); default the model's own, else "fixed_large". "none" is no density.
-    clip: bound on x0_hat, True is 1.0, False none; where the mean is predicted, it is taken as it is.
+    clip: bound on x0_hat, True is 1.0, False none; default the model's own, else True; where the mean is predicted, it is
+        taken as it is.
     class_labels: an int, or int64 [N], for a network with classes.
     subsample: None evaluates all T timesteps of each image. K in 1..T-1: L_T and L_0 as they are, and the sum of the others
         estimated from K draws, one uniform t from each of K parts of 1..T-1 (`fastddpm.coding.strata`), weighted with
@@ -189,10 +190,10 @@ def rate_distortion(
     model: nn.Module | Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     images: torch.Tensor,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Any | None = None,
     prediction: str | None = None,
     variance: str | None = None,
-    clip: bool | float = True,
+    clip: bool | float | None = None,
     class_labels: torch.Tensor | int | None = None,
     quantize: bool = False,
     seed: int | torch.Generator | None = None,
@@ -232,6 +233,7 @@ def _measure(
     device, dtype, progress,
 ) -> _Measured:  # fmt: skip
     """What the model says of the images; arguments as for `likelihood`, all of them checked here."""
+    model = adopted(model)
     pixels = _pixels(images, quantize)
     n, *shape = pixels.shape
     if isinstance(model, UNet) and shape[0] != model.config.in_channels:
@@ -242,10 +244,10 @@ def _measure(
             f"images: {shape[1]}x{shape[2]} cannot be halved {len(model.config.multipliers) - 1} times, as the network does; "
             f"it was made for {model.config.sample_size}x{model.config.sample_size}: pad them, as for its training"
         )
-    schedule, prediction = trained_for(model, schedule, prediction)
+    schedule, prediction, variance, clip = trained_for(model, schedule, prediction, variance, clip)
     seed, first = seed_of(seed), check_first(first)
     device = device_of(model, device)
-    bound = Bound(schedule, variance or variance_of(model), device)
+    bound = Bound(schedule, variance, device)
     limit = bound_of(clip)
     class_labels = labels_of(class_labels, n, model)
     timesteps, sizes = _timesteps(n, len(schedule), subsample, seed, first)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import ops
-from .arguments import choice, random_seed, trained_for, variance_of
+from .arguments import choice, random_seed, trained_for
+from .foreign import tensor_of
 from .ops._library import check_first, check_seed
 from .ops.philox_normal import Stream, first_words
 from .samplers import VARIANCES, to_x0
@@ -134,7 +136,7 @@ def training_loss(
     model: nn.Module,
     x0: torch.Tensor,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Any | None = None,
     prediction: str | None = None,
     t: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
@@ -151,16 +153,17 @@ def training_loss(
         error for t >= 1 and the decoder for t = 0, for images on the 8-bit grid (not checked). Nothing is clipped.
     variance: the model's, which "bound" needs: "fixed_large", "fixed_small" or "learned_range" (an output of 2C channels);
         default the model's own, else "fixed_large".
-    model: a `UNet`, or any callable model(x_t, t). x0: [N, C, H, W] in [-1, 1]. schedule, prediction: default the model's
-    own, else the paper's linear schedule and "epsilon". t (int64 [N]) and noise (like x0) replace what would be drawn for
-    (seed, first + i); give `first` the running count of drawn examples, so that no example meets the same noise twice.
+    model: a `UNet`, a diffusers UNet2DModel, or any callable model(x_t, t). x0: [N, C, H, W] in [-1, 1].
+    schedule, prediction: as for `sample`, default the model's own, else the paper's linear schedule and "epsilon".
+    t (int64 [N]) and noise (like x0) replace what would be drawn for (seed, first + i); give `first` the running count of drawn
+    examples, so that no example meets the same noise twice.
     seed: in [0, 2^64); None draws one from torch's default generator. Raises ValueError on what does not fit.
     """
-    schedule, prediction = trained_for(model, schedule, prediction)
+    schedule, prediction, variance, _ = trained_for(model, schedule, prediction, variance)
     choice("objective", objective, OBJECTIVES)
     bound = None
     if objective == "bound":
-        bound = Bound(schedule, variance or variance_of(model), x0.device)
+        bound = Bound(schedule, variance, x0.device)
     if x0.dim() < 2 or not x0.is_floating_point():
         raise ValueError(f"x0: got {x0.dtype} {list(x0.shape)}; expected floating-point images [N, C, H, W] in [-1, 1]")
     seed = random_seed() if seed is None else check_seed(seed)
@@ -171,7 +174,7 @@ def training_loss(
         noise = draw_noise(x0, t, seed=seed, first=first).to(x0.dtype)
     x_t = schedule.add_noise(x0, noise, t)
     at_zero = None if bound is None else (t == 0).nonzero()[:, 0]  # here, where a GPU has nothing to be waited for
-    o = model(x_t, t) if class_labels is None else model(x_t, t, class_labels)
+    o = tensor_of(model(x_t, t) if class_labels is None else model(x_t, t, class_labels))
     wanted = target(prediction, schedule, x0, x_t, noise, t)
     expected = list(wanted.shape)
     if bound is not None and bound.log_variance is None:

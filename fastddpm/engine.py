@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from . import backend, graphs
+from .foreign import tensor_of, why_not
 from .merged import Convolution, merge, spend
 from .unet import (
     Attention,
@@ -50,7 +51,7 @@ class Plain:
         self.model, self.device, self.dtype, self.notice = model, device, dtype, notice
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        return self.model(x, t) if class_labels is None else self.model(x, t, class_labels)
+        return tensor_of(self.model(x, t) if class_labels is None else self.model(x, t, class_labels))
 
     def settings(self) -> contextlib.AbstractContextManager:
         """What must hold while it is captured or runs: a foreign model runs as its owner has set things."""
@@ -311,7 +312,7 @@ def network(
         whose = "the model's own" if dtype == own else "got"
         raise ValueError(f"dtype: {whose} {dtype}; expected float32, bfloat16 or float16: pass one as dtype=")
     moved = dtype != own or (parameter is not None and parameter.device != device)
-    why = f"{type(model).__name__} is not a fastddpm.UNet"
+    why = why_not(model)
     with _keeping:
         kept = _kept.setdefault(model, _Kept())
     with kept.lock, contextlib.ExitStack() as stack:

@@ -33,12 +33,12 @@ from .arguments import (
     output_fault,
     shape_of,
     trained_for,
-    variance_of,
 )
 from .coding import likelihood
 from .engine import network
 from .features import SUBSET, SUBSETS, Features, Statistics, checksum, frechet, inception, kernel_distance, statistics
 from .files import whole
+from .foreign import adopted
 from .images import to_uint8
 from .ops._library import check_seed
 from .ops.philox_normal import Stream
@@ -82,7 +82,7 @@ def draw(
     classes and no class_labels draws each in turn: image i is of class i mod classes.
     settings.json says what was drawn. Raises EvaluationError where that is something else, or a file is foreign or broken.
     """
-    return _Drawing(model, folder, n, seed, shard, batch_size, device, dtype, _given(options)).run(progress)
+    return _Drawing(adopted(model), folder, n, seed, shard, batch_size, device, dtype, _given(options)).run(progress)
 
 
 def _given(options: dict) -> dict:
@@ -107,7 +107,7 @@ class _Drawing:
             check_count("batch_size", batch_size, 1)
         self.options = {"seed": seed, "batch_size": batch_size, "device": device, "dtype": dtype, **options}
         self.options.pop("class_labels", None)
-        schedule, _ = trained_for(model, options.get("schedule"), None)
+        schedule = trained_for(model, options.get("schedule")).schedule
         self.probe = _Probe(
             self.folder,
             _answer(model, self.settings["shape"], len(schedule), device, dtype, self.label),
@@ -171,7 +171,7 @@ def drawn(model: object, seed: int, dtype: torch.dtype | None, options: dict) ->
         "eta": float(chosen.eta),
         "variance": chosen.variance,
         "chain": _hash(_rounded(table.rows) + str(table.timesteps.tolist())),
-        "clip": bound_of(options.get("clip", True)),
+        "clip": bound_of(chosen.clip),
         "class_labels": "each in turn" if isinstance(turn, torch.Tensor) else label,
     }
 
@@ -403,7 +403,9 @@ class _Bits:
         self.model, self.images, self.what, self.options = model, images, what, {"device": device, **options}
         self.n = min(limit or len(images), len(images))
         self.shard = lot_on(device_of(model, device))
-        schedule, prediction = trained_for(model, options["schedule"], options["prediction"])
+        schedule, prediction, variance, clip = trained_for(
+            model, *(options[name] for name in ("schedule", "prediction", "variance", "clip"))
+        )
         if options["subsample"] is not None:
             check_count("subsample", options["subsample"], 1)
         self.settings = {
@@ -412,8 +414,8 @@ class _Bits:
             "labels": None if images.labels is None else _digest(images.labels),
             "schedule": _hash(_rounded(schedule.betas)),
             "prediction": prediction,
-            "variance": options["variance"] or variance_of(model),
-            "clip": bound_of(options["clip"]),
+            "variance": variance,
+            "clip": bound_of(clip),
             "subsample": options["subsample"],
             "seed": check_seed(options["seed"]),
         }
@@ -550,7 +552,7 @@ def evaluate(
     unknown = [metric for metric in metrics if metric not in METRICS]
     if unknown or not metrics:
         raise ValueError(f"metrics: got {', '.join(unknown) or 'none'}; expected some of {', '.join(METRICS)}")
-    options = _given(options)
+    model, options = adopted(model), _given(options)
     folder, shape = Path(folder), shape_of(model, options.get("shape"))
     labels = "bpd" in metrics and isinstance(model, UNet) and model.config.classes is not None
     held_out = data.load_test(source, labels=labels) if "bpd" in metrics else None
@@ -569,10 +571,10 @@ def evaluate(
     if "bpd" in metrics:
         images = reference if held_out is None else _fitting(held_out, shape)
         what = f"the {'training images' if held_out is None else 'x_test'} of {images.source}"
-        of_both = {name: options.get(name) for name in ("schedule", "prediction", "variance")}
+        of_both = {name: options.get(name) for name in ("schedule", "prediction", "variance", "clip")}
         bits = _Bits(
-            model, images, what, likelihood_images, folder, device, clip=options.get("clip", True), subsample=subsample,
-            seed=seed, batch_size=batch_size, dtype=dtype, **of_both,
+            model, images, what, likelihood_images, folder, device, subsample=subsample, seed=seed, batch_size=batch_size,
+            dtype=dtype, **of_both,
         )  # fmt: skip
         settings["likelihood"] = {"n": bits.n, **bits.settings}
 

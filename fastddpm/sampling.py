@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,10 +22,10 @@ from .arguments import (
     seed_of,
     shape_of,
     trained_for,
-    variance_of,
     warn_once,
 )
 from .engine import Plain, network
+from .foreign import adopted
 from .ops._library import as_int64_bits, check_first
 from .ops.philox_normal import Stream
 from .progress import bar as progress_bar
@@ -36,7 +36,8 @@ __all__ = ["SamplingError", "StepState", "sample"]
 
 SEGMENT = 50  # steps between two looks at the device state: the bar moves and a bad output is noticed
 UNROLL = 10  # steps in one CUDA graph
-PLANNED = ("schedule", "prediction", "sampler", "steps", "spacing", "eta", "variance")  # what `plan` takes of sample's
+# What `plan` takes of sample's.
+PLANNED = ("schedule", "prediction", "sampler", "steps", "spacing", "eta", "variance", "clip")
 
 
 class SamplingError(RuntimeError):
@@ -59,14 +60,14 @@ def sample(
     n: int,
     *,
     shape: tuple[int, int, int] | None = None,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Any | None = None,
     prediction: str | None = None,
     sampler: str = "ddpm",
     steps: int | None = None,
     spacing: str | None = None,
     eta: float = 0.0,
     variance: str | None = None,
-    clip: bool | float = True,
+    clip: bool | float | None = None,
     class_labels: torch.Tensor | int | None = None,
     noise: torch.Tensor | None = None,
     seed: int | torch.Generator | None = None,
@@ -79,11 +80,13 @@ def sample(
 ) -> torch.Tensor:
     """Draw n images: float32 [n, C, H, W] on the model's device, in [-1, 1] where clipped.
 
-    model: a `UNet`, or any callable model(x, t) -> prediction with x [B, C, H, W] and t int64 [B] in 0..T-1. A bare callable
-        needs `shape` and gets float32 x; a module gets x in its parameters' dtype.
+    model: a `UNet`; a diffusers UNet2DModel, which runs as the `UNet` with its parameters; or any callable
+        model(x, t) -> prediction with x [B, C, H, W] and t int64 [B] in 0..T-1. A bare callable needs `shape` and gets
+        float32 x; a module gets x in its parameters' dtype.
     shape: (C, H, W); default the model's own.
-    schedule: default the model's own, else the paper's linear one. prediction: "epsilon", "sample", "v_prediction" or
-        "mean"; default the model's own, else "epsilon".
+    schedule: a `Schedule`, or a diffusers scheduler, whose betas, prediction_type, variance_type and clip range are then
+        the defaults; default the model's own, else the paper's linear one. prediction: "epsilon", "sample",
+        "v_prediction" or "mean"; default the model's own, else "epsilon".
     sampler: "ddpm", the paper's, "ddim" (Song et al. 2021) or "dpm++2m" (DPM-Solver++, Lu et al. 2022).
     steps: calls of the network for each image, 1..T; default T for ddpm, 50 for ddim, 20 for dpm++2m (T where T is less).
     spacing: which of the T timesteps they are: "trailing" (the default), "linspace", "leading", or "logsnr" (dpm++2m's default).
@@ -91,8 +94,9 @@ def sample(
     variance: ddpm's noise: "fixed_large" (sigma^2 = beta), "fixed_small" (the posterior variance), "learned_range" (in between,
         as the second half of an output with 2C channels says) or "none" (an ablation). Default the model's own, else
         "fixed_large"; where steps are left out "fixed_small" takes the place of a default "fixed_large", which would ruin images.
-    clip: bound on each step's x0; True is 1.0, False none. A predicted mean is taken as it is, unless steps are left out: then
-        it goes through x0, which costs precision, so that the network should answer in float32.
+    clip: bound on each step's x0; True is 1.0, False none; default the model's own, else True. A predicted mean is taken as it
+        is, unless steps are left out: then it goes through x0, which costs precision, so that the network should answer in
+        float32.
     class_labels: an int, or int64 [n], for a network with classes.
     noise: x_T, float32 [n, C, H, W], in place of the seed's.
     seed: an int in [0, 2^64), a torch.Generator, or None: 64 bits from torch's default generator. Image i is image
@@ -105,9 +109,10 @@ def sample(
     Raises ValueError naming the argument that does not fit, before anything is drawn, and SamplingError where the
     model's output has the wrong shape or is not finite, naming the step.
     """
-    chosen = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance)
+    model = adopted(model)
+    chosen = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance, clip)
     return run(
-        model, n, chosen.table, shape=shape, clip=clip, class_labels=class_labels, noise=noise, seed=seed, first=first,
+        model, n, chosen.table, shape=shape, clip=chosen.clip, class_labels=class_labels, noise=noise, seed=seed, first=first,
         batch_size=batch_size, device=device, dtype=dtype, progress=progress, callback=callback,
     )  # fmt: skip
 
@@ -120,22 +125,25 @@ class Plan(NamedTuple):
     spacing: str
     eta: float
     variance: str | None
+    clip: bool | float
 
 
 def plan(
     model: object,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Any | None = None,
     prediction: str | None = None,
     sampler: str = "ddpm",
     steps: int | None = None,
     spacing: str | None = None,
     eta: float = 0.0,
     variance: str | None = None,
+    clip: bool | float | None = None,
     start: int | None = None,
 ) -> Plan:
     """The chain that `sample`'s arguments ask for. start: the timestep of the noise that it begins with, default T - 1."""
     choice("sampler", sampler, tuple(samplers.STEPS))
-    schedule, prediction = trained_for(model, schedule, prediction)
+    asked = variance
+    schedule, prediction, variance, clip = trained_for(model, schedule, prediction, variance, clip)
     most = len(schedule) if start is None else start + 1
     if steps is None:
         steps = min(samplers.STEPS[sampler] or most, most)
@@ -146,13 +154,11 @@ def plan(
         raise ValueError(f"eta: got {eta!r}; expected a number in [0, 1]")
     if eta and sampler != "ddim":
         raise ValueError(f'eta: got {eta}, which only sampler="ddim" has; {sampler!r} has none: leave it out')
-    if variance is not None and sampler != "ddpm":
+    if asked is not None and sampler != "ddpm":
         raise ValueError(
-            f'variance: got {variance!r}, which only sampler="ddpm" has; '
+            f'variance: got {asked!r}, which only sampler="ddpm" has; '
             + ("ddim's noise is eta" if sampler == "ddim" else f"{sampler!r} adds no noise")
         )
-    asked = variance
-    variance = choice("variance", variance_of(model) if variance is None else variance, samplers.VARIANCES)
     timesteps = samplers.spaced(schedule, steps, spacing, start)
     if sampler == "ddpm" and variance == "fixed_large" and steps < most:
         if asked is None:
@@ -169,7 +175,7 @@ def plan(
             f"variance: learned_range needs a network with {2 * model.config.in_channels} output channels; "
             f"this one has {model.config.out_channels}"
         )
-    return Plan(table, sampler, spacing, eta, variance if sampler == "ddpm" else None)
+    return Plan(table, sampler, spacing, eta, variance if sampler == "ddpm" else None, clip)
 
 
 def run(
@@ -189,7 +195,7 @@ def run(
     progress: bool | None = None,
     callback: Callable[[StepState], None] | None = None,
 ) -> torch.Tensor:
-    """Where the table takes n images. All else as in `sample`."""
+    """Where the table takes n images. model: none of diffusers' that `foreign.adopted` takes. All else as in `sample`."""
     check_count("n", n, 0)
     shape = shape_of(model, shape)
     bound = bound_of(clip)

@@ -1,0 +1,109 @@
+"""diffusers' live objects in this package's terms: a UNet2DModel as a `UNet` with the same parameters, its output as a tensor.
+
+diffusers itself is not imported: whoever has such an object has done so.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .checkpoints import diffusers
+from .unet import UNet
+
+# Attributes of a layer that say nothing about what it computes at inference.
+INERT = {"training", "gradient_checkpointing", "_gradient_checkpointing_func", "_internal_dict"}
+SIMPLE = (bool, int, float, str, type(None))
+
+
+class _Twin(NamedTuple):
+    config: dict  # of the UNet2DModel that it was made for
+    layers: dict[str, tuple]  # what diffusers makes of that config
+    network: UNet
+
+
+_twins: weakref.WeakKeyDictionary[nn.Module, _Twin] = weakref.WeakKeyDictionary()
+
+
+class UnlikeError(ValueError):
+    """Why a UNet2DModel has no `UNet` of its kind."""
+
+
+def is_diffusers(value: object, name: str) -> bool:
+    """Whether it is an instance of diffusers' class of this name, or of a subclass."""
+    return any(c.__name__ == name and c.__module__.partition(".")[0] == "diffusers" for c in type(value).__mro__)
+
+
+def adopted(model: object) -> object:
+    """A `UNet` with the parameters, not copies, of a diffusers UNet2DModel that is as diffusers makes it; else model itself.
+
+    The UNet has no schedule (None), as a UNet2DModel doesn't say for which one it was trained.
+    """
+    return model if not is_diffusers(model, "UNet2DModel") or why_not(model) is not None else _twin(model)
+
+
+def why_not(model: object) -> str | None:
+    """Why `adopted` leaves a model as it is; None where it doesn't."""
+    name = type(model).__name__
+    if not is_diffusers(model, "UNet2DModel"):
+        return f"{name} is not a fastddpm.UNet"
+    try:
+        _twin(model)
+    except UnlikeError as error:
+        return f"the {name} is not one that fastddpm has a network for ({error})"
+    return None
+
+
+def _twin(model: nn.Module) -> UNet:
+    kept, config = _twins.get(model), dict(model.config)
+    if kept is None or kept.config != config:
+        try:
+            architecture = diffusers.unet_config(config)
+        except ValueError as error:
+            raise UnlikeError(str(error)) from error
+        with torch.device("meta"):
+            made = next(c for c in type(model).__mro__ if c.__name__ == "UNet2DModel").from_config(config)
+            network = UNet(architecture)
+        network.schedule = None
+        kept = _twins[model] = _Twin(config, _described(made), network)
+    layers = _described(model)
+    for name in kept.layers | layers:
+        if kept.layers.get(name) != layers.get(name):
+            raise UnlikeError(f"{name or 'it'} is not as diffusers makes it")
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, module in kept.network.named_modules():
+        for part in module._parameters:
+            if module._parameters[part] is not None:
+                module._parameters[part] = own[f"{name}.{part}" if name else part]
+    return kept.network.train(model.training)
+
+
+def _described(model: nn.Module) -> dict[str, tuple]:
+    """What each layer is, but for the values of its tensors."""
+    return {
+        name: (_unfused(type(layer)), {k: _brief(k, v) for k, v in vars(layer).items() if k not in INERT})
+        for name, layer in model.named_modules()
+    }
+
+
+def _unfused(kind: type) -> type:
+    """A layer's class, as it was before `fuse_norms`."""
+    return kind.__base__ if kind.__module__.startswith("fastddpm.") else kind
+
+
+def _brief(name: str, value: object) -> object:
+    if isinstance(value, SIMPLE):
+        return value
+    if name in ("_parameters", "_buffers"):
+        return {k: None if v is None else v.shape for k, v in value.items()}
+    if name.startswith("_") and "_hooks" in name:
+        return len(value)
+    return type(value)
+
+
+def tensor_of(output: object) -> object:
+    """A model's output; of diffusers' output classes, the tensor in it."""
+    return output.sample if hasattr(output, "sample") and not isinstance(output, torch.Tensor) else output
