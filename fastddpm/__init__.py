@@ -4,6 +4,7 @@ from . import backend, ops
 from .chains import encode, interpolate, progressive
 from .coding import likelihood, rate_distortion
 from .diffusion import training_loss
+from .fused_norms import fuse_norms
 from .images import to_pil, to_uint8
 from .sampling import sample
 from .schedule import Schedule
@@ -16,6 +17,7 @@ __all__ = [
     "UNetConfig",
     "backend",
     "encode",
+    "fuse_norms",
     "interpolate",
     "likelihood",
     "ops",

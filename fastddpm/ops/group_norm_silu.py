@@ -284,7 +284,8 @@ def group_norm_silu(
     x: [N, C, *spatial], float32, bfloat16, float16 or float64; channels outer (contiguous) and channels inner
     (channels_last) are native, other dense permutations are copied in and out, overlapping or gapped ones refused.
     weight, bias: [C]; add, scale, shift: [C] or [N, C]; each in x's dtype or float32.
-    eps: torch's default; the paper's network uses 1e-6. silu=False leaves the activation out.
+    eps: torch's default; the paper's network uses 1e-6. silu: False leaves the activation out.
+
     Differentiable once. Raises ValueError naming the argument that does not fit.
     """
     _check(x, num_groups, weight, bias, eps, add, scale, shift)

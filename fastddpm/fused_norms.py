@@ -1,0 +1,178 @@
+"""`fuse_norms`: a module of anybody's with its GroupNorms, and the SiLU behind them, in this package's kernel.
+
+Modules keep their place, parameters and hooks; only their class changes, to a subclass with another forward. What the kernel
+doesn't serve (2-D or float64 inputs, float16 on a CPU, gapped or otherwise permuted memory, CUDA's autocast) goes on as before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import backend, ops
+from .ops._library import layout
+
+__all__ = ["FusedNorms", "fuse_norms"]
+
+SHOWN = 5  # of the modules that were left
+
+
+def norm_silu(
+    norm: nn.GroupNorm,
+    x: torch.Tensor,
+    *,
+    silu: bool = True,
+    add: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """silu(norm(x + add) * (1 + scale) + shift) with add, scale and shift [N, C] or [1, C]; silu=False leaves that out."""
+    given = {"add": add, "scale": scale, "shift": shift}
+    if _serves(norm, x):
+        rows = {k: None if v is None else v.expand(len(x), -1) for k, v in given.items()}
+        return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, **rows)
+    add, scale, shift = (None if v is None else v.reshape(*v.shape, *[1] * (x.dim() - 2)) for v in given.values())
+    x = x if add is None else x + add
+    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    y = y if scale is None else y * (1 + scale) + shift
+    return F.silu(y) if silu else y
+
+
+def _serves(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
+    """Whether the kernel is what torch's group_norm is for this x, and the faster one."""
+    return (
+        x.dim() > 2
+        and x.dtype != torch.float64
+        and (x.device.type != "cpu" or x.dtype in backend.CPU_DTYPES)
+        and norm.weight.dtype in (x.dtype, torch.float32)
+        and backend.choose(x.device, x.dtype) != "reference"
+        and not (x.device.type == "cuda" and torch.is_autocast_enabled("cuda"))
+        and (torch.compiler.is_compiling() or layout(x) in ("outer", "inner"))
+    )
+
+
+def plain(layer: nn.Module, kind: type) -> bool:
+    """Whether its code is that of `kind`, and nobody looks into it by hooks."""
+    return type(layer) in (kind, FUSED.get(kind)) and not (
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """GroupNorm by `ops.group_norm_silu`, without a SiLU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return norm_silu(self, x, silu=False)
+
+
+class FusedSequential(nn.Sequential):
+    """Sequential that runs a GroupNorm and the SiLU behind it at once.
+
+    Its members stay as they are: whoever takes one of them, or a slice, gets what it says.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers = list(self)
+        while layers:
+            layer = layers.pop(0)
+            if layers and _pair(layer, layers[0]):
+                layers.pop(0)
+                x = norm_silu(layer, x)
+            else:
+                x = layer(x)
+        return x
+
+
+FUSED = {nn.GroupNorm: FusedGroupNorm, nn.Sequential: FusedSequential}
+
+
+def _pair(norm: nn.Module, activation: nn.Module) -> bool:
+    return plain(norm, nn.GroupNorm) and norm.affine and plain(activation, nn.SiLU)
+
+
+class FusedNorms:
+    """What `fuse_norms` did: print it, or `undo` it.
+
+    swapped: how many of each kind. left: what has a GroupNorm of another kind, and why it was left, by the module's name.
+    """
+
+    def __init__(self, swapped: dict[str, int], left: dict[str, str], classes: list[tuple[nn.Module, type]]) -> None:
+        self.swapped, self.left, self._classes = swapped, left, classes
+
+    def undo(self) -> None:
+        """Give all modules back the class that they had. Twice does nothing."""
+        for module, kind in self._classes:
+            module.__class__ = kind
+        self._classes = []
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{count} {kind}" for kind, count in self.swapped.items()) or "nothing to fuse"
+        if not self.left:
+            return said
+        named = [f"{name or 'the module'} ({why})" for name, why in self.left.items()]
+        more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
+        return f"{said}; left: {', '.join(named[:SHOWN])}{more}"
+
+    def __repr__(self) -> str:
+        return f"<FusedNorms: {self}>"
+
+
+def fuse_norms(module: nn.Module) -> FusedNorms:
+    """Let the GroupNorms in `module` run by `ops.group_norm_silu`, in place, and say which.
+
+    diffusers' ResnetBlock2D with SiLU as a whole: both norms with the SiLU behind them, and the timestep's embedding added, or
+    scaled and shifted by, in the second one's pass. A Sequential with a GroupNorm and a SiLU behind it: those two at once.
+    Other GroupNorms without a SiLU. Subclasses of these are somebody's own code and stay, as do norms without weights; a pair
+    or block with hooks on its members runs unfused. State dicts, training, copies and pickles are as before.
+
+    Returns a `FusedNorms`: print it to see what was swapped, and call its `undo()` to have it all back.
+    On a CPU the kernel is the faster one from a few images on. Raises TypeError for what is not a module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: got {type(module).__name__}; expected a torch.nn.Module")
+    swapped, left, classes, inside = Counter(), {}, [], set()
+
+    def swap(layer: nn.Module, fused: type) -> None:
+        classes.append((layer, type(layer)))
+        layer.__class__ = fused
+
+    layers = list(module.named_modules())
+    for name, layer in layers:
+        block = _resnet_block()
+        if block is not None and type(layer) is block.__base__:
+            if block.fits(layer):
+                swapped["ResnetBlock2D (2 norms with SiLU each)"] += 1
+                inside |= {layer.norm1, layer.norm2}
+                swap(layer, block)
+            else:
+                left[name] = "a ResnetBlock2D with hooks, or with another nonlinearity or norm"
+        elif type(layer) is nn.Sequential:
+            pairs = [a for a, b in itertools.pairwise(layer) if _pair(a, b)]
+            if pairs:
+                swapped["GroupNorm with SiLU"] += len(set(pairs) - inside)
+                inside |= set(pairs)
+                swap(layer, FusedSequential)
+    for name, layer in layers:
+        if type(layer) is nn.GroupNorm:
+            if not layer.affine:
+                left[name] = "a GroupNorm without weights"
+                continue
+            swapped["GroupNorm"] += layer not in inside
+            swap(layer, FusedGroupNorm)
+        elif isinstance(layer, nn.GroupNorm) and type(layer) is not FusedGroupNorm:
+            left[name] = f"{type(layer).__name__}, a subclass of GroupNorm"
+    return FusedNorms({kind: count for kind, count in swapped.items() if count}, left, classes)
+
+
+def _resnet_block() -> type | None:
+    """FusedResnetBlock2D, where diffusers has been imported: else nobody has such a block."""
+    if "diffusers.models.resnet" not in sys.modules:
+        return None
+    from .integrations.resnet_block import FusedResnetBlock2D
+
+    return FusedResnetBlock2D
