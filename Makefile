@@ -14,7 +14,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt \
 	$(shell find csrc fastddpm -type f ! -name '*.pyc' ! -name '*.so' ! -name _build_info.json)
 NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: sample test slow bench ptxas gpu lint format oldest newest clean
+.PHONY: sample test slow bench docs ptxas gpu lint format oldest newest clean
 
 sample: $(VENV)/installed
 	$(BIN)/fastddpm sample -n 16 -o samples.png
@@ -28,6 +28,9 @@ slow: $(VENV)/test
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/steps_per_sec.py
 	$(BIN)/python benchmarks/kernels.py
+
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --strict
 
 # Needs nvcc, and no GPU.
 ptxas: $(VENV)/installed
@@ -78,7 +81,7 @@ $(VENV)/installed: $(PINS) $(SOURCES)
 	@touch $@
 
 # fastddpm is installed by now: only what the extra adds is fetched.
-$(VENV)/test $(VENV)/bench: $(VENV)/%: $(VENV)/installed
+$(VENV)/test $(VENV)/bench $(VENV)/docs: $(VENV)/%: $(VENV)/installed
 	$(INSTALL) "fastddpm[$*]"
 	@touch $@
 

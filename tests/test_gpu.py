@@ -446,6 +446,37 @@ def test_replayed_chains_with_classes(kind, untuned):
         assert same_bits(draw(model, class_labels=labels), eager(model, class_labels=labels))
 
 
+GUIDED = {
+    "scale_shift": True, "resample": "resnet", "head_channels": 16, "pad": "both", "freq_shift": 0, "flip_sin_to_cos": True,
+    "eps": 1e-5, "time_scale": 0.5,
+}  # fmt: skip
+
+
+def test_replayed_chains_of_guided_diffusion_s_network(kind, untuned):
+    model = small(**GUIDED)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert same_bits(draw(model, dtype=dtype), eager(model, dtype=dtype))
+        assert set(chain_of(model).graphs) == {1, 10}
+    with backend.use(None):
+        expected = draw(copy.deepcopy(model).cpu())
+    assert (draw(model, dtype=torch.float32).cpu() - expected).abs().max() <= 5e-3
+
+
+def test_a_live_unet2dmodel_is_replayed(kind, untuned):
+    """And is as fast as a UNet for that reason: it is one, with its parameters."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval().cuda()  # fmt: skip
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=43)
+    got = draw(model, schedule=scheduler)
+    assert set(chain_of(fastddpm.foreign.adopted(model)).graphs) == {1, 10}
+    expected = draw(lambda x, t: model(x, t).sample, shape=(3, 16, 16), schedule=scheduler, device="cuda")
+    assert (got - expected).abs().max() <= 5e-3
+
+
 def test_callbacks_of_a_replayed_chain(kind, untuned):
     model, seen, expected = small(), [], []
     x = draw(model, callback=seen.append)

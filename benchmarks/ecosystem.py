@@ -1,0 +1,178 @@
+"""What those gain who come with diffusers' objects, and what it costs to read their checkpoints.
+
+    python benchmarks/ecosystem.py --json benchmarks/results/ecosystem.json
+
+What is measured, each against what it takes the place of, and the bars:
+  - load: `UNet.from_pretrained` of the paper's CIFAR-10 network (143 MB) from a fastddpm folder and from a diffusers folder, at
+    most 1.2 times as long as safetensors takes for the tensors. Its load_file maps the file and reads nothing; what is timed is
+    load_file and a copy of each tensor, as a network has them that doesn't hang on the file.
+  - scheduler: a step of FusedDDPMScheduler and FusedDDIMScheduler at [256, 3, 32, 32], float32. DDPM with torch's noise at least
+    1.4 times as fast as diffusers' own, with a noise_seed at least 4 times.
+  - norms: a forward of diffusers' UNet2DModel, the CIFAR-10 network in float32, after `fuse_norms`: at batch 16 at least
+    1.05 times as fast as before.
+  - sample: `sample` with a live UNet2DModel as fast as with a `UNet` of the same weights: at least 0.97 of its speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from _contestants import diffusers_unet, the_network
+from _harness import Load, Rotation, Timing, alternate, arguments, check_outputs, print_table, provenance, write_json
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+
+import fastddpm
+from fastddpm import Schedule, UNet, fuse_norms
+from fastddpm.integrations.diffusers import FusedDDIMScheduler, FusedDDPMScheduler
+
+SHAPE = (256, 3, 32, 32)
+CACHES = 256 << 20  # bytes of inputs that take turns, more than a CPU's caches hold
+STEPS = 10
+# (contestant, peer, case): what the peer's time over the contestant's has to be at least
+BARS = {
+    ("fastddpm folder", "safetensors", "load"): 1 / 1.2,
+    ("diffusers folder", "safetensors", "load"): 1 / 1.2,
+    ("FusedDDPMScheduler", "DDPMScheduler", "scheduler"): 1.4,
+    ("FusedDDPMScheduler, noise_seed", "DDPMScheduler", "scheduler"): 4.0,
+    ("batch 16, fused", "batch 16", "norms"): 1.05,
+    ("UNet2DModel", "UNet", "sample"): 0.97,
+}
+
+
+def agree(case: str, got: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
+    """Nothing is timed whose output is wrong."""
+    error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1))
+    if not error <= bound:
+        sys.exit(f"{case}: differs by {error:.2g}, more than {bound:.2g}; not timed")
+
+
+def load(model: UNet, rounds: int | None) -> dict[str, Timing]:
+    with tempfile.TemporaryDirectory() as folder:
+        own, theirs = Path(folder, "own-ema"), Path(folder, "theirs-ema")
+        model.save_pretrained(own)
+        model.save_pretrained(theirs, format="diffusers")
+        weights = own / "model.safetensors"
+        for path in (own, theirs):
+            state = UNet.from_pretrained(path).state_dict()
+            for name, value in model.state_dict().items():
+                agree(f"load: {name}", state[name], value, 0)
+        return alternate(
+            {
+                "safetensors": lambda: {k: v.clone() for k, v in safetensors.torch.load_file(weights).items()},
+                "fastddpm folder": lambda: UNet.from_pretrained(own),
+                "diffusers folder": lambda: UNet.from_pretrained(theirs),
+                "diffusers' own": lambda: UNet2DModel.from_pretrained(theirs / "unet"),
+            },
+            rounds=rounds or 30,
+            label="load",
+        )
+
+
+def scheduler(model: UNet, rounds: int | None) -> dict[str, Timing]:
+    inputs = Rotation(lambda: (torch.randn(SHAPE), torch.randn(SHAPE)), CACHES)
+    contestants: dict[str, Callable[[], object]] = {}
+    for plain, fused in ((DDPMScheduler, FusedDDPMScheduler), (DDIMScheduler, FusedDDIMScheduler)):
+        made = {plain.__name__: plain(), fused.__name__: fused()}
+        if plain is DDPMScheduler:
+            made[f"{fused.__name__}, noise_seed"] = fused(noise_seed=7)
+        given, outputs = inputs.next(), {}
+        for name, one in made.items():
+            one.set_timesteps(1000)
+            t = one.timesteps[400]
+            outputs[name] = one.step(*(given[0], t, given[1]), generator=torch.Generator().manual_seed(0)).prev_sample
+            generator = torch.Generator().manual_seed(0)
+
+            def step(one=one, t=t, generator=generator) -> object:
+                o, x = inputs.next()
+                return one.step(o, t, x, generator=generator)
+
+            contestants[name] = step
+        agree(f"scheduler: {fused.__name__}", outputs[fused.__name__], outputs[plain.__name__], 1e-5)
+    return alternate(contestants, rounds=rounds or 60, label="scheduler")
+
+
+def norms(model: UNet, rounds: int | None) -> dict[str, Timing]:
+    before = diffusers_unet(model)
+    after = copy.deepcopy(before)
+    print(f"fuse_norms: {fuse_norms(after)}")
+    contestants = {}
+    for batch in (1, 16):
+        x, t = torch.randn(batch, *model.shape), torch.full((batch,), 500)
+        agree(f"norms: batch {batch}", after(x, t).sample, before(x, t).sample, 1e-4)
+        contestants[f"batch {batch}"] = lambda x=x, t=t: before(x, t).sample
+        contestants[f"batch {batch}, fused"] = lambda x=x, t=t: after(x, t).sample
+    return alternate(contestants, rounds=rounds or 15, label="norms")
+
+
+def sample(model: UNet, rounds: int | None) -> dict[str, Timing]:
+    theirs = diffusers_unet(model)
+    options = {"seed": 0, "schedule": Schedule.linear(STEPS), "progress": False}
+    drawn = [fastddpm.sample(network, 16, **options) for network in (theirs, model)]
+    agree("sample", *drawn, 1e-5)
+    return alternate(
+        {
+            "UNet": lambda: fastddpm.sample(model, 16, **options),
+            "UNet2DModel": lambda: fastddpm.sample(theirs, 16, **options),
+        },
+        rounds=rounds or 7,
+        label="sample",
+    )
+
+
+CASES = {"load": load, "scheduler": scheduler, "norms": norms, "sample": sample}
+
+
+def parse() -> argparse.Namespace:
+    parser = arguments("What diffusers' objects and checkpoints gain and cost.")
+    parser.add_argument("--only", choices=tuple(CASES), help="one of the cases; default all")
+    parser.add_argument("--rounds", type=int, help="rounds of each case; default 7 to 60, by the case")
+    parser.add_argument("--threads", type=int, help="CPU threads; default torch's choice")
+    settings = parser.parse_args()
+    check_outputs(settings)
+    return settings
+
+
+def main() -> None:
+    settings = parse()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    watched = Load(settings.force)
+    model = the_network("cifar10")
+    result: dict[str, object] = {"benchmark": "ecosystem", **provenance(settings), "cases": {}}
+    bars, rows = [], []
+    for name in [settings.only] if settings.only else CASES:
+        timings = CASES[name](model, settings.rounds)
+        result["cases"][name] = {contestant: timing.milliseconds() for contestant, timing in timings.items()}
+        rows.append([name])
+        for contestant, timing in timings.items():
+            ms = timing.milliseconds()
+            rows.append([contestant, *(f"{ms[key]:.2f}" for key in ("ms", "ms_p20", "ms_p80"))])
+        for (contestant, peer, case), wanted in BARS.items():
+            if case == name:
+                ratio = timings[peer].median / timings[contestant].median
+                bars.append(
+                    {"bar": f"{contestant} / {peer}", "wanted": wanted, "ratio": ratio, "reached": ratio >= wanted}
+                )
+    print_table(["", "ms", "p20", "p80"], rows)
+    print()
+    print_table(
+        ["times as fast", "measured", "wanted", ""],
+        [[b["bar"], f"{b['ratio']:.2f}", f"{b['wanted']:.2f}", "pass" if b["reached"] else "FAIL"] for b in bars],
+    )
+    result |= {"bars": bars, "load": watched.report()}
+    if settings.json is not None:
+        write_json(settings.json, result)
+    sys.exit(0 if all(bar["reached"] for bar in bars) else 1)
+
+
+if __name__ == "__main__":
+    main()
