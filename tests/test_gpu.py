@@ -624,6 +624,60 @@ def test_the_engine_is_the_network(kind, dtype, bound):
     assert (cudnn.allow_tf32, cudnn.benchmark) == usual
 
 
+# -------------------------------------------------------------------------------------- diffusers' users
+
+
+def launches(call):
+    """The kernels and copies of a call, by name."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [e.name for e in profile.events() if e.device_type.name == "CUDA" and not e.is_user_annotation]
+
+
+@pytest.mark.parametrize("name", ["FusedDDPMScheduler", "FusedDDIMScheduler"])
+def test_a_scheduler_s_step_with_a_seed_is_one_launch(kind, name):
+    pytest.importorskip("diffusers")
+    from fastddpm.integrations import diffusers as fused
+
+    x, o = randn(4, 3, 32, 32, seed=1), randn(4, 3, 32, 32, seed=2)
+    steps = []
+    for device in ("cuda", "cpu"):
+        scheduler = getattr(fused, name)(noise_seed=7)
+        scheduler.set_timesteps(50, device=device)
+        eta = {"eta": 1.0} if "DDIM" in name else {}
+        given = o.to(device), scheduler.timesteps[3], x.to(device)
+        with backend.use(kind if device == "cuda" else None):
+            steps.append(scheduler.step(*given, **eta).prev_sample.cpu())
+            if device == "cuda":
+                found = launches(lambda given=given, scheduler=scheduler, eta=eta: scheduler.step(*given, **eta))
+                assert len(found) == 1, found
+    assert (steps[0] - steps[1]).abs().max() <= 1e-5
+
+
+def test_fused_norms_on_a_gpu(kind):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval().cuda()  # fmt: skip
+    x, t = randn(2, 3, 16, 16), integers(2, 1000)
+    with torch.no_grad():
+        expected, before = model(x, t).sample, launches(lambda: model(x, t))
+        report = fastddpm.fuse_norms(model)
+        got, after = model(x, t).sample, launches(lambda: model(x, t))
+        assert (got - expected).abs().max() <= 1e-3 * expected.abs().max() and len(after) < len(before)
+        with torch.autocast("cuda", torch.bfloat16):
+            fused = model(x, t).sample
+            report.undo()
+            assert same_bits(
+                fused, model(x, t).sample
+            )  # where torch computes norms in float32, so that they are left to it
+
+
 # --------------------------------------------------------------------------------------------- large tensors
 
 
