@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import http.server
+import inspect
 import json
 import math
 import re
@@ -340,8 +341,20 @@ def test_the_embedding_at_every_timestep(flip_sin_to_cos, freq_shift, tmp_path, 
         close(model.time_embedding(t), peer.time_embedding(peer.time_proj(t)), 1e-10)
 
 
+def test_options_that_a_config_leaves_out_are_the_classs():
+    diffusers = pytest.importorskip("diffusers")
+    parameters = inspect.signature(diffusers.UNet2DModel.__init__).parameters
+    assert {name: p.default for name, p in parameters.items() if name != "self"} == interchange.DEFAULTS
+    ours = interchange.unet_config({"sample_size": 8})
+    assert ours == interchange.unet_config(interchange.unet_options(ours)) and ours.widths == [224, 448, 672, 896]
+    assert (ours.flip_sin_to_cos, ours.freq_shift, ours.eps, ours.pad, ours.head_channels) == (True, 0, 1e-5, "both", 8)
+    for cls in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
+        for name, p in inspect.signature(cls.__init__).parameters.items():
+            assert scheduler.DEFAULTS.get(name, p.default) == p.default
+
+
 def test_a_learned_variance_is_drawn_from_by_diffusers(tmp_path):
-    import diffusers
+    diffusers = pytest.importorskip("diffusers")
 
     model = randomised(dataclasses.replace(SMALL, out_channels=6))
     model.variance, model.clip, model.schedule = "learned_range", 2.0, Schedule.linear(20, 1e-3, 0.3)
@@ -539,6 +552,9 @@ def test_any_betas_survive(tmp_path):
     schedule = Schedule(torch.rand(50, dtype=torch.float64) * 0.1 + 1e-5)
     written = json.loads(json.dumps(scheduler.write(schedule, "sample", "fixed_small", 0.5)))
     assert scheduler.read(written, "it:") == (schedule, "sample", "fixed_small", 0.5)
+    for clip in (True, False, 3.0):
+        read = scheduler.read(scheduler.write(schedule, "epsilon", "fixed_large", clip), "it:")
+        assert read[3] == clip and type(read[3]) is type(clip)
     diffusers = pytest.importorskip("diffusers")
     assert torch.equal(diffusers.DDPMScheduler.from_config(written).betas, schedule.betas.float())
 
@@ -630,10 +646,9 @@ def test_pesser(multipliers, blocks, attention, variance, tmp_path):
 
 
 def test_pesser_where_the_side_cannot_be_told(tmp_path):
-    for peer in (PesserUNet(32, (1, 2), 1, attention=7),):
-        torch.save(peer.state_dict(), tmp_path / "model.ckpt")
-        with pytest.raises(CheckpointError, match="model.ckpt: .*attention at 0 levels; expected one, at 16x16"):
-            UNet.from_pretrained(tmp_path / "model.ckpt")
+    torch.save(PesserUNet(32, (1, 2), 1, attention=7).state_dict(), tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match="model.ckpt: .*attention at 0 levels; expected one, at 16x16"):
+        UNet.from_pretrained(tmp_path / "model.ckpt")
 
 
 def test_the_ddim_authors_container(tmp_path):
@@ -1118,6 +1133,8 @@ for name, revision in (("me/own", None), ("me/own", "main"), ("me/own", "%s"), (
         "config.json", "model.safetensors", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
+    again = "import fastddpm; print(*(fastddpm.UNet.from_pretrained(name).config.channels for name in ('me/own', 'me/ddpm')))"
+    assert offline(again, tmp_path / "cache", tmp_path)[0] == "8 8\n"  # of a cache that hasn't all there is on the Hub
 
 
 def test_without_huggingface_hub(monkeypatch):

@@ -91,7 +91,7 @@ def read(path: Path, state: Mapping[str, torch.Tensor], averaged: bool | None, f
     if flags is None and not published:
         raise CheckpointError(
             f"{path}: OpenAI's files don't say how their network was made; pass what its publisher passes to the sampling "
-            'script: flags="--image_size 64 --num_channels 128 ..." (on the command line, --flags)'
+            'script: flags="--image_size 64 --num_channels 128 ..." (on the command line, fastddpm convert --flags)'
         )
     source = f"flags of the published {path.name}" if flags is None else "flags"
     try:

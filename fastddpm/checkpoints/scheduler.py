@@ -120,12 +120,10 @@ def _schedule(found: Mapping, whose: str) -> Schedule:
 
 def _betas(schedule: Schedule) -> dict:
     """The kind of schedule by its name, if one gives the very same betas; any other by its numbers."""
-    T, first, last = len(schedule), float(schedule.betas[0]), float(schedule.betas[-1])
+    T, start, end = len(schedule), float(schedule.betas[0]), float(schedule.betas[-1])
     for kind, build in KINDS.items():
-        # A square root's square is off by a rounding: a person wrote few digits.
-        for start, end in ((first, last), (float(f"{first:.9g}"), float(f"{last:.9g}"))):
-            if build(T, start, end) == schedule:
-                return {"num_train_timesteps": T, "beta_schedule": kind, "beta_start": start, "beta_end": end}
+        if build(T, start, end) == schedule:
+            return {"num_train_timesteps": T, "beta_schedule": kind, "beta_start": start, "beta_end": end}
     return {"num_train_timesteps": T, "trained_betas": schedule.betas.tolist()}
 
 
