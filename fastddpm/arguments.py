@@ -14,7 +14,7 @@ from torch import nn
 from .checkpoints import scheduler
 from .foreign import is_diffusers
 from .ops._library import check_seed
-from .samplers import PREDICTIONS, VARIANCES
+from .samplers import PREDICTIONS
 from .schedule import Schedule
 from .unet import UNet
 
@@ -39,6 +39,15 @@ class Trained(NamedTuple):
     clip: bool | float
 
 
+# What an attribute of these names has to be to say what its model was trained for, and what it is where nothing says so.
+PAPER = {
+    "schedule": (Schedule, Schedule.linear()),
+    "prediction": (str, "epsilon"),
+    "variance": (str, "fixed_large"),
+    "clip": ((bool, int, float), True),
+}
+
+
 def trained_for(
     model: object,
     schedule: object = None,
@@ -50,6 +59,14 @@ def trained_for(
     if is_diffusers(schedule, "SchedulerMixin"):
         kind = type(schedule).__name__
         own = Trained(*scheduler.read({**schedule.config, "_class_name": kind}, f"schedule: the {kind}'s"))
+        betas = getattr(schedule, "betas", own.schedule.betas)
+        if betas.shape != own.schedule.betas.shape or not torch.allclose(
+            betas.double().cpu(), own.schedule.betas, rtol=1e-3
+        ):
+            raise ValueError(
+                f"schedule: the {kind}'s betas are not those of its config; pass schedule=fastddpm.Schedule(betas) and what else "
+                "it was trained for"
+            )
     elif schedule is None or isinstance(schedule, Schedule):
         own = model
     else:
@@ -57,16 +74,14 @@ def trained_for(
             f"schedule: got {type(schedule).__name__}; expected a fastddpm.Schedule or one of diffusers' schedulers"
         )
     given = dict(zip(Trained._fields, (schedule if own is model else None, prediction, variance, clip), strict=True))
-    paper = {"schedule": Schedule.linear(), "prediction": "epsilon", "variance": "fixed_large", "clip": True}
-    found = Trained(
-        *(
-            next(v for v in (given[name], getattr(own, name, None), paper[name]) if v is not None)
-            for name in Trained._fields
-        )
-    )
+    found = []
+    for name, (kind, paper) in PAPER.items():
+        said = getattr(own, name, None)  # of somebody's module it may be anything
+        found.append(next(v for v in (given[name], said if isinstance(said, kind) else None, paper) if v is not None))
+    found = Trained(*found)
     choice("prediction", found.prediction, PREDICTIONS)
-    choice("variance", found.variance, VARIANCES)
-    silent = is_diffusers(model, "UNet2DModel") or (isinstance(model, UNet) and model.schedule is None)
+    bare = getattr(model, "_orig_mod", model)  # in torch.compile's wrapper
+    silent = is_diffusers(bare, "UNet2DModel") or (isinstance(bare, UNet) and bare.schedule is None)
     if schedule is None and silent:
         rest = "".join(f", {getattr(found, name)}" for name in ("prediction", "variance") if given[name] is None)
         warn_once(
@@ -107,7 +122,7 @@ def shape_of(model: object, shape: tuple[int, int, int] | None) -> tuple[int, in
         raise ValueError(f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)")
     if shape is None:
         own = getattr(model, "shape", None)  # torch.compile's wrapper of a UNet has it, too
-        if isinstance(own, tuple):
+        if isinstance(own, tuple) and len(own) == 3 and all(isinstance(v, int) and v > 0 for v in own):
             return own
         side = model.config.sample_size if is_diffusers(model, "UNet2DModel") else None
         if side is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -44,7 +45,7 @@ from .ops._library import check_seed
 from .ops.philox_normal import Stream
 from .sampling import PLANNED, plan, sample
 from .shards import LOT, EvaluationError, Shards
-from .unet import UNet
+from .unet import UNet, UNetConfig
 
 METRICS = ("fid", "kid", "bpd")
 SAMPLES, SETTINGS, RESULT, CACHE, PROBE = "samples", "settings.json", "result.json", "evaluation-cache", "probe.npy"
@@ -176,11 +177,17 @@ def drawn(model: object, seed: int, dtype: torch.dtype | None, options: dict) ->
     }
 
 
+LATER = list(itertools.dropwhile(lambda field: field.name != "eps", dataclasses.fields(UNetConfig)))
+
+
 def _told_by(model: object, dtype: torch.dtype | None) -> dict:
     """What tells a model, for JSON; a bare callable has no weights, and its `_answer` has to do."""
     module = isinstance(model, nn.Module)
     own = next((p.dtype for p in model.parameters()), torch.float32) if module else torch.float32
     config = dataclasses.asdict(model.config) if isinstance(model, UNet) else {}
+    for field in LATER:  # left out where they change nothing, so that folders of before are this model's still
+        if config.get(field.name) == field.default:
+            config.pop(field.name, None)
     return {
         "weights": checksum(model) if module else None,
         **{f"config.{k}": list(v) if isinstance(v, tuple) else v for k, v in config.items()},

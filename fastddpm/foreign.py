@@ -15,7 +15,7 @@ from .checkpoints import diffusers
 from .unet import UNet
 
 # Attributes of a layer that say nothing about what it computes at inference.
-INERT = {"training", "gradient_checkpointing", "_gradient_checkpointing_func", "_internal_dict"}
+INERT = {"training", "gradient_checkpointing", "_gradient_checkpointing_func", "_internal_dict", "_compiled_call_impl"}
 SIMPLE = (bool, int, float, str, type(None))
 
 
@@ -42,7 +42,10 @@ def adopted(model: object) -> object:
 
     The UNet has no schedule (None), as a UNet2DModel doesn't say for which one it was trained.
     """
-    return model if not is_diffusers(model, "UNet2DModel") or why_not(model) is not None else _twin(model)
+    try:
+        return _twin(model) if is_diffusers(model, "UNet2DModel") else model
+    except UnlikeError:
+        return model
 
 
 def why_not(model: object) -> str | None:
@@ -68,17 +71,30 @@ def _twin(model: nn.Module) -> UNet:
             made = next(c for c in type(model).__mro__ if c.__name__ == "UNet2DModel").from_config(config)
             network = UNet(architecture)
         network.schedule = None
+        if architecture.out_channels == 2 * architecture.in_channels:
+            network.variance = "learned_range"
         kept = _twins[model] = _Twin(config, _described(made), network)
-    layers = _described(model)
-    for name in kept.layers | layers:
-        if kept.layers.get(name) != layers.get(name):
-            raise UnlikeError(f"{name or 'it'} is not as diffusers makes it")
+    _compare(kept.layers, _described(model))
     own = dict(model.named_parameters(remove_duplicate=False))
     for name, module in kept.network.named_modules():
         for part in module._parameters:
             if module._parameters[part] is not None:
                 module._parameters[part] = own[f"{name}.{part}" if name else part]
     return kept.network.train(model.training)
+
+
+def _compare(made: dict[str, tuple], found: dict[str, tuple]) -> None:
+    """Raise UnlikeError, naming the layer and what of it is another, unless they are the same."""
+    for name in made | found:
+        (kind, wanted), (own, given) = made.get(name, (None, {})), found.get(name, (None, {}))
+        said = f"{name or 'it'} is not as diffusers makes it"
+        if kind is not own:
+            raise UnlikeError(said)
+        if own.forward.__module__.partition(".")[0] not in ("torch", "diffusers", "fastddpm"):
+            raise UnlikeError(f"{said}: the forward of {own.__name__}")
+        for k in wanted | given:  # a number or a word that diffusers doesn't have is a note of the owner's
+            if wanted.get(k) != given.get(k) and not (k not in wanted and isinstance(given[k], SIMPLE)):
+                raise UnlikeError(f"{said}: its {k}")
 
 
 def _described(model: nn.Module) -> dict[str, tuple]:
@@ -95,7 +111,7 @@ def _unfused(kind: type) -> type:
 
 
 def _brief(name: str, value: object) -> object:
-    if isinstance(value, SIMPLE):
+    if isinstance(value, SIMPLE) or (isinstance(value, (tuple, list)) and all(isinstance(v, SIMPLE) for v in value)):
         return value
     if name in ("_parameters", "_buffers"):
         return {k: None if v is None else v.shape for k, v in value.items()}
@@ -106,4 +122,5 @@ def _brief(name: str, value: object) -> object:
 
 def tensor_of(output: object) -> object:
     """A model's output; of diffusers' output classes, the tensor in it."""
-    return output.sample if hasattr(output, "sample") and not isinstance(output, torch.Tensor) else output
+    inside = None if isinstance(output, torch.Tensor) else getattr(output, "sample", None)
+    return inside if isinstance(inside, torch.Tensor) else output

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import backend, ops
-from .ops._library import layout
 
 __all__ = ["FusedNorms", "fuse_norms"]
 
@@ -46,28 +45,38 @@ def norm_silu(
 def _serves(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
     """Whether the kernel is what torch's group_norm is for this x, and the faster one."""
     return (
-        x.dim() > 2
+        weighted(norm)
+        and x.dim() > 2
         and x.dtype != torch.float64
         and (x.device.type != "cpu" or x.dtype in backend.CPU_DTYPES)
         and norm.weight.dtype in (x.dtype, torch.float32)
         and backend.choose(x.device, x.dtype) != "reference"
         and not (x.device.type == "cuda" and torch.is_autocast_enabled("cuda"))
-        and (torch.compiler.is_compiling() or layout(x) in ("outer", "inner"))
+        and (x.is_contiguous() or x.movedim(1, -1).is_contiguous())
+        and (torch.compiler.is_compiling() or not _transformed())
     )
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, for which the kernel has no rules."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def weighted(norm: nn.GroupNorm) -> bool:
+    return norm.weight is not None and norm.bias is not None
 
 
 def plain(layer: nn.Module, kind: type) -> bool:
     """Whether its code is that of `kind`, and nobody looks into it by hooks."""
-    return type(layer) in (kind, FUSED.get(kind)) and not (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return type(layer) in (kind, FUSED.get(kind)) and "forward" not in vars(layer) and not any(hooks)
 
 
 class FusedGroupNorm(nn.GroupNorm):
     """GroupNorm by `ops.group_norm_silu`, without a SiLU."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return norm_silu(self, x, silu=False)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return norm_silu(self, input, silu=False)
 
 
 class FusedSequential(nn.Sequential):
@@ -76,8 +85,8 @@ class FusedSequential(nn.Sequential):
     Its members stay as they are: whoever takes one of them, or a slice, gets what it says.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layers = list(self)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x, layers = input, list(self)
         while layers:
             layer = layers.pop(0)
             if layers and _pair(layer, layers[0]):
@@ -92,7 +101,7 @@ FUSED = {nn.GroupNorm: FusedGroupNorm, nn.Sequential: FusedSequential}
 
 
 def _pair(norm: nn.Module, activation: nn.Module) -> bool:
-    return plain(norm, nn.GroupNorm) and norm.affine and plain(activation, nn.SiLU)
+    return plain(norm, nn.GroupNorm) and weighted(norm) and plain(activation, nn.SiLU)
 
 
 class FusedNorms:
@@ -101,14 +110,16 @@ class FusedNorms:
     swapped: how many of each kind. left: what has a GroupNorm of another kind, and why it was left, by the module's name.
     """
 
-    def __init__(self, swapped: dict[str, int], left: dict[str, str], classes: list[tuple[nn.Module, type]]) -> None:
+    def __init__(
+        self, swapped: dict[str, int], left: dict[str, str], classes: list[tuple[nn.Module, type, type]]
+    ) -> None:
         self.swapped, self.left, self._classes = swapped, left, classes
 
     def undo(self) -> None:
-        """Give all modules back the class that they had. Twice does nothing."""
-        for module, kind in self._classes:
-            module.__class__ = kind
-        self._classes = []
+        """Give all modules back the class that they had, but for those that somebody has given another one since."""
+        for module, kind, fused in self._classes:
+            if type(module) is fused:
+                module.__class__ = kind
 
     def __str__(self) -> str:
         said = ", ".join(f"{count} {kind}" for kind, count in self.swapped.items()) or "nothing to fuse"
@@ -127,8 +138,9 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
 
     diffusers' ResnetBlock2D with SiLU as a whole: both norms with the SiLU behind them, and the timestep's embedding added, or
     scaled and shifted by, in the second one's pass. A Sequential with a GroupNorm and a SiLU behind it: those two at once.
-    Other GroupNorms without a SiLU. Subclasses of these are somebody's own code and stay, as do norms without weights; a pair
-    or block with hooks on its members runs unfused. State dicts, training, copies and pickles are as before.
+    Other GroupNorms without a SiLU. Subclasses of these, and what has a forward put into it, are somebody's own code and stay, as
+    do norms without weights or bias; a pair or block with hooks on its members runs unfused. Names, parameters, state dicts
+    and hooks are as before. It is differentiable once; copies stay fused, and who loads a pickle of one needs fastddpm.
 
     Returns a `FusedNorms`: print it to see what was swapped, and call its `undo()` to have it all back.
     On a CPU the kernel is the faster one from a few images on. Raises TypeError for what is not a module.
@@ -138,10 +150,10 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
     swapped, left, classes, inside = Counter(), {}, [], set()
 
     def swap(layer: nn.Module, fused: type) -> None:
-        classes.append((layer, type(layer)))
+        classes.append((layer, type(layer), fused))
         layer.__class__ = fused
 
-    layers = list(module.named_modules())
+    layers = [(name, layer) for name, layer in module.named_modules() if "forward" not in vars(layer)]
     for name, layer in layers:
         block = _resnet_block()
         if block is not None and type(layer) is block.__base__:
@@ -159,8 +171,8 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
                 swap(layer, FusedSequential)
     for name, layer in layers:
         if type(layer) is nn.GroupNorm:
-            if not layer.affine:
-                left[name] = "a GroupNorm without weights"
+            if not weighted(layer):
+                left[name] = "a GroupNorm without weights or bias"
                 continue
             swapped["GroupNorm"] += layer not in inside
             swap(layer, FusedGroupNorm)

@@ -292,6 +292,8 @@ def _sized_as_made(part: nn.Module) -> bool:
         return part.bias is not None
     if isinstance(part, Upsample):
         return (part.conv.kernel_size, part.conv.stride) == ((3, 3), (1, 1))
+    if isinstance(part, ResBlock):
+        return part.resample is None or (part.conv1.kernel_size, part.conv1.stride) == ((3, 3), (1, 1))
     if isinstance(part, Attention):
         return all(v.in_features == v.out_features for v in (part.to_q, part.to_k, part.to_v, part.to_out[0]))
     return True

@@ -144,6 +144,7 @@ def plan(
     choice("sampler", sampler, tuple(samplers.STEPS))
     asked = variance
     schedule, prediction, variance, clip = trained_for(model, schedule, prediction, variance, clip)
+    choice("variance", variance, samplers.VARIANCES)
     most = len(schedule) if start is None else start + 1
     if steps is None:
         steps = min(samplers.STEPS[sampler] or most, most)

@@ -100,8 +100,9 @@ class UNetConfig:
         if self.middle_groups and self.widths[-1] % self.middle_groups:
             width, groups = self.widths[-1], self.middle_groups
             raise ValueError(f"middle_groups: {width} channels cannot be divided into {groups} groups")
-        if self.channels // 2 <= max(self.freq_shift, 1):
-            raise ValueError(f"channels: got {self.channels}; expected at least 4, for the timestep embedding")
+        least = 2 * (max(self.freq_shift, 1) + 1)
+        if self.channels < least:
+            raise ValueError(f"channels: got {self.channels}; expected at least {least}, for the timestep embedding")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: got {self.dropout}; expected a probability in [0, 1)")
         if self.heads is not None and self.head_channels is not None:
@@ -114,7 +115,7 @@ class UNetConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(choices)}")
         for name in ("eps", "time_scale", "middle_scale"):
-            if not getattr(self, name) > 0:
+            if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected a positive number")
 
     @property

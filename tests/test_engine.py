@@ -46,6 +46,9 @@ CONFIGS = {
         sample_size=8, channels=8, multipliers=(1, 2), attention=(8,), groups=4, scale_shift=True, resample="resnet",
         middle_attention=False,
     ),
+    "one head, in the middle without a norm": UNetConfig(
+        sample_size=8, channels=8, multipliers=(1, 2), attention=(8,), groups=4, middle_groups=0, middle_scale=2.0,
+    ),
 }  # fmt: skip
 
 

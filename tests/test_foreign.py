@@ -101,7 +101,11 @@ def rescaled(model):
     model.mid_block.resnets[1].output_scale_factor = 3.0
 
 
-@pytest.mark.parametrize("change", [hooked, replaced, processed, overridden, rescaled])
+def dilated(model):
+    model.conv_in.dilation = model.conv_in.padding = (2, 2)
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, processed, overridden, rescaled, dilated])
 def test_what_its_owner_changed_runs_as_it_is(change):
     model = unet2d()
     scheduler = diffusers.DDPMScheduler(**SHORT)
@@ -114,6 +118,23 @@ def test_what_its_owner_changed_runs_as_it_is(change):
     assert torch.equal(
         got, fastddpm.sample(wrapped(model), 2, shape=(3, 8, 8), schedule=scheduler, seed=1)
     ) and not torch.equal(got, before)
+
+
+def test_a_patched_class_is_noticed(monkeypatch):
+    block = diffusers.models.resnet.ResnetBlock2D
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, *args, **options: forward(self, *args, **options) / 2)
+    assert "the forward of ResnetBlock2D" in foreign.why_not(unet2d())
+
+
+def test_what_changes_nothing_is_overlooked():
+    model = unet2d()
+    model.note = "mine"
+    model.enable_gradient_checkpointing()
+    model.compile(backend="eager")
+    assert isinstance(foreign.adopted(model), UNet)
+    model.register_to_config(freq_shift=1)  # the twin is made of the config
+    assert foreign.adopted(model).config.freq_shift == 1
 
 
 def test_what_has_no_unet_of_its_kind_runs_as_it_is():
@@ -173,7 +194,31 @@ def test_a_scheduler_s_settings_are_taken(prediction, kind):
         )
 
 
+def test_attributes_of_another_meaning():
+    class Network(nn.Module):
+        schedule, prediction, shape = "constant", 3, torch.Size([3, 8])
+
+        def __init__(self):
+            super().__init__()
+            self.clip, self.variance = nn.Linear(1, 1), nn.Linear(1, 1)
+
+        def forward(self, x, t):
+            return x / 2
+
+    given = {"schedule": Schedule.linear(3), "seed": 0, "shape": (3, 8, 8)}
+    with pytest.warns(UserWarning, match="runs as it is"):
+        got = fastddpm.sample(Network(), 1, **given)
+    assert torch.equal(got, fastddpm.sample(lambda x, t: x / 2, 1, **given))
+    fastddpm.training_loss(Network(), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="shape: missing"):
+        fastddpm.sample(Network(), 1)
+
+
 def test_what_a_scheduler_cannot_be_read_for():
+    changed = diffusers.DDPMScheduler()
+    changed.betas = changed.betas * 2
+    with pytest.raises(ValueError, match="DDPMScheduler's betas are not those of its config"):
+        fastddpm.sample(wrapped(unet2d()), 1, schedule=changed, shape=(3, 8, 8))
     model, given = wrapped(unet2d()), {"shape": (3, 8, 8)}
     with pytest.raises(ValueError, match="DDPMScheduler's.*thresholding"):
         fastddpm.sample(model, 1, schedule=diffusers.DDPMScheduler(thresholding=True), **given)
@@ -197,6 +242,8 @@ def test_everything_else_takes_one(quiet):
     ]
     for call in pairs:
         assert torch.equal(call(model), call(twin))
+    clipped = diffusers.DDPMScheduler(**SHORT, clip_sample_range=0.25)
+    assert fastddpm.progressive(model, 1, frames=2, schedule=clipped, seed=0).abs().max() <= 0.25
     losses = [fastddpm.training_loss(m, x0, **given) for m in (model, wrapped(model))]
     assert torch.equal(*losses) and losses[0].requires_grad
 

@@ -110,11 +110,87 @@ def test_what_is_left():
     model = nn.Sequential(GroupNorm32(2, 4), nn.SiLU(), nn.GroupNorm(2, 4, affine=False), nn.SiLU(), nn.Conv2d(4, 4, 1))
     report = fuse_norms(model)
     assert type(model) is nn.Sequential and not report.swapped
-    assert report.left == {"0": "GroupNorm32, a subclass of GroupNorm", "2": "a GroupNorm without weights"}
+    assert report.left == {"0": "GroupNorm32, a subclass of GroupNorm", "2": "a GroupNorm without weights or bias"}
     assert "nothing to fuse; left: 0 (GroupNorm32, a subclass of GroupNorm), 2 (" in str(report)
     with pytest.raises(TypeError, match="module: got function; expected a torch.nn.Module"):
         fuse_norms(lambda x: x)
     assert str(fuse_norms(fastddpm.UNet.from_preset("digits"))) == "nothing to fuse"  # it has layers of its own
+
+
+def own_forward(pair):
+    forward = pair[0].forward
+    pair[0].forward = lambda x: forward(x) + 1
+
+
+def own_activation(pair):
+    pair[1].forward = lambda x: x
+
+
+def no_bias(pair):
+    pair[0].bias = None
+
+
+@pytest.mark.parametrize("change", [own_forward, own_activation, no_bias])
+def test_what_somebody_put_in_is_kept(change, kernels):
+    """Before or after the norms are fused."""
+    x = torch.randn(2, 4, 5, 5)
+    for early in (True, False):
+        pair = perturbed(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()))
+        twin = copy.deepcopy(pair)
+        change(twin)
+        if early:
+            change(pair)
+        fuse_norms(pair)
+        if not early:
+            change(pair)
+        torch.testing.assert_close(pair(x), twin(x), rtol=0, atol=1e-5)
+
+
+def test_what_the_kernel_has_no_rule_for(kernels):
+    """torch.func, forward-mode derivatives, a compiled call with gaps."""
+    pair = perturbed(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()))
+    x, v = torch.randn(2, 4, 6, 5), torch.randn(2, 4, 6, 5)
+    gapped = torch.randn(2, 4, 6, 12)[..., ::2]
+    expected = torch.func.jvp(pair, (x,), (v,))[1], torch.func.grad(lambda x: pair(x).sum())(x), pair(gapped)
+    fuse_norms(pair)
+    torch._dynamo.reset()
+    with torch.autograd.forward_ad.dual_level():
+        dual = pair(torch.autograd.forward_ad.make_dual(x, v))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    got = (
+        torch.func.jvp(pair, (x,), (v,))[1], torch.func.grad(lambda x: pair(x).sum())(x),
+        torch.compile(pair, backend="aot_eager")(gapped),
+    )  # fmt: skip
+    for a, b in zip((*got, tangent), (*expected, expected[0]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_undo_leaves_what_others_have_made_of_it(kernels):
+    pair = perturbed(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()))
+    x = torch.randn(2, 4, 5, 5)
+    report = fuse_norms(pair)
+    nn.utils.parametrize.register_parametrization(pair[0], "weight", nn.Identity())
+    expected = pair(x)
+    report.undo()
+    assert type(pair) is nn.Sequential
+    torch.testing.assert_close(pair(input=x), expected, rtol=0, atol=1e-5)
+
+
+def test_many_images_and_a_skipped_activation(kernels):
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    for options in ({"up": True}, {"down": True, "skip_time_act": True}, {"dropout": 0.5}):
+        torch.manual_seed(0)
+        block = perturbed(resnet.ResnetBlock2D(in_channels=4, temb_channels=8, groups=2, **options))
+        x, temb = torch.randn(65, 4, 4, 4).to(memory_format=torch.channels_last), torch.randn(65, 8)
+        for training in (False, True):
+            results = []
+            for fused in (False, True):
+                block.train(training)
+                report = fuse_norms(block) if fused else None
+                torch.manual_seed(1)
+                results.append(block(x, temb))
+            report.undo()
+            torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
 
 
 def test_the_module_itself(calls, kernels):

@@ -6,7 +6,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from ..fused_norms import norm_silu, plain
+from ..fused_norms import norm_silu, plain, weighted
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
@@ -17,7 +17,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         """Whether its norms and nonlinearity are what the fused forward takes them for."""
         norms = block.norm1, block.norm2
         return (
-            all(plain(norm, nn.GroupNorm) and norm.affine for norm in norms)
+            all(plain(norm, nn.GroupNorm) and weighted(norm) for norm in norms)
             and plain(block.nonlinearity, nn.SiLU)
             and block.time_embedding_norm in ("default", "scale_shift")
         )
