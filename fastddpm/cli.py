@@ -333,14 +333,20 @@ def convert_command(source, out, format, revision, flags) -> None:
     place = out.absolute()
     if not place.parent.is_dir():
         raise ValueError(f"out: the folder {place.parent} does not exist; make it first")
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+    if place.is_symlink() or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
         raise ValueError(f"out: {out} exists; expected a new or an empty folder")
     found = pretrained.read(source, revision=revision, flags=flags)
     for name, value in _described(found):
         click.echo(f"{name:<12} {value}")
     aside = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        base.build(found).save_pretrained(aside, format=format)
+        network = base.build(found)
+        if format == "fastddpm" and found.averaged is not None:
+            native.save(
+                network, aside, extra={"averaged": found.averaged}
+            )  # so that the question needn't be asked again
+        else:
+            network.save_pretrained(aside, format=format)
         if place.is_dir():
             place.rmdir()
         aside.rename(place)

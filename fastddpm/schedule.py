@@ -75,8 +75,8 @@ class Schedule:
 
 
 def _check_count(T: int) -> None:
-    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
-        raise ValueError(f"T: got {T!r}; expected a number of timesteps >= 1")
+    if isinstance(T, bool) or not isinstance(T, int) or not 1 <= T < 1 << 20:
+        raise ValueError(f"T: got {T!r}; expected a number of timesteps from 1 to 2^20 - 1")
 
 
 def _extract(values: torch.Tensor, t: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -434,14 +434,15 @@ class UNet(nn.Module):
         """A trained network, in eval mode, with the schedule, prediction, variance and clip that it was trained for.
 
         name: a bundled model's name ("digits"); a folder that `save_pretrained` wrote; a diffusers DDPM folder; a checkpoint
-            file of pesser's conversions of the paper's weights, or of OpenAI's improved-diffusion and guided-diffusion; or
-            the id of a diffusers or fastddpm model on the Hugging Face Hub ("google/ddpm-cifar10-32").
+            file of pesser's conversions of the paper's weights, or of OpenAI's improved-diffusion and guided-diffusion, or a
+            folder of OpenAI's; or the id of a diffusers or fastddpm model on the Hugging Face Hub ("google/ddpm-cifar10-32").
         revision: branch, tag or commit, of a Hub id alone.
         flags: of OpenAI's files alone, which don't say how their network was made: what the publisher passes to
             the sampling script ("--image_size 64 --num_channels 192 ..."). For the published files it may be left out.
 
-        Pickles are read with weights_only, so that they cannot run code. Raises CheckpointError, a ValueError, naming the file
-        and what is wrong with it. Warns where nothing says that the weights are averaged (EMA) ones.
+        Weights are float32, whatever the file's are, on torch's default device. Pickles are read with weights_only, so that they
+        cannot run code. Raises CheckpointError, a ValueError, naming the file and what is wrong with it. Warns where nothing
+        says that the weights are averaged (EMA) ones.
         """
         from .checkpoints import pretrained
 
@@ -451,7 +452,8 @@ class UNet(nn.Module):
         """Write the network into `folder`, made if missing; each file appears whole or not at all.
 
         format: "fastddpm" (config.json and model.safetensors), or "diffusers": a folder for DDPMPipeline.from_pretrained.
-        Raises ValueError where diffusers' UNet2DModel has no such network, naming the option.
+        Raises ValueError where diffusers' UNet2DModel has no such network, naming the option. DDPMPipeline opens a network
+        with classes, too, but passes no labels to it.
         """
         from .checkpoints import pretrained
 

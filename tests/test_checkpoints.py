@@ -344,7 +344,8 @@ def test_the_embedding_at_every_timestep(flip_sin_to_cos, freq_shift, tmp_path, 
 def test_options_that_a_config_leaves_out_are_the_classs():
     diffusers = pytest.importorskip("diffusers")
     parameters = inspect.signature(diffusers.UNet2DModel.__init__).parameters
-    assert {name: p.default for name, p in parameters.items() if name != "self"} == interchange.DEFAULTS
+    theirs = {name: p.default for name, p in parameters.items() if name != "self"}  # older ones have fewer
+    assert theirs == {name: interchange.DEFAULTS[name] for name in theirs}
     ours = interchange.unet_config({"sample_size": 8})
     assert ours == interchange.unet_config(interchange.unet_options(ours)) and ours.widths == [224, 448, 672, 896]
     assert (ours.flip_sin_to_cos, ours.freq_shift, ours.eps, ours.pad, ours.head_channels) == (True, 0, 1e-5, "both", 8)
@@ -1141,3 +1142,109 @@ def test_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r'pip install "fastddpm\[hub\]"'):
         UNet.from_pretrained("me/ddpm")
+
+
+# ------------------------------------------------------------------------------------- what must not happen
+
+
+def other(model):
+    """A network of the same shapes that computes something else, with other weights."""
+    return every_parameter_matters(UNet(dataclasses.replace(model.config, flip_sin_to_cos=True, heads=2)))
+
+
+@pytest.mark.parametrize("format", ["fastddpm", "diffusers"])
+def test_a_save_that_fails_leaves_the_model_that_was_there(format, tmp_path, monkeypatch):
+    first = randomised(SMALL)
+    first.save_pretrained(tmp_path / "ema", format=format)
+    write = Path.write_text
+
+    def full(path, *arguments, **options):
+        if "config" in path.name:
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        other(first).save_pretrained(tmp_path / "ema", format=format)
+    same_network(quietly(tmp_path / "ema"), first)
+    assert not [path for path in (tmp_path / "ema").rglob("*") if path.name.startswith(".")]
+
+
+def test_another_librarys_folder_is_not_written_into(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(ValueError, match=r"folder: .* has the config\.json of another model"):
+        randomised(SMALL).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_parts_are_read_before_a_file_beside_them(tmp_path):
+    """As diffusers does."""
+    network = diffusers_model()
+    network.save_pretrained(tmp_path / "unet", max_shard_size="20KB")
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"older")
+    state = quietly(tmp_path).state_dict()
+    assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
+    index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    for held in ({}, {"weight_map": []}, {"weight_map": {"a": 5}}, {"weight_map": {"a": "../x.safetensors"}}):
+        index.write_text(json.dumps(held))
+        with pytest.raises(CheckpointError, match="weight_map: expected the names of files beside it"):
+            UNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("entry", ["ema", "params_ema", "ema_params", "unet_ema", "shadow"])
+def test_averages_are_found_under_any_name(entry, tmp_path):
+    model = PesserUNet(32, (1, 1), 1, attention=1)
+    raw = model.state_dict()
+    averaged = {name: value + 1 for name, value in raw.items()}
+    torch.save({"model": raw, entry: averaged}, tmp_path / "x.pt")
+    found = pretrained.read(tmp_path / "x.pt")
+    assert found.averaged and torch.equal(found.state["conv_in.bias"], averaged["conv_in.bias"])
+    torch.save({"model": raw, "ema": {"decay": torch.tensor(0.5)}}, tmp_path / "x.pt")
+    assert torch.equal(pretrained.read(tmp_path / "x.pt").state["conv_in.bias"], raw["conv_in.bias"])
+
+
+def test_odd_but_harmless_files(tmp_path):
+    held = {"step": 1}
+    held["model"] = held
+    torch.save(held, tmp_path / "itself.pt")
+    with pytest.raises(CheckpointError, match="no network's tensors in it"):
+        UNet.from_pretrained(tmp_path / "itself.pt")
+    state = PesserUNet(32, (1, 1), 1, attention=1).state_dict()
+    for value in (torch.zeros(1).expand(1 << 14, 1 << 15), torch.empty(32, device="meta"), torch.eye(32).to_sparse()):
+        torch.save({**state, "conv_in.bias": value}, tmp_path / "odd-ema.pt")
+        with pytest.raises(
+            CheckpointError, match=r"odd-ema.pt: .*(conv_in\.bias isn't a plain tensor|not a whole torch)"
+        ):
+            UNet.from_pretrained(tmp_path / "odd-ema.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"block_out_channels": [0, 8]}, {"block_out_channels": []}, {"block_out_channels": {"a": 1}},
+        {"down_block_types": [1, 2]}, {"norm_eps": "1e-5"}, {"dropout": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_of_another_kind(change, tmp_path):
+    diffusers_model().save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", lambda config: config.update(change))
+    with pytest.raises(CheckpointError, match="config.json: "):
+        UNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "ema_model.ckpt"])
+def test_converting_keeps_whether_weights_are_averages(name, tmp_path):
+    from click.testing import CliRunner
+
+    from fastddpm.cli import cli
+
+    torch.save(PesserUNet(32, (1, 1), 1, attention=1).state_dict(), tmp_path / name)
+    made = CliRunner().invoke(cli, ["convert", str(tmp_path / name), str(tmp_path / "out"), "--to", "fastddpm"])
+    assert made.exit_code == 0, made.output
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        UNet.from_pretrained(tmp_path / "out")
+    assert [str(w.message) for w in caught if "averages over training" in str(w.message)] == ([] if "ema" in name else [
+        str(caught[0].message)
+    ])  # fmt: skip

@@ -98,7 +98,7 @@ REPLACED = {
     ],
 }
 # By page: what its reader has by then, beside the files of `made`.
-GIVEN = {"README.md": {"x_test": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}}
+GIVEN = {"README.md": {"x_test": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}}
 # By how they begin: commands that are not run.
 LEFT_OUT = {
     "make ": "builds an environment; CI runs them",

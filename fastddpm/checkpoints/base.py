@@ -44,8 +44,12 @@ class Read:
 
 def build(read: Read) -> UNet:
     """The network, in float32, in eval mode and on torch's default device, with tensors of its own: the file may change."""
+    for name, value in read.state.items():
+        if value.layout != torch.strided or value.is_meta or value.untyped_storage().nbytes() < value.nbytes:
+            raise CheckpointError(f"{read.path}: {name} isn't a plain tensor with memory of its own; save it as one")
+    device = torch.empty(0).device
     with ThreadPoolExecutor(1) as reader:  # while the modules are made, which takes half as long
-        reading = reader.submit(_copied, read.state, torch.get_default_device())
+        reading = reader.submit(_copied, read.state, device)
         with _Unfilled():
             model = UNet(
                 read.config, schedule=read.schedule, prediction=read.prediction, variance=read.variance, clip=read.clip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -24,10 +25,10 @@ STEM = "diffusion_pytorch_model"
 WEIGHTS = tuple(  # in the order in which one is chosen
     STEM + ending
     for ending in (
-        ".safetensors",
         ".safetensors.index.json",
-        ".bin",
+        ".safetensors",
         ".bin.index.json",
+        ".bin",
         ".fp16.safetensors",
         ".fp16.bin",
     )
@@ -143,11 +144,14 @@ def write(model: UNet, folder: Path) -> None:
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     for name in ("unet", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    with whole(folder / "unet" / WEIGHTS[0]) as path:
-        path.write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
-    for name, config in configs.items():
-        with whole(folder / name) as path:
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with (
+        contextlib.ExitStack() as stack
+    ):  # all are written before the first is renamed; the weights are, and configs follow
+        paths = {name: stack.enter_context(whole(folder / name)) for name in configs}
+        weights = stack.enter_context(whole(folder / "unet" / f"{STEM}.safetensors"))
+        weights.write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
+        for name, config in configs.items():
+            paths[name].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def unet_config(config: Mapping) -> UNetConfig:
@@ -269,7 +273,13 @@ def renamed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _state(path: Path) -> tuple[dict[str, torch.Tensor], bool | None]:
     if path.name.endswith(".index.json"):
-        parts = set(_json(path).get("weight_map", {}).values())
+        try:
+            parts = set(_json(path)["weight_map"].values())
+            inside = all(part == Path(part).name for part in parts)
+        except (KeyError, AttributeError, TypeError):
+            inside = False
+        if not inside:
+            raise CheckpointError(f"{path}: weight_map: expected the names of files beside it, by those of tensors")
         if missing := sorted(part for part in parts if not (path.parent / part).is_file()):
             raise CheckpointError(f"{path}: of its parts {', '.join(missing)} aren't beside it")
         held = {k: v for part in sorted(parts) for k, v in tensors.read(path.parent / part).items()}
@@ -288,9 +298,11 @@ def _wrapped(config: dict, path: Path, notes: list[str]) -> UNetConfig:
         notes.append(f"{path}: {', '.join(unknown)}: unknown to UNet2DModel, and ignored")
     try:
         return unet_config(config)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         option, colon, said = str(error).partition(":")
         raise CheckpointError(f"{path}: {TOLD_BY.get(option, option)}{colon}{said}") from error
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: an option is of another kind than UNet2DModel's ({error})") from error
 
 
 def _json(path: Path) -> dict:

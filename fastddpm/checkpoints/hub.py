@@ -44,7 +44,10 @@ def fetch(name: str, revision: str | None, needed: Callable[[Collection[str]], l
             f"model: {name!r} is no folder or file here and no model on the Hugging Face Hub (or a private one: hf auth login)"
         ) from error
     except Exception as error:  # each version of huggingface_hub has another HTTP library, with errors of its own
-        return _cached(name, revision, error)
+        folder = _cached(name, revision, error)
+        if needed([path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]) is None:
+            raise _unreached(name, revision, error) from error
+        return folder
     files = [sibling.rfilename for sibling in siblings or []]
     chosen = needed(files)
     if chosen is None:
@@ -67,12 +70,16 @@ def _cached(name: str, revision: str | None, reason: Exception) -> Path:
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[], local_files_only=True)
         )
     except errors.LocalEntryNotFoundError as error:
-        why = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"model: {name!r} is no folder or file here, the Hugging Face Hub cannot be reached ({why}), and its cache hasn't "
-            f"{'that model' if revision is None else f'revision {revision!r} of it'}. On a machine with a network,  hf download "
-            f"{name} --local-dir FOLDER  makes a folder to copy here and name instead"
-        ) from error
+        raise _unreached(name, revision, reason) from error
+
+
+def _unreached(name: str, revision: str | None, reason: Exception) -> CheckpointError:
+    why = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+    return CheckpointError(
+        f"model: {name!r} is no folder or file here, the Hugging Face Hub cannot be reached ({why}), and its cache hasn't "
+        f"{'that model' if revision is None else f'revision {revision!r} of it'}. On a machine with a network,  hf download "
+        f"{name} --local-dir FOLDER  makes a folder to copy here and name instead"
+    )
 
 
 def _first(files: Collection[str]) -> str:

@@ -55,12 +55,16 @@ def save(
         **(extra or {}),
     }
     bound_of(model.clip)
+    if (folder / CONFIG).exists() and not is_own(folder):
+        raise ValueError(f"folder: {folder} has the {CONFIG} of another model; name another folder")
+    dense = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / WEIGHTS) as path:
-        dense = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        path.write_bytes(safetensors.torch.save(dense))  # save_file would leave a file that only its owner can read
-    with whole(folder / CONFIG) as path:
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with (
+        whole(folder / CONFIG) as described,
+        whole(folder / WEIGHTS) as weights,
+    ):  # of which the weights are renamed first
+        weights.write_bytes(safetensors.torch.save(dense))  # save_file would leave a file that only its owner can read
+        described.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def is_own(folder: Path) -> bool:
@@ -83,7 +87,7 @@ def read(folder: Path) -> Read:
         raise CheckpointError(f"{path}: {error}") from error
     if not weights.is_file():
         raise CheckpointError(f"{weights}: missing; a model folder holds {CONFIG} and {WEIGHTS}")
-    averaged = True if "training" in config else None  # a run saves the average as its model
+    averaged = config.get("averaged", True if "training" in config else None)  # a run saves the average as its model
     return Read("fastddpm", weights, network, tensors.read(weights), schedule, prediction, variance, clip, averaged)
 
 

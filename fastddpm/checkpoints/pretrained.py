@@ -53,14 +53,14 @@ def read(name: str | Path, *, revision: str | None = None, flags: str | None = N
         path, called = hub.fetch(str(name), revision, _needed), [str(name).split("/")[1]]
     else:
         path = Path(name) if Path(name).is_file() else native.find(name)
-        called = list(path.absolute().parts[-2:])
+        called = list(path.absolute().parts[-1 if path.is_dir() else -2 :])
     found = _read_folder(path, flags) if path.is_dir() else _read_file(path, flags)
     if flags is not None and found.format != "openai":
         raise ValueError(f"flags: given, but {name} is no file of OpenAI's; expected None")
     if found.format != "fastddpm":
-        found.averaged = found.averaged or tensors.says_averaged(*called, found.path.name)
-        if not found.averaged:
-            found.notes.append(_raw(found.path))
+        found.averaged = bool(found.averaged or tensors.says_averaged(*called, found.path.name))
+    if found.averaged is False:
+        found.notes.append(_raw(found.path))
     return found
 
 

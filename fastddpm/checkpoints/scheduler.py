@@ -128,6 +128,6 @@ def _betas(schedule: Schedule) -> dict:
 
 
 def _one_of(found: Mapping, option: str, choices: object, whose: str) -> str:
-    if found[option] not in choices:
+    if not isinstance(found[option], str) or found[option] not in choices:
         raise ValueError(f"{whose} {option}: got {found[option]!r}; expected one of {', '.join(choices)}")
     return found[option]

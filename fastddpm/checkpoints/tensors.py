@@ -14,7 +14,7 @@ import torch
 from .base import CheckpointError
 
 # Under which names people keep the averaged weights, and the raw ones, in a file with more beside them.
-AVERAGED = ("ema", "ema_state_dict", "ema_model", "model_ema", "ema_model_state_dict", "averaged", "shadow")
+AVERAGED = ("averaged", "shadow")  # and whatever has "ema" in it as a word
 RAW = ("model", "state_dict", "model_state_dict", "net", "network", "unet", "module", "params")
 EMA = re.compile(r"(?<![a-z])(?<!no[-_ ])(?<!non[-_ ])ema(?![a-z])")
 
@@ -77,18 +77,23 @@ def network_in(held: object, path: Path, anchors: tuple[str, ...]) -> tuple[dict
     return own, averaged or says_averaged(prefix)
 
 
-def _contained(held: object) -> tuple[dict[str, torch.Tensor] | None, bool | None]:
+def _contained(held: object, depth: int = 0) -> tuple[dict[str, torch.Tensor] | None, bool | None]:
+    if depth > 4:  # of a container that holds itself
+        return None, None
     if isinstance(held, (list, tuple)):  # of the DDIM authors' scripts: the averages ("shadow") come last
-        found = [_contained(entry) for entry in held if isinstance(entry, dict)]
+        found = [_contained(entry, depth + 1) for entry in held if isinstance(entry, dict)]
         found = [entry for entry in found if entry[0] is not None]
         return (found[-1][0], True if len(found) > 1 else None) if found else (None, None)
     if not isinstance(held, dict):
         return None, None
     if held and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in held.items()):
         return held, None
-    for names, averaged in ((AVERAGED, True), (RAW, None)):
+    ema = [name for name in held if isinstance(name, str) and (name in AVERAGED or says_averaged(name))]
+    for names, averaged in ((ema, True), (RAW, None)):
         for name in names:
-            state, inner = _contained(held.get(name))
-            if state is not None:
+            state, inner = _contained(held.get(name), depth + 1)
+            if state is not None and (
+                not averaged or len(state) > 1
+            ):  # fewer are an average's own numbers, such as its decay
                 return state, averaged or inner
     return None, None

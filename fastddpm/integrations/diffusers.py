@@ -9,7 +9,8 @@ Numbers: within a few float32 roundings of the parent's. Coefficients are comput
 alphas_cumprod: float32, which shows in the last timesteps, where 1 - abar/abar_prev is what is left of a difference (up to 1e-4
 of x0). What diffusers does otherwise than the papers stays: DDPM's last step adds noise where its timestep is not 0, DDIM's
 previous timestep is t - T // steps whatever the spacing. float16 and bfloat16 are computed in float32 and rounded once, where
-diffusers rounds every operation.
+diffusers rounds every operation. Betas rescaled to zero SNR with epsilon and no clipping give
+numbers near 2^100 where diffusers gives infinities.
 
 Noise: torch's by default, drawn as diffusers draws it, so that generators end in the same state. With `noise_seed` a step's
 noise is that of `fastddpm.sample`: image i of a batch is image `noise_first + i` of the seed's endless sequence, and its noise
