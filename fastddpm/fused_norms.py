@@ -32,7 +32,8 @@ def norm_silu(
 ) -> torch.Tensor:
     """silu(norm(x + add) * (1 + scale) + shift) with add, scale and shift [N, C] or [1, C]; silu=False leaves that out."""
     given = {"add": add, "scale": scale, "shift": shift}
-    if _serves(norm, x):
+    # Where there are more rows than samples, the result has as many samples as rows: torch's way to call a block.
+    if _serves(norm, x) and all(v is None or len(v) in (1, len(x)) for v in given.values()):
         rows = {k: None if v is None else v.expand(len(x), -1) for k, v in given.items()}
         return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, **rows)
     add, scale, shift = (None if v is None else v.reshape(*v.shape, *[1] * (x.dim() - 2)) for v in given.values())
@@ -52,9 +53,15 @@ def _serves(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
         and norm.weight.dtype in (x.dtype, torch.float32)
         and backend.choose(x.device, x.dtype) != "reference"
         and not (x.device.type == "cuda" and torch.is_autocast_enabled("cuda"))
-        and (x.is_contiguous() or x.movedim(1, -1).is_contiguous())
+        and _keeps_layout(x)
         and (torch.compiler.is_compiling() or not _transformed())
     )
+
+
+def _keeps_layout(x: torch.Tensor) -> bool:
+    """Whether torch's group_norm gives its result x's strides, as the kernel does: elsewhere a caller's .view might fail."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
 
 
 def _transformed() -> bool:
