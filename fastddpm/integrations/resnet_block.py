@@ -45,7 +45,4 @@ class FusedResnetBlock2D(ResnetBlock2D):
         h = self.conv2(self.dropout(norm_silu(self.norm2, h, **given)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x.contiguous() if self.training else x)
-        # h is nobody else's: where that shows nowhere, the sum takes its memory, for new memory costs more than the sum.
-        alike = (h.shape, h.dtype, h.stride()) == (x.shape, x.dtype, x.stride())
-        h = h.add_(x) if alike and plain(self.conv2, nn.Conv2d) else x + h
-        return h if self.output_scale_factor == 1 else h / self.output_scale_factor
+        return (x + h) / self.output_scale_factor
