@@ -19,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from fastddpm import Schedule, UNet, backend, memory, ops, samplers
+from fastddpm.checkpoints.diffusers import unet_options
 from fastddpm.engine import network
 from fastddpm.sampling import prepared
 from fastddpm.unet import Attention, GroupNormSiLU, TimestepEmbedding
@@ -123,23 +124,7 @@ def plain(model: UNet) -> UNet:
 
 
 def diffusers_unet(model: UNet) -> nn.Module:
-    config = model.config
-    attentive = [config.sample_size >> level in config.attention for level in range(len(config.multipliers))]
-    unet = UNet2DModel(
-        sample_size=config.sample_size,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        block_out_channels=[config.channels * m for m in config.multipliers],
-        down_block_types=["AttnDownBlock2D" if attention else "DownBlock2D" for attention in attentive],
-        up_block_types=["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attentive)],
-        layers_per_block=config.blocks,
-        attention_head_dim=None,  # one head
-        downsample_padding=0,
-        norm_eps=config.eps,
-        norm_num_groups=config.groups,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-    )
+    unet = UNet2DModel.from_config(unet_options(model.config))
     unet.load_state_dict(model.state_dict())
     return unet.eval().requires_grad_(False)
 

@@ -29,8 +29,9 @@ from _harness import Load, Rotation, Timing, alternate, arguments, check_outputs
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
 import fastddpm
-from fastddpm import Schedule, UNet, fuse_norms
+from fastddpm import Schedule, UNet, fuse_norms, ops
 from fastddpm.integrations.diffusers import FusedDDIMScheduler, FusedDDPMScheduler
+from fastddpm.ops.philox_normal import Stream
 
 SHAPE = (256, 3, 32, 32)
 CACHES = 256 << 20  # bytes of inputs that take turns, more than a CPU's caches hold
@@ -86,7 +87,7 @@ def scheduler(model: UNet, rounds: int | None) -> dict[str, Timing]:
         for name, one in made.items():
             one.set_timesteps(1000)
             t = one.timesteps[400]
-            outputs[name] = one.step(*(given[0], t, given[1]), generator=torch.Generator().manual_seed(0)).prev_sample
+            outputs[name] = one.step(given[0], t, given[1], generator=torch.Generator().manual_seed(0)).prev_sample
             generator = torch.Generator().manual_seed(0)
 
             def step(one=one, t=t, generator=generator) -> object:
@@ -95,6 +96,11 @@ def scheduler(model: UNet, rounds: int | None) -> dict[str, Timing]:
 
             contestants[name] = step
         agree(f"scheduler: {fused.__name__}", outputs[fused.__name__], outputs[plain.__name__], 1e-5)
+        if plain is DDPMScheduler:  # the same step with other noise
+            z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+            own = ops.philox_normal(SHAPE, seed=7, t=int(t), stream=Stream.REVERSE)
+            expected = outputs[plain.__name__] + made[plain.__name__]._get_variance(int(t)).sqrt() * (own - z)
+            agree("scheduler: noise_seed", outputs[f"{fused.__name__}, noise_seed"], expected, 1e-5)
     return alternate(contestants, rounds=rounds or 60, label="scheduler")
 
 

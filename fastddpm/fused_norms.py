@@ -150,7 +150,8 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
     and hooks are as before. It is differentiable once; copies stay fused, and who loads a pickle of one needs fastddpm.
 
     Returns a `FusedNorms`: print it to see what was swapped, and call its `undo()` to have it all back.
-    On a CPU the kernel is the faster one from a few images on. Raises TypeError for what is not a module.
+    On a CPU a network gains next to nothing, and loses with a single image: there convolutions take the time. Raises TypeError
+    for what is not a module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}; expected a torch.nn.Module")
@@ -160,9 +161,13 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
         classes.append((layer, type(layer), fused))
         layer.__class__ = fused
 
-    layers = [(name, layer) for name, layer in module.named_modules() if "forward" not in vars(layer)]
+    layers, block = [], _resnet_block()
+    for name, layer in module.named_modules():
+        if "forward" not in vars(layer):
+            layers.append((name, layer))
+        elif isinstance(layer, nn.GroupNorm):
+            left[name] = f"a {type(layer).__name__} with a forward put into it"
     for name, layer in layers:
-        block = _resnet_block()
         if block is not None and type(layer) is block.__base__:
             if block.fits(layer):
                 swapped["ResnetBlock2D (2 norms with SiLU each)"] += 1

@@ -462,15 +462,19 @@ def test_replayed_chains_of_guided_diffusion_s_network(kind, untuned):
     assert (draw(model, dtype=torch.float32).cpu() - expected).abs().max() <= 5e-3
 
 
-def test_a_live_unet2dmodel_is_replayed(kind, untuned):
-    """And is as fast as a UNet for that reason: it is one, with its parameters."""
+def unet2d():
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    model = diffusers.UNet2DModel(
+    return diffusers.UNet2DModel(
         sample_size=16, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     ).eval().cuda()  # fmt: skip
-    scheduler = diffusers.DDPMScheduler(num_train_timesteps=43)
+
+
+def test_a_live_unet2dmodel_is_replayed(kind, untuned):
+    """And is as fast as a UNet for that reason: it is one, with its parameters."""
+    model = unet2d()
+    scheduler = pytest.importorskip("diffusers").DDPMScheduler(num_train_timesteps=43)
     got = draw(model, schedule=scheduler)
     assert set(chain_of(fastddpm.foreign.adopted(model)).graphs) == {1, 10}
     expected = draw(lambda x, t: model(x, t).sample, shape=(3, 16, 16), schedule=scheduler, device="cuda")
@@ -658,12 +662,7 @@ def test_a_scheduler_s_step_with_a_seed_is_one_launch(kind, name):
 
 
 def test_fused_norms_on_a_gpu(kind):
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    model = diffusers.UNet2DModel(
-        sample_size=16, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    ).eval().cuda()  # fmt: skip
+    model = unet2d()
     x, t = randn(2, 3, 16, 16), integers(2, 1000)
     with torch.no_grad():
         expected, before = model(x, t).sample, launches(lambda: model(x, t))

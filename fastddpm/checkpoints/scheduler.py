@@ -78,10 +78,6 @@ def write(schedule: Schedule, prediction: str, variance: str, clip: bool | float
     }
 
 
-def _linear(T: int, start: float, end: float) -> Schedule:
-    return Schedule.linear(T, start, end)
-
-
 def _scaled_linear(T: int, start: float, end: float) -> Schedule:
     return Schedule(_line(T, math.sqrt(start), math.sqrt(end)).square())
 
@@ -99,7 +95,7 @@ def _line(T: int, start: float, end: float) -> torch.Tensor:
 
 
 KINDS: dict[str, Callable[[int, float, float], Schedule]] = {
-    "linear": _linear,
+    "linear": Schedule.linear,
     "scaled_linear": _scaled_linear,
     "squaredcos_cap_v2": _squaredcos,
     "sigmoid": _sigmoid,

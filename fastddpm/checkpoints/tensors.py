@@ -92,8 +92,7 @@ def _contained(held: object, depth: int = 0) -> tuple[dict[str, torch.Tensor] | 
     for names, averaged in ((ema, True), (RAW, None)):
         for name in names:
             state, inner = _contained(held.get(name), depth + 1)
-            if state is not None and (
-                not averaged or len(state) > 1
-            ):  # fewer are an average's own numbers, such as its decay
+            numbers = averaged and state is not None and len(state) == 1  # an average's own, such as its decay
+            if state is not None and not numbers:
                 return state, averaged or inner
     return None, None
