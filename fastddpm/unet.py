@@ -164,19 +164,49 @@ PRESETS = {
 }
 
 
-def _initialise(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> nn.Linear | nn.Conv2d:
+class _Undrawn:
+    """A layer without the initial weights that torch draws, as ours take their place."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class _Linear(_Undrawn, nn.Linear):
+    pass
+
+
+class _Conv2d(_Undrawn, nn.Conv2d):
+    pass
+
+
+class _Embedding(_Undrawn, nn.Embedding):
+    pass
+
+
+def _drawn(layer: _Linear | _Conv2d, kind: type, gain: float) -> nn.Linear | nn.Conv2d:
     """Variance scaling, fan_avg, uniform; bias 0. The paper's code scales by 1e-10 where a gain of 1e-5 is passed."""
-    nn.init.xavier_uniform_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
+    layer.__class__ = kind  # which whoever looks for layers asks for
+    if not layer.weight.is_meta:
+        nn.init.xavier_uniform_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
     return layer
 
 
 def _linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
-    return _initialise(nn.Linear(inputs, outputs), gain)
+    return _drawn(_Linear(inputs, outputs), nn.Linear, gain)
 
 
 def _conv(inputs: int, outputs: int, size: int = 3, gain: float = 1.0, **options: int) -> nn.Conv2d:
-    return _initialise(nn.Conv2d(inputs, outputs, size, padding=options.pop("padding", size // 2), **options), gain)
+    layer = _Conv2d(inputs, outputs, size, padding=options.pop("padding", size // 2), **options)
+    return _drawn(layer, nn.Conv2d, gain)
+
+
+def _embedding(entries: int, width: int) -> nn.Embedding:
+    layer = _Embedding(entries, width)
+    layer.__class__ = nn.Embedding
+    if not layer.weight.is_meta:
+        nn.init.normal_(layer.weight)
+    return layer
 
 
 class GroupNormSiLU(nn.Module):
@@ -185,8 +215,10 @@ class GroupNormSiLU(nn.Module):
     def __init__(self, groups: int, channels: int, eps: float, silu: bool = True) -> None:
         super().__init__()
         self.groups, self.eps, self.silu = groups, eps, silu
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight, self.bias = (nn.Parameter(torch.empty(channels)) for _ in range(2))
+        if not self.weight.is_meta:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
         """conditions: add, scale and shift of `ops.group_norm_silu`."""
@@ -383,7 +415,7 @@ class UNet(nn.Module):
         self.conv_in = _conv(config.in_channels, config.first_width)
         self.time_embedding = TimestepEmbedding(config)
         if config.classes is not None:
-            self.class_embedding = nn.Embedding(config.classes, 4 * config.channels)
+            self.class_embedding = _embedding(config.classes, 4 * config.channels)
 
         def down(width: int) -> nn.Module:
             if config.resample == "resnet":

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import gc
 import http.server
 import inspect
 import json
 import math
+import os
 import re
 import threading
 import warnings
@@ -23,7 +25,7 @@ from safetensors.torch import save_file
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig
 from fastddpm.checkpoints import diffusers as interchange
-from fastddpm.checkpoints import openai, pretrained, scheduler
+from fastddpm.checkpoints import openai, pretrained, scheduler, tensors
 from fastddpm.checkpoints.base import CheckpointError, check
 
 SMALL = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4)
@@ -155,6 +157,100 @@ def test_bad_folders(tmp_path, spoil, says):
     spoil(tmp_path)
     with pytest.raises(CheckpointError, match=says):
         UNet.from_pretrained(tmp_path)
+
+
+MIXED = {
+    "a": torch.randn(3, 5),
+    "empty": torch.empty(0, 4),
+    "half": torch.randn(7).half(),
+    "b": torch.randn(257, 3, dtype=torch.float64),
+    "scalar": torch.tensor(2.5),
+    "brain": torch.randn(2, 2).bfloat16(),
+    "c": torch.randn(1000),
+}
+
+
+@pytest.mark.parametrize(("piece", "most"), [(8 << 20, 1000), (64, 1000), (8 << 20, 2), (1, 1)])
+def test_reading_by_pieces(tmp_path, monkeypatch, piece, most):
+    monkeypatch.setattr(tensors.Unread, "PIECE", piece)
+    monkeypatch.setattr(tensors.Unread, "MOST", most)
+    paths = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    save_file(MIXED, paths[0], metadata={"format": "pt"})
+    save_file({"d": torch.randn(11)}, paths[1])
+    unread = tensors.Unread.of(paths)
+    for value in unread.state.values():  # what isn't read would show
+        value.fill_(torch.nan)
+    for path in paths:  # a file that is replaced is another one
+        save_file({"z": torch.zeros(3000)}, path.with_suffix(".new"))
+        path.with_suffix(".new").rename(path)
+    threads = [threading.Thread(target=unread) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert unread.state.keys() == MIXED.keys() | {"d"}
+    assert all(same_bits(unread.state[name], value) for name, value in MIXED.items())
+    assert not unread.state["d"].isnan().any()
+
+
+def test_reading_what_the_system_gives_at_a_time(tmp_path, monkeypatch):
+    save_file(MIXED, tmp_path / "a.safetensors")
+    unread, whole = tensors.Unread.of([tmp_path / "a.safetensors"]), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: whole(file, [views[0].reshape(-1).view("u1")[:5]], at))
+    unread()
+    assert all(same_bits(unread.state[name], value) for name, value in MIXED.items())
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+    save_file({"a": torch.randn(1000)}, tmp_path / "a.safetensors")
+    unread = tensors.Unread.of([tmp_path / "a.safetensors"])
+    with open(tmp_path / "a.safetensors", "r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: not a whole safetensors file .*cut short"):
+        unread()
+
+
+def test_what_is_left_to_safetensors(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(3, dtype=torch.int64)}, path)
+    assert tensors.Unread.of([path]) is None
+    assert tensors.Unread.of([tmp_path / "missing.safetensors"]) is None
+    assert tensors.Unread.of([tmp_path / "a.bin"]) is None
+    save_file({"a": torch.ones(3), "b": torch.ones(2)}, path)
+    good = path.read_bytes()
+    size = 8 + int.from_bytes(good[:8], "little")
+    for bad in (
+        b"",
+        good[:4],
+        good[:-1],
+        good + b"x",
+        (1 << 60).to_bytes(8, "little") + good[8:],
+        good[:8] + b"x" * (size - 8) + good[size:],
+        good.replace(b"[3]", b"[2]"),
+        good.replace(b"[12,20]", b"[13,21]"),
+        good.replace(b"[3]", b'""'),
+        good.replace(b"[0,12]", b"[0   ]"),
+    ):
+        path.write_bytes(bad)
+        assert tensors.Unread.of([path]) is None, bad
+        with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+            tensors.read(path)
+
+
+def test_loading_leaves_the_garbage_collector_as_it_was(tmp_path):
+    UNet(SMALL).save_pretrained(tmp_path / "ema")
+    gc.disable()
+    try:
+        UNet.from_pretrained(tmp_path / "ema")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    UNet.from_pretrained(tmp_path / "ema")
+    assert gc.isenabled()
+    edit(tmp_path / "ema" / "config.json", lambda config: config["unet"].update(multipliers=[1]))
+    with pytest.raises(CheckpointError):
+        UNet.from_pretrained(tmp_path / "ema")
+    assert gc.isenabled()
 
 
 def test_a_network_lands_on_the_default_device():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import randomised
 
-from fastddpm import UNet, UNetConfig, backend
+from fastddpm import Schedule, UNet, UNetConfig, backend
+from fastddpm.unet import GroupNormSiLU
 
 SMALL = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4)
 
@@ -116,13 +117,27 @@ def test_initialisation_is_the_papers():
     torch.manual_seed(0)
     model = UNet.from_preset("digits")
     for name, module in model.named_modules():
+        if isinstance(module, GroupNormSiLU):
+            assert (module.weight == 1).all() and not module.bias.any(), name
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            assert type(module) in (torch.nn.Conv2d, torch.nn.Linear), name  # what quantisers and the like look for
             fan_in, fan_out = torch.nn.init._calculate_fan_in_and_fan_out(module.weight)
             bound = math.sqrt(6 / (fan_in + fan_out))  # Xavier uniform
             if name.endswith(("conv2", "conv_out", "to_out.0")):
                 bound *= 1e-5
             assert 0.8 * bound < module.weight.abs().max() <= bound, name
             assert not module.bias.any(), name
+
+
+def test_made_without_memory():
+    with torch.device("meta"):
+        model = UNet(dataclasses.replace(SMALL, classes=3), schedule=Schedule.linear())
+    assert all(p.is_meta for p in model.parameters())
+    like = randomised(dataclasses.replace(SMALL, classes=3))
+    model.to_empty(device="cpu").load_state_dict(like.state_dict())
+    x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([3, 999]), torch.tensor([0, 2])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x, t, labels), like(x, t, labels))
 
 
 def test_body_takes_a_row_of_the_table():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..schedule import Schedule
 from ..unet import UNet, UNetConfig
@@ -27,7 +27,9 @@ class Read:
     """A checkpoint, whichever its format.
 
     path: of the weights, for messages. state: tensors by UNet's names, of any floating-point dtype. averaged: True where
-    something says that the weights are averages over training (EMA). notes: what whoever loads it has to know.
+    something says that the weights are averages over training (EMA). notes: what whoever loads it has to know. fill: where
+    the tensors are still to be read, what reads them, together with other threads that call it; None: they are there, in memory
+    that may be the file's.
     """
 
     format: str
@@ -40,50 +42,55 @@ class Read:
     clip: bool | float
     averaged: bool | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
+    fill: Callable[[], None] | None = None
 
 
 def build(read: Read) -> UNet:
     """The network, in float32, in eval mode and on torch's default device, with tensors of its own: the file may change."""
-    for name, value in read.state.items():
-        if value.layout != torch.strided or value.is_meta or value.untyped_storage().nbytes() < value.nbytes:
-            raise CheckpointError(f"{read.path}: {name} isn't a plain tensor with memory of its own; save it as one")
     device = torch.empty(0).device
-    with ThreadPoolExecutor(1) as reader:  # while the modules are made, which takes half as long
-        reading = reader.submit(_copied, read.state, device)
-        with _Unfilled():
+    with ThreadPoolExecutor(1) as beside, _uncollected():
+        if read.fill is None:
+            state = {name: _copied(name, value, read.path) for name, value in read.state.items()}
+        else:
+            state, filling = read.state, beside.submit(read.fill)
+        with torch.device("meta"):
             model = UNet(
                 read.config, schedule=read.schedule, prediction=read.prediction, variance=read.variance, clip=read.clip
-            )
-        check(model.state_dict(), read.state, read.path)
-        model.load_state_dict(reading.result(), assign=True)
-    return model.eval()
+            ).eval()
+        check(dict(model.named_parameters()), state, read.path)
+        for prefix, module in model.named_modules():  # load_state_dict(assign=True) takes five times as long
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(state[f"{prefix}.{name}"])
+        if read.fill is not None:
+            read.fill()  # what the other thread has left
+            filling.result()
+    same = device.type == "cpu" and all(value.dtype == torch.float32 for value in state.values())
+    return model if same else model.to(device, torch.float32)
 
 
-def _copied(state: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Also of float32: a tensor that a file was mapped for reads the file when it is used, and lies at any address."""
-    kind = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
-    return {name: value.to(device, **kind) for name, value in state.items()}
+def _copied(name: str, value: torch.Tensor, path: Path) -> torch.Tensor:
+    """A tensor that a file was mapped for reads the file when it is used, and lies at any address."""
+    if value.layout != torch.strided or value.is_meta or value.untyped_storage().nbytes() < value.nbytes:
+        raise CheckpointError(f"{path}: {name} isn't a plain tensor with memory of its own; save it as one")
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's search for cycles, which the many small objects of a network set off: it may take longer than reading."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def multiples(widths: Iterable[int], channels: int) -> tuple[int | float, ...]:
     """UNetConfig.multipliers; ints where they are."""
     return tuple(width / channels if width % channels else width // channels for width in widths)
-
-
-class _Unfilled(TorchFunctionMode):
-    """Modules are made without memory, and nobody fills it: drawing initial weights takes ten times what reading does."""
-
-    MAKE = (torch.empty, torch.ones, torch.zeros)
-    FILL = (torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.zero_, nn.init.kaiming_uniform_,
-            nn.init.uniform_, nn.init.normal_)  # fmt: skip
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self.FILL:
-            return args[0] if args else kwargs["tensor"]
-        if func in self.MAKE and kwargs.get("device") is None:
-            kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
 
 
 def check(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], path: Path) -> None:

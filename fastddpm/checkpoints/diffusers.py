@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +112,7 @@ def read(folder: Path, found: Layout) -> Read:
     config = _wrapped(_json(path), path, notes)
     if found.weights is None:
         raise CheckpointError(f"{path.parent}: no weights beside {CONFIG}; expected one of {', '.join(WEIGHTS)}")
-    state, averaged = _state(folder / found.weights)
+    state, averaged, fill = _state(folder / found.weights)
     if found.config.startswith("unet_ema/"):
         averaged = True
     if found.scheduler is not None:
@@ -126,7 +126,7 @@ def read(folder: Path, found: Layout) -> Read:
         notes.append(
             f"{folder}: no {SCHEDULER}; assumed the paper's linear schedule of 1000 steps, epsilon, {variance} and clipping"
         )
-    return Read("diffusers", folder / found.weights, config, renamed(state), *trained, averaged, notes)
+    return Read("diffusers", folder / found.weights, config, renamed(state), *trained, averaged, notes, fill)
 
 
 def write(model: UNet, folder: Path) -> None:
@@ -271,21 +271,27 @@ def renamed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _state(path: Path) -> tuple[dict[str, torch.Tensor], bool | None]:
+def _state(path: Path) -> tuple[dict[str, torch.Tensor], bool | None, Callable[[], None] | None]:
+    parts = [path]
     if path.name.endswith(".index.json"):
         try:
-            parts = set(_json(path)["weight_map"].values())
-            inside = all(part == Path(part).name for part in parts)
+            names = sorted(set(_json(path)["weight_map"].values()))
+            inside = all(name == Path(name).name for name in names)
         except (KeyError, AttributeError, TypeError):
             inside = False
         if not inside:
             raise CheckpointError(f"{path}: weight_map: expected the names of files beside it, by those of tensors")
-        if missing := sorted(part for part in parts if not (path.parent / part).is_file()):
+        parts = [path.parent / name for name in names]
+        if missing := [part.name for part in parts if not part.is_file()]:
             raise CheckpointError(f"{path}: of its parts {', '.join(missing)} aren't beside it")
-        held = {k: v for part in sorted(parts) for k, v in tensors.read(path.parent / part).items()}
-    else:
+    fill = tensors.Unread.of(parts)
+    if fill is not None:
+        held = fill.state
+    elif parts == [path]:
         held = tensors.read(path)
-    return tensors.network_in(held, path, (ANCHOR,))
+    else:
+        held = {name: value for part in parts for name, value in tensors.read(part).items()}
+    return *tensors.network_in(held, path, (ANCHOR,)), fill
 
 
 def _wrapped(config: dict, path: Path, notes: list[str]) -> UNetConfig:

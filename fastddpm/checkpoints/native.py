@@ -88,7 +88,9 @@ def read(folder: Path) -> Read:
     if not weights.is_file():
         raise CheckpointError(f"{weights}: missing; a model folder holds {CONFIG} and {WEIGHTS}")
     averaged = config.get("averaged", True if "training" in config else None)  # a run saves the average as its model
-    return Read("fastddpm", weights, network, tensors.read(weights), schedule, prediction, variance, clip, averaged)
+    fill = tensors.Unread.of([weights])
+    state = tensors.read(weights) if fill is None else fill.state
+    return Read("fastddpm", weights, network, state, schedule, prediction, variance, clip, averaged, fill=fill)
 
 
 def load_state(model: UNet, state: dict[str, torch.Tensor], path: Path) -> None:

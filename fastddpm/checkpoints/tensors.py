@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import re
+import weakref
 import zipfile
+from collections import deque
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -16,6 +22,7 @@ from .base import CheckpointError
 # Under which names people keep the averaged weights, and the raw ones, in a file with more beside them.
 AVERAGED = ("averaged", "shadow")  # and whatever has "ema" in it as a word
 RAW = ("model", "state_dict", "model_state_dict", "net", "network", "unet", "module", "params")
+KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 EMA = re.compile(r"(?<![a-z])(?<!no[-_ ])(?<!non[-_ ])ema(?![a-z])")
 
 
@@ -53,6 +60,74 @@ def _damaged(path: Path, kind: str, why: str) -> CheckpointError:
                 f"{path}: not the file but a pointer to it, as git leaves it without LFS; get it with  git lfs pull"
             )
     return CheckpointError(f"{path}: not a whole {kind} ({why}); it may be truncated: copy it again")
+
+
+class Unread:
+    """Tensors of safetensors files, allocated but not filled; a call fills them, in as many threads as call it at a time.
+
+    state: by name. Reading a file into memory takes less than mapping and copying it, and holds Python's lock for a few calls.
+    """
+
+    PIECE = 8 << 20  # bytes of the tensors that one call of the system fills; the first one fills half of the file's
+    MOST = 1000  # tensors that it takes at most (IOV_MAX)
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Raises ValueError for a file with other content, or that is not whole."""
+        self.state: dict[str, torch.Tensor] = {}
+        self._pieces: deque[tuple[Path, int, int, list[np.ndarray]]] = deque()
+        for path in paths:
+            self._add(path)
+
+    @classmethod
+    def of(cls, paths: Collection[Path]) -> Unread | None:
+        """None for what `read` has to read: what is on another system, in another format, or broken, as it says how."""
+        if not hasattr(os, "preadv") or any(path.suffix != ".safetensors" for path in paths):
+            return None
+        try:
+            return cls(paths)
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError):
+            return None
+
+    def _add(self, path: Path) -> None:
+        file = os.open(path, os.O_RDONLY)  # until the end: what is renamed onto the path meanwhile is another file
+        weakref.finalize(self, os.close, file)
+        size = os.fstat(file).st_size
+        at = 8 + int.from_bytes(os.pread(file, 8, 0), "little")
+        if at > size:
+            raise ValueError("its header is longer than the file")
+        entries = json.loads(os.pread(file, at - 8, 8))
+        entries.pop("__metadata__", None)
+        start, piece, left, views = at, size // 2, 0, []
+        for name, entry in sorted(entries.items(), key=lambda named: named[1]["data_offsets"]):
+            value = torch.empty(entry["shape"], dtype=KINDS[entry["dtype"]], device="cpu")
+            if entry["data_offsets"] != [at - start, at - start + value.nbytes]:
+                raise ValueError(f"{name} isn't where the one in front of it ends, or has another size than its shape")
+            self.state[name] = value
+            if not value.nbytes:
+                continue
+            if left <= 0 or len(views) == self.MOST:
+                left, piece, views = piece, self.PIECE, []
+                self._pieces.append((path, file, at, views))
+            views.append((value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy())
+            at, left = at + value.nbytes, left - value.nbytes
+        if at != size:
+            raise ValueError("its tensors end elsewhere than the file")
+
+    def __call__(self) -> None:
+        while True:
+            try:
+                path, file, offset, views = self._pieces.popleft()
+            except IndexError:  # the last one is taken
+                return
+            while views:
+                got = os.preadv(file, views, offset)
+                if not got:
+                    raise _damaged(path, "safetensors file", "it was cut short while it was read")
+                offset += got
+                while views and got >= views[0].nbytes:
+                    got -= views.pop(0).nbytes
+                if views:  # a part of one
+                    views[0] = views[0].reshape(-1).view("u1")[got:]
 
 
 def network_in(held: object, path: Path, anchors: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], bool | None]:
