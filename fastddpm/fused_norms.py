@@ -32,10 +32,8 @@ def norm_silu(
 ) -> torch.Tensor:
     """silu(norm(x + add) * (1 + scale) + shift) with add, scale and shift [N, C] or [1, C]; silu=False leaves that out."""
     given = {"add": add, "scale": scale, "shift": shift}
-    # Where there are more rows than samples, the result has as many samples as rows: torch's way to call a block.
-    if _serves(norm, x) and all(v is None or len(v) in (1, len(x)) for v in given.values()):
-        rows = {k: None if v is None else v.expand(len(x), -1) for k, v in given.items()}
-        return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, **rows)
+    if serves(norm, x) and rows_fit(x, given):
+        return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, **as_rows(x, given))
     add, scale, shift = (None if v is None else v.reshape(*v.shape, *[1] * (x.dim() - 2)) for v in given.values())
     x = x if add is None else x + add
     y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
@@ -43,7 +41,17 @@ def norm_silu(
     return F.silu(y) if silu else y
 
 
-def _serves(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
+def rows_fit(x: torch.Tensor, given: dict[str, torch.Tensor | None]) -> bool:
+    """Where there are more rows than samples, the result has as many samples as rows: torch's way to call a block."""
+    return all(v is None or len(v) in (1, len(x)) for v in given.values())
+
+
+def as_rows(x: torch.Tensor, given: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    """One for each sample."""
+    return {name: None if v is None else v.expand(len(x), -1) for name, v in given.items()}
+
+
+def serves(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
     """Whether the kernel is what torch's group_norm is for this x, and the faster one."""
     return (
         weighted(norm)
@@ -150,8 +158,9 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
     and hooks are as before. It is differentiable once; copies stay fused, and who loads a pickle of one needs fastddpm.
 
     Returns a `FusedNorms`: print it to see what was swapped, and call its `undo()` to have it all back.
-    On a CPU a network gains next to nothing, and loses with a single image: there convolutions take the time. Raises TypeError
-    for what is not a module.
+    On a CPU, where convolutions take nearly all of the time, norms alone gain next to nothing. There a ResnetBlock2D's
+    convolutions take their norms with them as well, by Winograd's method: in float32, without gradients, with widths divisible
+    by 32 and even sides. Raises TypeError for what is not a module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}; expected a torch.nn.Module")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import backend
-from .ops._library import short
+from .ops._library import register, short
 
 GROWTH = 16 / 9  # of the weights
 
@@ -100,3 +100,48 @@ def convolve(
         upsample, n, height, width, c, k, torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def norm_silu_convolution(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    add: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    kernel: torch.Tensor,
+    offset: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """kernel * group_norm_silu(x, num_groups, weight, bias, eps, add, scale, shift) [+ offset] [+ residual], channels_last.
+
+    For weights that may change between calls: kernel [K, C, 3, 3] is transformed in each, which costs as much as the
+    convolution of about a hundred pixels. All in float32; x: [N, C, H, W], H and W even; C and K divisible by 32.
+    """
+    for name, v in (("weight", weight), ("bias", bias), ("kernel", kernel), ("offset", offset), ("residual", residual)):
+        if v is not None and v.device != x.device:
+            raise ValueError(f"{name}: is on {v.device}, x is on {x.device}; move one of them")
+    if kernel.dtype != torch.float32 or kernel.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"kernel: got {short(kernel.dtype)} {list(kernel.shape)}; expected float32 [K, {x.shape[1]}, 3, 3]"
+        )
+    x = x.contiguous(memory_format=torch.channels_last)
+    coefficients = norm_coefficients(x, num_groups, weight, bias, eps, add, scale, shift)
+    offset = None if offset is None else offset.contiguous()
+    return convolve(x, pack(kernel, torch.float32), offset, residual, coefficients=coefficients)
+
+
+def _norm_silu_convolution_fake(x, num_groups, weight, bias, eps, add, scale, shift, kernel, offset, residual):
+    shape = x.shape[0], kernel.shape[0], *x.shape[2:]
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+# An op, so that tracing and dispatch modes see it. It has no gradient.
+register(
+    "norm_silu_convolution(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, Tensor? add, Tensor? scale, "
+    "Tensor? shift, Tensor kernel, Tensor? offset, Tensor? residual) -> Tensor",
+    norm_silu_convolution,
+    _norm_silu_convolution_fake,
+)

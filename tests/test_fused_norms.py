@@ -9,9 +9,10 @@ from conftest import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastddpm
-from fastddpm import foreign, fuse_norms, fused_norms
+from fastddpm import backend, foreign, fuse_norms, fused_norms
 from fastddpm.fused_norms import FusedGroupNorm, FusedSequential
 
 TINY = {
@@ -334,3 +335,230 @@ def test_a_fused_unet2dmodel_is_sampled_as_a_unet():
     fuse_norms(model)
     assert isinstance(foreign.adopted(model), fastddpm.UNet)
     assert same_bits(fastddpm.sample(model, 2, schedule=scheduler, seed=0), expected)
+
+
+# --- a block's norms as its convolutions take them in
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts those that took their norm with them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.fastddpm.norm_silu_convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+def counted(call):
+    with torch.no_grad(), Convolutions() as mode:
+        result = call()
+    return result, mode.count
+
+
+def wide_block(**options):
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    torch.manual_seed(0)
+    options = {"in_channels": 32, "out_channels": 64, "temb_channels": 8, "groups": 4, **options}
+    return perturbed(resnet.ResnetBlock2D(**options)).eval()
+
+
+@pytest.fixture
+def convolving(kernels):
+    if backend.native.cpu_variant() == "generic":
+        pytest.skip("not faster on this processor")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("options", UNETS.values(), ids=UNETS)
+def test_a_wide_unet2dmodel_is_the_same_function(options, layout, convolving):
+    options = {**options, "block_out_channels": (32, 64), "sample_size": 16}
+    model = unet2d(**options).to(memory_format=layout)
+    x, t = torch.randn(4, 3, 16, 16).to(memory_format=layout), torch.tensor([0, 17, 500, 999])
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(x.double(), t).sample
+    plain, none = counted(lambda: model(x, t).sample)
+    fuse_norms(model)
+    got, count = counted(lambda: model(x, t).sample)
+    assert none == 0 and count >= 8
+    assert got.stride() == plain.stride()
+    bound = 1e-6 * truth.abs().max()
+    assert (got - truth).abs().max() <= max(2 * (plain - truth).abs().max(), bound)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"out_channels": 32},
+        {"temb_channels": None},
+        {"time_embedding_norm": "scale_shift"},
+        {"output_scale_factor": 2.0, "skip_time_act": True},
+        {"conv_shortcut_bias": False},
+        {"dropout": 0.5},
+        {"groups_out": 8, "eps": 1e-2},
+    ],
+    ids=str,
+)
+def test_wide_blocks(options, convolving):
+    block = wide_block(**options)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x, temb = torch.randn(3, 32, 12, 10).to(memory_format=layout), torch.randn(3, 8)
+        temb = None if "temb_channels" in options else temb
+        with torch.no_grad():
+            expected = block(x, temb)
+        before = x.clone()
+        report = fuse_norms(block)
+        got, count = counted(lambda x=x, temb=temb: block(x, temb))
+        report.undo()
+        assert count == 2 and got.stride() == expected.stride()
+        assert torch.equal(x, before)
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+def test_weights_may_change_between_calls(convolving):
+    """However they are changed: nothing of them is kept."""
+    block, x, temb = wide_block(), torch.randn(2, 32, 16, 16), torch.randn(2, 8)
+    fuse_norms(block)
+    first, _ = counted(lambda: block(x, temb))
+    for layer in (block.conv1, block.conv2, block.norm2):
+        layer.weight.data.mul_(-0.5)
+    twin = wide_block()
+    twin.load_state_dict(block.state_dict())
+    got, count = counted(lambda: block(x, temb))
+    with torch.no_grad():
+        torch.testing.assert_close(got, twin(x, temb), rtol=0, atol=2e-5)
+    assert count == 2 and not torch.allclose(got, first)
+
+
+def hooked(block):
+    block.conv1.register_forward_hook(lambda module, given, result: result + 1)
+
+
+def dilated(block):
+    block.conv2 = nn.Conv2d(64, 64, 3, padding=2, dilation=2)
+
+
+def reflected(block):
+    block.conv2.padding_mode, block.conv2._reversed_padding_repeated_twice = "reflect", [1, 1, 1, 1]
+
+
+def grouped(block):
+    block.conv2 = nn.Conv2d(64, 64, 3, padding=1, groups=2)
+
+
+def named_padding(block):
+    block.conv1.padding, block.conv1._reversed_padding_repeated_twice = "same", [1, 1, 1, 1]
+
+
+def own_convolution(block):
+    class Shifted(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    block.conv2 = Shifted(64, 64, 3, padding=1)
+
+
+def own_shortcut(block):
+    block.conv_shortcut.forward = lambda x: x.repeat(1, 2, 1, 1)
+
+
+def own_dropout(block):
+    block.dropout = nn.Softshrink(0.1)
+
+
+def training_with_dropout(block):
+    block.dropout.p = 0.5
+    block.train()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hooked,
+        dilated,
+        reflected,
+        grouped,
+        named_padding,
+        own_convolution,
+        own_shortcut,
+        own_dropout,
+        training_with_dropout,
+    ],
+)
+def test_blocks_whose_convolutions_are_torchs(change, convolving):
+    x, temb, results = torch.randn(2, 32, 16, 16), torch.randn(2, 8), []
+    for fused in (False, True):
+        block = wide_block()
+        torch.manual_seed(1)
+        change(block)
+        if fused:
+            fuse_norms(block)
+        torch.manual_seed(2)
+        result, count = counted(lambda block=block: block(x, temb))
+        assert count == 0
+        results.append(result)
+    torch.testing.assert_close(*results, rtol=0, atol=2e-5)
+
+
+def test_calls_whose_convolutions_are_torchs(convolving):
+    """Gradients, autocast, another dtype, few or odd pixels, other rows."""
+    block, temb = wide_block(), torch.randn(2, 8)
+    fuse_norms(block)
+    twin = wide_block()
+    for size, rows, served in ((16, 2, 2), (16, 1, 2), (10, 2, 0), (15, 2, 0), (16, 3, None)):
+        x, given = torch.randn(2, 32, size, size), torch.randn(rows, 8)
+        if served is None:  # three rows for two images don't fit
+            with pytest.raises(RuntimeError), torch.no_grad():
+                block(x, given)
+            continue
+        got, count = counted(lambda x=x, given=given: block(x, given))
+        assert count == served, (size, rows)
+        with torch.no_grad():
+            torch.testing.assert_close(got, twin(x, given), rtol=0, atol=2e-5)
+    x, given = torch.randn(1, 32, 16, 16), torch.randn(3, 8)
+    got, count = counted(lambda: block(x, given))  # but one image has as many results as there are rows
+    with torch.no_grad():
+        torch.testing.assert_close(got, twin(x, given), rtol=0, atol=2e-5)
+    assert count == 0 and len(got) == 3
+    x = torch.randn(16, 2, 32, 16).permute(1, 2, 0, 3)  # [2, 32, 16, 16]
+    got, count = counted(lambda: block(x, temb))
+    with torch.no_grad():
+        torch.testing.assert_close(got, twin(x, temb), rtol=0, atol=2e-5)
+        assert count == 0 and got.stride() == twin(x, temb).stride()
+        images = torch.randn(3, 2, 32, 16, 16)
+        each = torch.func.vmap(lambda x: block(x, temb))(images)
+        torch.testing.assert_close(each, torch.stack([twin(x, temb) for x in images]), rtol=0, atol=2e-5)
+    x = torch.randn(2, 32, 16, 16)
+    with Convolutions() as mode:
+        block(x, temb).sum().backward()
+        assert block.conv1.weight.grad is not None
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            block(x, temb)
+        with torch.no_grad():
+            block.double()(x.double(), temb.double())
+            block.bfloat16()(x.bfloat16(), temb.bfloat16())
+            with pytest.raises(RuntimeError):
+                block(x, temb)  # its weights are of another dtype
+    assert mode.count == 0
+    for layer in (block.norm1, block.norm2, block.time_emb_proj, block.conv_shortcut):
+        layer.float()
+    with pytest.raises(ValueError, match="kernel: got bfloat16"), torch.no_grad():
+        block(x, temb)
+
+
+def test_a_wide_block_traced_and_compiled(convolving):
+    block, x, temb = wide_block(), torch.randn(2, 32, 16, 16), torch.randn(2, 8)
+    with torch.no_grad():
+        expected = block(x, temb)
+        fuse_norms(block)
+        torch._dynamo.reset()
+        graph = torch.fx.experimental.proxy_tensor.make_fx(block)(x, temb)
+        assert "norm_silu_convolution" in graph.code
+        for call in (
+            graph,
+            torch.compile(block, backend="aot_eager", fullgraph=True),
+            torch.jit.trace(block, (x, temb)),
+        ):
+            torch.testing.assert_close(call(2 * x, temb), block(2 * x, temb), rtol=0, atol=2e-5)
+            torch.testing.assert_close(call(x, temb), expected, rtol=0, atol=2e-5)

@@ -300,3 +300,48 @@ def test_the_bindings_check_sizes():
         backend.native.winograd_weights(b(weight), b(packed), True, 64, 32, 1)
     with pytest.raises(ValueError, match="weight has"):
         backend.native.winograd_weights(b(weight[1:]), b(packed), False, 64, 32, 1)
+
+
+def norm_problem():
+    x, kernel, offset, residual = problem(n=2, c=32, k=64)
+    vectors = torch.randn(3, 2, 32)
+    weight, bias = torch.randn(2, 32)
+    return x, weight, bias, *vectors, kernel, offset, residual
+
+
+def test_a_norm_in_front():
+    """The op that takes weights as they are, against float64; as torch wants its ops to be."""
+    x, weight, bias, add, scale, shift, kernel, offset, residual = norm_problem()
+    op = torch.ops.fastddpm.norm_silu_convolution
+    for parts in ((add, scale, shift, offset, residual), (None,) * 5, (add, None, None, None, residual)):
+        add, scale, shift, offset, residual = parts
+        given = (x, 4, weight, bias, 1e-5, add, scale, shift, kernel, offset, residual)
+        wide = {k: None if v is None else v.double() for k, v in {"add": add, "scale": scale, "shift": shift}.items()}
+        h = ops.group_norm_silu_ref(x.double(), 4, weight.double(), bias.double(), 1e-5, **wide)
+        truth = F.conv2d(h, kernel.double(), None if offset is None else offset.double(), padding=1)
+        truth = truth if residual is None else truth + residual.double()
+        assert float((op(*given).double() - truth).norm() / truth.norm()) <= BOUNDS[torch.float32]
+        plain = (x.contiguous(), *given[1:-1], None if residual is None else residual.contiguous())
+        assert same_bits(op(*plain), op(*given)) and op(*plain).is_contiguous(memory_format=LAST)
+        torch.library.opcheck(op, given)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (8, torch.randn(64, 32, 3, 3, dtype=torch.float64), r"kernel: got float64 \[64, 32, 3, 3\]; expected float32"),
+        (8, torch.randn(32, 64, 3, 3), r"kernel: got float32 \[32, 64, 3, 3\]; expected float32 \[K, 32, 3, 3\]"),
+        (2, torch.randn(32, device="meta"), "weight: is on meta, x is on cpu"),
+        (8, torch.randn(64, 32, 3, 3, device="meta"), "kernel: is on meta, x is on cpu"),
+        (10, torch.randn(2, 64, 8, 6, device="meta"), "residual: is on meta, x is on cpu"),
+        (10, torch.randn(2, 32, 8, 6), "residual"),
+        (3, torch.randn(16), "bias"),
+        (1, 5, "groups"),
+    ],
+)
+def test_a_norm_in_front_refuses(place, value, says):
+    x, weight, bias, add, scale, shift, kernel, offset, residual = norm_problem()
+    given = [x, 4, weight, bias, 1e-5, add, scale, shift, kernel, offset, residual]
+    given[place] = value
+    with pytest.raises(ValueError, match=says):
+        winograd.norm_silu_convolution(*given)

@@ -6,11 +6,17 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from ..fused_norms import norm_silu, plain, weighted
+from .. import winograd
+from ..fused_norms import as_rows, norm_silu, plain, rows_fit, serves, weighted
+
+LEAST = 256  # pixels in a batch, from which on transforming a convolution's weights in every call pays
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    """ResnetBlock2D by `ops.group_norm_silu`; what of it somebody has replaced or hooked runs as diffusers runs it."""
+    """ResnetBlock2D by `ops.group_norm_silu`; what of it somebody has replaced or hooked runs as diffusers runs it.
+
+    On a CPU norm and SiLU don't go to memory where the convolutions behind them can form them of their inputs.
+    """
 
     @staticmethod
     def fits(block: ResnetBlock2D) -> bool:
@@ -28,21 +34,70 @@ class FusedResnetBlock2D(ResnetBlock2D):
         )
         if args or kwargs or not usual or not self.fits(self):
             return super().forward(input_tensor, temb, *args, **kwargs)
-        x, h = input_tensor, norm_silu(self.norm1, input_tensor)
-        resample = self.upsample or self.downsample
-        if resample is not None:
-            if self.upsample is not None and len(x) >= 64:  # as diffusers does, for torch's kernel of upsampling
-                x, h = x.contiguous(), h.contiguous()
-            x, h = resample(x), resample(h)
-        h = self.conv1(h)
-        given = {}
+        x, given = input_tensor, {}
         if temb is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
             if self.time_embedding_norm == "default":
                 given["add"] = temb
             else:
                 given["scale"], given["shift"] = temb.chunk(2, dim=1)
-        h = self.conv2(self.dropout(norm_silu(self.norm2, h, **given)))
+        resample = self.upsample or self.downsample
+        if resample is None and self._convolves(x, given):
+            h = self._convolved(x, as_rows(x, given))
+            return h.contiguous() if x.is_contiguous() else h
+        h = norm_silu(self.norm1, x)
+        if resample is not None:
+            if self.upsample is not None and len(x) >= 64:  # as diffusers does, for torch's kernel of upsampling
+                x, h = x.contiguous(), h.contiguous()
+            x, h = resample(x), resample(h)
+        h = self.conv2(self.dropout(norm_silu(self.norm2, self.conv1(h), **given)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x.contiguous() if self.training else x)
         return (x + h) / self.output_scale_factor
+
+    def _convolves(self, x: torch.Tensor, given: dict[str, torch.Tensor]) -> bool:
+        """Whether the convolutions can take their norms with them, and are faster so: on a CPU, in float32, without gradients."""
+        return (
+            len(x) * x.shape[2] * x.shape[3] >= LEAST
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and plain(self.dropout, nn.Dropout)
+            and not (self.dropout.training and self.dropout.p)
+            and serves(self.norm1, x)
+            and rows_fit(x, given)
+            and winograd.suits(x, torch.float32)
+            and _plain_convolution(self.conv1)
+            and _plain_convolution(self.conv2)
+            and (self.conv_shortcut is None or plain(self.conv_shortcut, nn.Conv2d))
+        )
+
+    def _convolved(self, x: torch.Tensor, given: dict[str, torch.Tensor | None]) -> torch.Tensor:
+        def convolved(norm, conv, x, residual=None, add=None, scale=None, shift=None):
+            return torch.ops.fastddpm.norm_silu_convolution(
+                x,
+                norm.num_groups,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                add,
+                scale,
+                shift,
+                conv.weight,
+                conv.bias,
+                residual,
+            )
+
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = convolved(self.norm1, self.conv1, x)
+        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        h = convolved(self.norm2, self.conv2, h, residual, **given)
+        return h if self.output_scale_factor == 1 else h / self.output_scale_factor
+
+
+def _plain_convolution(conv: nn.Module) -> bool:
+    return (
+        plain(conv, nn.Conv2d)
+        and winograd.shaped(conv.weight, list(conv.stride), list(conv.padding))
+        and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
+    )
