@@ -157,7 +157,7 @@ def sample(model: UNet, rounds: int | None) -> dict[str, Timing]:
             "UNet": lambda: fastddpm.sample(model, 16, **options),
             "UNet2DModel": lambda: fastddpm.sample(theirs, 16, **options),
         },
-        rounds=rounds or 7,
+        rounds=rounds or 13,
         label="sample",
     )
 
@@ -168,7 +168,7 @@ CASES = {"load": load, "scheduler": scheduler, "norms": norms, "sample": sample}
 def parse() -> argparse.Namespace:
     parser = arguments("What diffusers' objects and checkpoints gain and cost.")
     parser.add_argument("--only", choices=tuple(CASES), help="one of the cases; default all")
-    parser.add_argument("--rounds", type=int, help="rounds of each case; default 7 to 60, by the case")
+    parser.add_argument("--rounds", type=int, help="rounds of each case; default 10 to 60, by the case")
     parser.add_argument("--threads", type=int, help="CPU threads; default torch's choice")
     settings = parser.parse_args()
     check_outputs(settings)
