@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -88,13 +88,18 @@ def alternate(
         one += repeats[name] * once
     if rounds is None:
         rounds = max(5, min(100, int(seconds / one)))
-    names = list(contestants)
-    taken = {name: [] for name in names}
+    taken = {name: [] for name in contestants}
+    for name in turns(contestants, rounds, label):
+        taken[name].append(_clock(contestants[name], repeats[name], name in self_timed))
+    return {name: Timing(values) for name, values in taken.items()}
+
+
+def turns(names: Collection[str], rounds: int, label: str) -> Iterator[str]:
+    """Everyone once in each round, which each starts with another one."""
+    names = list(names)
     for r in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=None):
         first = r % len(names)
-        for name in names[first:] + names[:first]:
-            taken[name].append(_clock(contestants[name], repeats[name], name in self_timed))
-    return {name: Timing(values) for name, values in taken.items()}
+        yield from names[first:] + names[:first]
 
 
 class Rotation:

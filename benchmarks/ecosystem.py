@@ -27,9 +27,19 @@ from pathlib import Path
 
 import torch
 from _contestants import diffusers_unet, the_network
-from _harness import Load, Rotation, Timing, alternate, arguments, check_outputs, print_table, provenance, write_json
+from _harness import (
+    Load,
+    Rotation,
+    Timing,
+    alternate,
+    arguments,
+    check_outputs,
+    print_table,
+    provenance,
+    turns,
+    write_json,
+)  # fmt: skip
 from diffusers import DDIMScheduler, DDPMScheduler
-from tqdm import tqdm
 
 import fastddpm
 from fastddpm import Schedule, UNet, fuse_norms, ops
@@ -94,15 +104,11 @@ def load(model: UNet, rounds: int | None) -> dict[str, Timing]:
         }
 
         taken = {kind: [] for name in contestants for kind in (name, f"{name}, again")}
-        for r in tqdm(range(rounds or 10), desc="load", unit="round", leave=False, disable=None):
-            names = list(contestants)
-            for name in names[r % len(names) :] + names[: r % len(names)]:
-                code = LOADS.format(*contestants[name])
-                said = subprocess.run(
-                    [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, env=env
-                )
-                for kind, seconds in zip((name, f"{name}, again"), said.stdout.split(), strict=True):
-                    taken[kind].append(float(seconds))
+        for name in turns(contestants, rounds or 10, "load"):
+            command = [sys.executable, "-c", LOADS.format(*contestants[name])]
+            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+            for kind, seconds in zip((name, f"{name}, again"), said.stdout.split(), strict=True):
+                taken[kind].append(float(seconds))
     return {name: Timing(values) for name, values in taken.items()}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .checkpoints import diffusers
+from .checkpoints.base import assign
 from .unet import UNet
 
 # Attributes of a layer that say nothing about what it computes at inference.
@@ -75,11 +76,7 @@ def _twin(model: nn.Module) -> UNet:
             network.variance = "learned_range"
         kept = _twins[model] = _Twin(config, _described(made), network)
     _compare(kept.layers, _described(model))
-    own = dict(model.named_parameters(remove_duplicate=False))
-    for name, module in kept.network.named_modules():
-        for part in module._parameters:
-            if module._parameters[part] is not None:
-                module._parameters[part] = own[f"{name}.{part}" if name else part]
+    assign(kept.network, dict(model.named_parameters(remove_duplicate=False)))
     return kept.network.train(model.training)
 
 

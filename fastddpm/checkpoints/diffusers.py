@@ -284,13 +284,7 @@ def _state(path: Path) -> tuple[dict[str, torch.Tensor], bool | None, Callable[[
         parts = [path.parent / name for name in names]
         if missing := [part.name for part in parts if not part.is_file()]:
             raise CheckpointError(f"{path}: of its parts {', '.join(missing)} aren't beside it")
-    fill = tensors.Unread.of(parts)
-    if fill is not None:
-        held = fill.state
-    elif parts == [path]:
-        held = tensors.read(path)
-    else:
-        held = {name: value for part in parts for name, value in tensors.read(part).items()}
+    held, fill = tensors.begin(parts)
     return *tensors.network_in(held, path, (ANCHOR,)), fill
 
 

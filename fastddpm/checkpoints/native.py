@@ -88,8 +88,7 @@ def read(folder: Path) -> Read:
     if not weights.is_file():
         raise CheckpointError(f"{weights}: missing; a model folder holds {CONFIG} and {WEIGHTS}")
     averaged = config.get("averaged", True if "training" in config else None)  # a run saves the average as its model
-    fill = tensors.Unread.of([weights])
-    state = tensors.read(weights) if fill is None else fill.state
+    state, fill = tensors.begin([weights])
     return Read("fastddpm", weights, network, state, schedule, prediction, variance, clip, averaged, fill=fill)
 
 

@@ -80,7 +80,7 @@ class Unread:
 
     @classmethod
     def of(cls, paths: Collection[Path]) -> Unread | None:
-        """None for what `read` has to read: what is on another system, in another format, or broken, as it says how."""
+        """None for what `read` has to read: another format, another system, or a broken file, as it says what is wrong."""
         if not hasattr(os, "preadv") or any(path.suffix != ".safetensors" for path in paths):
             return None
         try:
@@ -128,6 +128,15 @@ class Unread:
                     got -= views.pop(0).nbytes
                 if views:  # a part of one
                     views[0] = views[0].reshape(-1).view("u1")[got:]
+
+
+def begin(paths: Collection[Path]) -> tuple[object, Unread | None]:
+    """(what the files hold together, what fills the tensors of it, None where that isn't needed)."""
+    unread = Unread.of(paths)
+    if unread is not None:
+        return unread.state, unread
+    first, *more = map(read, paths)
+    return first if not more else {name: value for part in (first, *more) for name, value in part.items()}, None
 
 
 def network_in(held: object, path: Path, anchors: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], bool | None]:
