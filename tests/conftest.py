@@ -110,11 +110,27 @@ def same_bits(a, b):
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_deselected(items):
+    """pytest-xdist's workers, which all leave out the same, don't tell of it."""
+    if hasattr(items[0].config, "workeroutput"):
+        items[0].config.workeroutput["deselected"] = len(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    told = getattr(node, "workeroutput", {})  # a worker that crashed has none
+    node.config.stash[LEFT_OUT] = told.get("deselected", 0)
+
+
 def pytest_terminal_summary(terminalreporter):
     """What did not run, and why: a skipped test that nobody notices is worse than none."""
     stats = terminalreporter.stats
     reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in stats.get("skipped", []))
-    reasons.update("left out by -m or -k (slow ones: make slow)" for _ in stats.get("deselected", []))
+    left_out = len(stats.get("deselected", [])) or terminalreporter.config.stash.get(LEFT_OUT, 0)
+    reasons.update({"left out by -m or -k (slow ones: make slow)": left_out} if left_out else {})
     for reason, count in sorted(reasons.items()):
         terminalreporter.write_line(f"not run: {count} x {reason}")
 

@@ -917,6 +917,7 @@ def test_the_published_files():
         ("--image_size 32", "--image_size stands there twice, as 64 and as 32"),
         ("image_size 64", "got 'image_size'; expected --name value"),
         ("--class_cond", "got '--class_cond'; expected --name value"),
+        ("--model_path 'ema.pt", "No closing quotation"),
     ],
 )
 def test_flags_that_contradict(more, says, tmp_path):
@@ -931,7 +932,8 @@ def test_flags_as_they_stand_in_a_readme(tmp_path):
     path = tmp_path / "ema_0.9999_1.pt"
     openai_file(path)
     text = (
-        f'MODEL_FLAGS="{FITTING} --num_heads=4 --image_size 64"\nSAMPLE_FLAGS="--batch_size 4 --timestep_respacing 250"'
+        f'MODEL_FLAGS="{FITTING} --num_heads=4 \\\n--image_size 64"\nSAMPLE_FLAGS="--batch_size 4 --timestep_respacing 250"'
+        "\nEMPTY= --model_path 'my models/A=B.pt'"
     )
     same_network(UNet.from_pretrained(path, flags=text), UNet.from_pretrained(path, flags=FITTING))
 

@@ -558,6 +558,13 @@ def test_bad_input(device, arguments, message):
     assert state.tolist() == [0, 0, 0, -1]
 
 
+@pytest.mark.parametrize("name", ["x", "o", "noise"])
+def test_no_forward_derivative(name):
+    given = {"x": X, "o": X, "noise": X}
+    with pytest.raises(RuntimeError, match="ddpm_step: has no forward-mode derivative .*ddpm_step_ref"):
+        torch.func.jvp(lambda v: ops.ddpm_step(row=ROWS[500], **given | {name: v})[0], (X,), (X,))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DTYPES, LAYOUTS, like_on, misaligned, same_bits
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from fastddpm import backend, ops, parity
 
@@ -370,6 +371,24 @@ def test_no_second_derivative(device):
     (dx,) = torch.autograd.grad(ops.group_norm_silu(x, 2, weight, bias).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="group_norm_silu: differentiable once"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "add"])
+def test_no_forward_derivative(device, name):
+    """torch would answer zeros for an op without a rule."""
+    x, weight, bias, _ = inputs((2, 4, 3, 3), device=device)
+    given = {"x": x, "weight": weight, "bias": bias, "add": torch.ones(2, 4, device=device)}
+
+    def f(v):
+        return ops.group_norm_silu(num_groups=2, **given | {name: v})
+
+    for derivative in (torch.func.jacfwd(f), lambda v: torch.func.jvp(f, (v,), (v,))):
+        with pytest.raises(RuntimeError, match="group_norm_silu: has no forward-mode derivative .*group_norm_silu_ref"):
+            derivative(given[name])
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="group_norm_silu: has no forward-mode derivative"):
+            f(forward_ad.make_dual(given[name], given[name]))
+        f(given[name])  # what has no tangent is served
 
 
 # ------------------------------------------------------------------------------ what a result depends on

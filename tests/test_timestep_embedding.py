@@ -148,6 +148,12 @@ def test_empty(device):
     assert ops.timestep_embedding(torch.empty(0, dtype=torch.int64, device=device), 75).shape == (0, 75)
 
 
+def test_no_forward_derivative():
+    t = torch.tensor([3.0])
+    with pytest.raises(RuntimeError, match="timestep_embedding: has no forward-mode derivative"):
+        torch.func.jvp(lambda t: ops.timestep_embedding(t, 8), (t,), (t,))
+
+
 def test_reference_function():
     assert torch.equal(ops.timestep_embedding_ref(EVERY_T, 75), in_numpy(EVERY_T, 75).float())
 

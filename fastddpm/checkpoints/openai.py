@@ -7,6 +7,7 @@ side of the images, attention's heads and their order, the schedule, and how t i
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def read(path: Path, state: Mapping[str, torch.Tensor], averaged: bool | None, f
 
 def parse(flags: str) -> dict[str, object]:
     """The flags that say something of the network or its schedule, by name."""
-    words = re.sub(r"[A-Z_]+=|[\"'\\]", " ", flags).split()  # a line of a README is MODEL_FLAGS="--image_size ..."
+    words = _words(flags)
     given: dict[str, object] = {}
     while words:
         word = words.pop(0)
@@ -136,6 +137,15 @@ def parse(flags: str) -> dict[str, object]:
         if given.setdefault(name, value) != value:
             raise ValueError(f"--{name} stands there twice, as {given[name]} and as {value}")
     return given
+
+
+def _words(flags: str) -> list[str]:
+    """As a shell splits them; MODEL_FLAGS="--image_size ...", as READMEs have it, stands for what is in the quotes."""
+    words = []
+    for word in shlex.split(re.sub(r"\\\s*\n", " ", flags)):
+        given = re.fullmatch(r"[A-Z_]+=(--.*)?", word, re.DOTALL)
+        words += [word] if given is None else _words(given[1] or "")
+    return words
 
 
 def _value(name: str, text: str) -> object:

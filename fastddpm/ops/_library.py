@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 library = torch.library.Library("fastddpm", "DEF")
 
@@ -17,6 +18,16 @@ def register(schema: str, implementation: Callable, fake: Callable) -> None:
     library.define(schema)
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastddpm::{name}", fake, lib=library)
+
+
+def refuse_tangents(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raise where one of them carries a tangent of forward-mode differentiation, which torch drops in an op without a rule."""
+    if forward_ad._current_level >= 0 and any(
+        v is not None and forward_ad.unpack_dual(v).tangent is not None for v in tensors
+    ):
+        raise RuntimeError(
+            f"{op}: has no forward-mode derivative (torch.func.jvp, jacfwd); {op}_ref has every derivative"
+        )
 
 
 def short(dtype: torch.dtype) -> str:

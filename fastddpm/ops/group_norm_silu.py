@@ -14,7 +14,7 @@ import math
 import torch
 
 from .. import backend
-from ._library import native_layout, register, short
+from ._library import native_layout, refuse_tangents, register, short
 
 # ---------------------------------------------------------------------------------------------- reference
 
@@ -286,9 +286,11 @@ def group_norm_silu(
     weight, bias: [C]; add, scale, shift: [C] or [N, C]; each in x's dtype or float32.
     eps: torch's default; the paper's network uses 1e-6. silu: False leaves the activation out.
 
-    Differentiable once. Raises ValueError naming the argument that does not fit.
+    Differentiable once, backwards: RuntimeError for a second derivative or a forward-mode one (torch.func.jvp).
+    Raises ValueError naming the argument that does not fit.
     """
     _check(x, num_groups, weight, bias, eps, add, scale, shift)
+    refuse_tangents("group_norm_silu", x, weight, bias, add, scale, shift)
     y, _, _ = torch.ops.fastddpm.group_norm_silu(
         x, num_groups, weight.contiguous(), bias.contiguous(), float(eps),
         _dense(add), _dense(scale), _dense(shift), silu,
