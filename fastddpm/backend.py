@@ -193,6 +193,12 @@ def _warn(name: str, reason: str) -> None:
     warnings.warn(f"fastddpm: the {name} backend is left out, as {reason}", stacklevel=4)
 
 
+def chosen() -> str | None:
+    """The backend that was asked for; None: the tensor's device chooses."""
+    _read_environment()
+    return _chosen
+
+
 def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that serves a tensor of this device and dtype."""
     _read_environment()

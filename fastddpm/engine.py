@@ -20,7 +20,7 @@ from torch import nn
 
 from . import backend, graphs
 from .foreign import tensor_of, why_not
-from .merged import Convolution, merge, spend
+from .merged import Convolution, merge, spend, untouched
 from .unet import (
     Attention,
     Downsample,
@@ -175,15 +175,6 @@ METHODS = ("forward", "body", "embed", "embedding_layers", "resblocks")  # of a 
 SIMPLE = (bool, int, float, str, tuple, types.NoneType, UNetConfig)
 
 
-def _untouched(module: nn.Module) -> bool:
-    """Whether nobody has hooked the module, or put a function or a tensor into it that is no parameter or buffer.
-
-    Functions may also hold the model itself, and such tensors change unseen.
-    """
-    state = {**vars(module), "_compiled_call_impl": None}  # of module.compile(), which copies don't have
-    return not any(callable(v) or isinstance(v, torch.Tensor) or ("_hooks" in name and v) for name, v in state.items())
-
-
 def changed_layers(model: UNet) -> list[str]:
     """The names of modules whose code is not this package's own; "" is the model itself."""
 
@@ -192,7 +183,7 @@ def changed_layers(model: UNet) -> list[str]:
             return all(getattr(type(model), name) is getattr(UNet, name) for name in METHODS)
         return type(module) in OURS
 
-    return [name for name, module in model.named_modules() if not (ours(module) and _untouched(module))]
+    return [name for name, module in model.named_modules() if not (ours(module) and untouched(module))]
 
 
 def _notice(model: UNet, layers: list[str]) -> str | None:

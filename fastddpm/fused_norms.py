@@ -69,7 +69,11 @@ def serves(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
 def _keeps_layout(x: torch.Tensor) -> bool:
     """Whether torch's group_norm gives its result x's strides, as the kernel does: elsewhere a caller's .view might fail."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
+    return x.is_contiguous() or (
+        x.dim() in formats
+        and x.is_contiguous(memory_format=formats[x.dim()])
+        and x.stride(0) == x[0].numel()  # of a single image is_contiguous doesn't ask it, but group_norm does
+    )
 
 
 def _transformed() -> bool:
@@ -84,7 +88,11 @@ def weighted(norm: nn.GroupNorm) -> bool:
 def plain(layer: nn.Module, kind: type) -> bool:
     """Whether its code is that of `kind`, and nobody looks into it by hooks."""
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return type(layer) in (kind, FUSED.get(kind)) and "forward" not in vars(layer) and not any(hooks)
+    return type(layer) in (kind, FUSED.get(kind)) and not _overridden(layer) and not any(hooks)
+
+
+def _overridden(layer: nn.Module) -> bool:
+    return "forward" in layer.__dict__  # not vars(layer), which torch 2.6 doesn't compile
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -155,7 +163,8 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
     scaled and shifted by, in the second one's pass. A Sequential with a GroupNorm and a SiLU behind it: those two at once.
     Other GroupNorms without a SiLU. Subclasses of these, and what has a forward put into it, are somebody's own code and stay, as
     do norms without weights or bias; a pair or block with hooks on its members runs unfused. Names, parameters, state dicts
-    and hooks are as before. It is differentiable once; copies stay fused, and who loads a pickle of one needs fastddpm.
+    and hooks are as before; but hooks for all modules at once, and what counts operations, miss what runs as one kernel. It is
+    differentiable once; copies stay fused, and who loads a pickle of one needs fastddpm.
 
     Returns a `FusedNorms`: print it to see what was swapped, and call its `undo()` to have it all back.
     On a CPU, where convolutions take nearly all of the time, norms alone gain next to nothing. There a ResnetBlock2D's
@@ -171,25 +180,29 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
         layer.__class__ = fused
 
     layers, block = [], _resnet_block()
+    kinds = (nn.GroupNorm,) if block is None else (nn.GroupNorm, block.__base__)
     for name, layer in module.named_modules():
-        if "forward" not in vars(layer):
+        if not _overridden(layer):
             layers.append((name, layer))
-        elif isinstance(layer, nn.GroupNorm):
+        elif isinstance(layer, kinds) or _pairs(layer):
             left[name] = f"a {type(layer).__name__} with a forward put into it"
     for name, layer in layers:
-        if block is not None and type(layer) is block.__base__:
-            if block.fits(layer):
+        if block is not None and isinstance(layer, block.__base__):
+            if type(layer) is block.__base__ and block.fits(layer):
                 swapped["ResnetBlock2D (2 norms with SiLU each)"] += 1
                 inside |= {layer.norm1, layer.norm2}
                 swap(layer, block)
-            else:
+            elif type(layer) is block.__base__:
                 left[name] = "a ResnetBlock2D with hooks, or with another nonlinearity or norm"
-        elif type(layer) is nn.Sequential:
-            pairs = [a for a, b in itertools.pairwise(layer) if _pair(a, b)]
-            if pairs:
+            elif type(layer) is not block:
+                left[name] = f"{type(layer).__name__}, a subclass of ResnetBlock2D"
+        elif pairs := _pairs(layer):
+            if type(layer) is nn.Sequential:
                 swapped["GroupNorm with SiLU"] += len(set(pairs) - inside)
                 inside |= set(pairs)
                 swap(layer, FusedSequential)
+            elif type(layer) is not FusedSequential:
+                left[name] = f"{type(layer).__name__}, a subclass of Sequential"
     for name, layer in layers:
         if type(layer) is nn.GroupNorm:
             if not weighted(layer):
@@ -200,6 +213,11 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
         elif isinstance(layer, nn.GroupNorm) and type(layer) is not FusedGroupNorm:
             left[name] = f"{type(layer).__name__}, a subclass of GroupNorm"
     return FusedNorms({kind: count for kind, count in swapped.items() if count}, left, classes)
+
+
+def _pairs(layer: nn.Module) -> list[nn.GroupNorm]:
+    """The norms in a Sequential that have a SiLU behind them."""
+    return [a for a, b in itertools.pairwise(layer) if _pair(a, b)] if isinstance(layer, nn.Sequential) else []
 
 
 def _resnet_block() -> type | None:

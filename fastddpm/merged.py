@@ -38,6 +38,7 @@ def _onednn_takes(x: torch.Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")  # which these operators would not heed
+        and x.shape[2:].numel() > 1  # torch 2.6 cannot add a residual to a single pixel
         and all(hasattr(torch.ops.mkldnn, name) for name in ONEDNN)
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     )
@@ -280,8 +281,13 @@ MADE = {
 }  # fmt: skip
 
 
-def _untouched(module: nn.Module) -> bool:
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def untouched(module: nn.Module) -> bool:
+    """Whether nobody has hooked the module, or put a function or a tensor into it that is no parameter or buffer.
+
+    Functions may also hold the model itself, and such tensors change unseen.
+    """
+    state = {**vars(module), "_compiled_call_impl": None}  # of module.compile(), which copies don't have
+    return not any(callable(v) or isinstance(v, torch.Tensor) or ("_hooks" in name and v) for name, v in state.items())
 
 
 def _sized_as_made(part: nn.Module) -> bool:
@@ -303,7 +309,7 @@ def _as_made(layer: nn.Module) -> bool:
     """Whether a layer, with all its parts, computes what its class says, in the sizes that its merged form assumes."""
     known = (*MERGED, GroupNormSiLU, nn.Linear, nn.Dropout, nn.ModuleList)
     parts = list(layer.modules())
-    return all(type(part) in known and _untouched(part) for part in parts) and all(map(_sized_as_made, parts))
+    return all(type(part) in known and untouched(part) for part in parts) and all(map(_sized_as_made, parts))
 
 
 # Layers that have no merged form; TimestepEmbedding stays out of the loop.
@@ -319,9 +325,9 @@ def merge(network: nn.Module, prefix: str = "") -> list[str]:
     for name, layer in network.named_children():
         if type(layer) in MERGED and _as_made(layer):
             setattr(network, name, MERGED[type(layer)](layer))
-        elif type(layer) in (Level, Middle, Downsample, nn.ModuleList) and _untouched(layer):
+        elif type(layer) in (Level, Middle, Downsample, nn.ModuleList) and untouched(layer):
             kept += merge(layer, f"{prefix}{name}.")
-        elif not all(type(part) in PLAIN and _untouched(part) for part in layer.modules()):
+        elif not all(type(part) in PLAIN and untouched(part) for part in layer.modules()):
             kept.append(prefix + name)
     return kept
 

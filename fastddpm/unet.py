@@ -183,9 +183,9 @@ class _Embedding(_Undrawn, nn.Embedding):
     pass
 
 
-def _drawn(layer: _Linear | _Conv2d, kind: type, gain: float) -> nn.Linear | nn.Conv2d:
+def _drawn(layer: _Linear | _Conv2d, gain: float) -> nn.Linear | nn.Conv2d:
     """Variance scaling, fan_avg, uniform; bias 0. The paper's code scales by 1e-10 where a gain of 1e-5 is passed."""
-    layer.__class__ = kind  # which whoever looks for layers asks for
+    layer.__class__ = type(layer).__bases__[1]  # torch's own, which whoever looks for layers asks for
     if not layer.weight.is_meta:
         nn.init.xavier_uniform_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
@@ -193,17 +193,17 @@ def _drawn(layer: _Linear | _Conv2d, kind: type, gain: float) -> nn.Linear | nn.
 
 
 def _linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
-    return _drawn(_Linear(inputs, outputs), nn.Linear, gain)
+    return _drawn(_Linear(inputs, outputs), gain)
 
 
 def _conv(inputs: int, outputs: int, size: int = 3, gain: float = 1.0, **options: int) -> nn.Conv2d:
     layer = _Conv2d(inputs, outputs, size, padding=options.pop("padding", size // 2), **options)
-    return _drawn(layer, nn.Conv2d, gain)
+    return _drawn(layer, gain)
 
 
 def _embedding(entries: int, width: int) -> nn.Embedding:
     layer = _Embedding(entries, width)
-    layer.__class__ = nn.Embedding
+    layer.__class__ = type(layer).__bases__[1]
     if not layer.weight.is_meta:
         nn.init.normal_(layer.weight)
     return layer

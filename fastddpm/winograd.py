@@ -120,13 +120,19 @@ def norm_silu_convolution(
     For weights that may change between calls: kernel [K, C, 3, 3] is transformed in each, which costs as much as the
     convolution of about a hundred pixels. All in float32; x: [N, C, H, W], H and W even; C and K divisible by 32.
     """
-    for name, v in (("weight", weight), ("bias", bias), ("kernel", kernel), ("offset", offset), ("residual", residual)):
+    (n, c, height, width), k = x.shape, kernel.shape[0]
+    rows, pixels = [n, c], [n, k, height, width]
+    for name, v, shape in (
+        ("weight", weight, [c]), ("bias", bias, [c]), ("add", add, rows), ("scale", scale, rows), ("shift", shift, rows),
+        ("kernel", kernel, [k, c, 3, 3]), ("offset", offset, [k]), ("residual", residual, pixels),
+    ):  # fmt: skip
         if v is not None and v.device != x.device:
             raise ValueError(f"{name}: is on {v.device}, x is on {x.device}; move one of them")
-    if kernel.dtype != torch.float32 or kernel.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"kernel: got {short(kernel.dtype)} {list(kernel.shape)}; expected float32 [K, {x.shape[1]}, 3, 3]"
-        )
+        if v is not None and list(v.shape) != shape:
+            raise ValueError(f"{name}: got shape {list(v.shape)}; expected {shape}")
+    for name, v in (("x", x), ("kernel", kernel), ("offset", offset), ("residual", residual)):
+        if v is not None and v.dtype != torch.float32:
+            raise ValueError(f"{name}: got {short(v.dtype)}; expected float32")
     x = x.contiguous(memory_format=torch.channels_last)
     coefficients = norm_coefficients(x, num_groups, weight, bias, eps, add, scale, shift)
     offset = None if offset is None else offset.contiguous()
@@ -138,10 +144,15 @@ def _norm_silu_convolution_fake(x, num_groups, weight, bias, eps, add, scale, sh
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-# An op, so that tracing and dispatch modes see it. It has no gradient.
+def _no_gradient(ctx, *_):
+    raise RuntimeError("norm_silu_convolution: has no gradient; trace the block that calls it with gradients enabled")
+
+
+# An op, so that tracing and dispatch modes see it.
 register(
     "norm_silu_convolution(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, Tensor? add, Tensor? scale, "
     "Tensor? shift, Tensor kernel, Tensor? offset, Tensor? residual) -> Tensor",
     norm_silu_convolution,
     _norm_silu_convolution_fake,
 )
+torch.library.register_autograd("fastddpm::norm_silu_convolution", _no_gradient)

@@ -115,14 +115,17 @@ LEFT_OUT = pytest.StashKey[int]()
 
 def pytest_deselected(items):
     """pytest-xdist's workers, which all leave out the same, don't tell of it."""
-    if hasattr(items[0].config, "workeroutput"):
-        items[0].config.workeroutput["deselected"] = len(items)
+    told = getattr(items[0].config, "workeroutput", {})
+    told["deselected"] = told.get("deselected", 0) + len(items)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    told = getattr(node, "workeroutput", {})  # a worker that crashed has none
-    node.config.stash[LEFT_OUT] = told.get("deselected", 0)
+    told, known = (
+        getattr(node, "workeroutput", {}),
+        node.config.stash.get(LEFT_OUT, 0),
+    )  # a worker that crashed tells nothing
+    node.config.stash[LEFT_OUT] = max(known, told.get("deselected", 0))
 
 
 def pytest_terminal_summary(terminalreporter):

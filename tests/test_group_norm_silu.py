@@ -374,21 +374,34 @@ def test_no_second_derivative(device):
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "add"])
-def test_no_forward_derivative(device, name):
-    """torch would answer zeros for an op without a rule."""
-    x, weight, bias, _ = inputs((2, 4, 3, 3), device=device)
-    given = {"x": x, "weight": weight, "bias": bias, "add": torch.ones(2, 4, device=device)}
+def test_forward_derivatives_are_the_references(name):
+    """torch would drop the tangents silently, also those of an outer level: kernels have no rule for them."""
+    x, weight, bias, _ = inputs((2, 4, 3, 3))
+    given = {"x": x, "weight": weight, "bias": bias, "add": torch.ones(2, 4)}
+    v, one = given[name], torch.ones(())
+    u, weights = torch.randn_like(v), torch.randn_like(x)
 
-    def f(v):
-        return ops.group_norm_silu(num_groups=2, **given | {name: v})
+    def derivatives(op):
+        def f(v):
+            return op(num_groups=2, **given | {name: v})
 
-    for derivative in (torch.func.jacfwd(f), lambda v: torch.func.jvp(f, (v,), (v,))):
-        with pytest.raises(RuntimeError, match="group_norm_silu: has no forward-mode derivative .*group_norm_silu_ref"):
-            derivative(given[name])
-    with forward_ad.dual_level():
-        with pytest.raises(RuntimeError, match="group_norm_silu: has no forward-mode derivative"):
-            f(forward_ad.make_dual(given[name], given[name]))
-        f(given[name])  # what has no tangent is served
+        def inner(v):
+            return torch.func.jvp(lambda s: (f(v) * weights * s).sum(), (one,), (one,))[1]
+
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(v, u))).tangent
+        return tangent, torch.func.jvp(f, (v,), (u,))[1], torch.func.jacfwd(f)(v), torch.func.jvp(inner, (v,), (u,))[1]
+
+    for got, expected in zip(derivatives(ops.group_norm_silu), derivatives(ops.group_norm_silu_ref), strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_backend_that_was_asked_for_has_no_forward_derivative(kernels):
+    x, weight, bias, _ = inputs((2, 4, 3, 3))
+    with pytest.raises(backend.BackendError, match="group_norm_silu: backend 'cpu' was asked for, but only the reference"):
+        torch.func.jvp(lambda x: ops.group_norm_silu(x, 2, weight, bias), (x,), (x,))
+    ops.group_norm_silu(x, 2, weight, bias)
 
 
 # ------------------------------------------------------------------------------ what a result depends on

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import randomised
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig
@@ -79,6 +80,24 @@ def test_exports_for_any_batch_size(model, tmp_path):
     for n in (1, 4):
         with torch.no_grad():
             torch.testing.assert_close(exported(*inputs(model, n)), model(*inputs(model, n)), rtol=0, atol=1e-5)
+
+
+def test_differentiated_forwards(model):
+    """As flow and consistency models ask for: along x, and along t where that is not a whole number."""
+    x, t, *rest = inputs(model)
+    v, t = torch.randn_like(x), t.double() + 0.5
+    double = copy.deepcopy(model).double()
+
+    def along(network, dtype):
+        given = (x.to(dtype), t.to(dtype)), (v.to(dtype), torch.full_like(t, 0.1, dtype=dtype))
+        with sdpa_kernel(SDPBackend.MATH):  # torch's attention for CPUs has no forward derivative
+            return torch.func.jvp(lambda x, t: network(x, t, *rest), *given)[1].detach()
+
+    got, exact, h = along(model, torch.float32), along(double, torch.float64), 1e-5
+    with torch.no_grad():
+        ahead, behind = (double(x.double() + s * v, t + 0.1 * s, *rest) for s in (h, -h))
+    torch.testing.assert_close(exact, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-4 * float(exact.abs().max()))
 
 
 def test_saved_by_torch(model):

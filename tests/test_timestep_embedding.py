@@ -148,10 +148,16 @@ def test_empty(device):
     assert ops.timestep_embedding(torch.empty(0, dtype=torch.int64, device=device), 75).shape == (0, 75)
 
 
-def test_no_forward_derivative():
-    t = torch.tensor([3.0])
-    with pytest.raises(RuntimeError, match="timestep_embedding: has no forward-mode derivative"):
-        torch.func.jvp(lambda t: ops.timestep_embedding(t, 8), (t,), (t,))
+def test_forward_derivatives_are_the_references():
+    t = torch.tensor([3.0, 700.0])
+    (got, tangent), expected = (
+        torch.func.jvp(lambda t: op(t, 8), (t,), (torch.ones(2),))
+        for op in (ops.timestep_embedding, ops.timestep_embedding_ref)
+    )
+    torch.testing.assert_close(tangent, expected[1])
+    frequencies = torch.exp(-math.log(10000) * torch.arange(4) / 3)
+    sines, cosines = got.chunk(2, dim=1)
+    torch.testing.assert_close(tangent, torch.cat((frequencies * cosines, -frequencies * sines), dim=1))
 
 
 def test_reference_function():

@@ -329,8 +329,13 @@ def test_a_norm_in_front():
 @pytest.mark.parametrize(
     ("place", "value", "says"),
     [
-        (8, torch.randn(64, 32, 3, 3, dtype=torch.float64), r"kernel: got float64 \[64, 32, 3, 3\]; expected float32"),
-        (8, torch.randn(32, 64, 3, 3), r"kernel: got float32 \[32, 64, 3, 3\]; expected float32 \[K, 32, 3, 3\]"),
+        (8, torch.randn(64, 32, 3, 3, dtype=torch.float64), "kernel: got float64; expected float32"),
+        (8, torch.randn(32, 64, 3, 3), r"kernel: got shape \[32, 64, 3, 3\]; expected \[32, 32, 3, 3\]"),
+        (8, torch.randn(64, 32, 1, 9), r"kernel: got shape \[64, 32, 1, 9\]; expected \[64, 32, 3, 3\]"),
+        (5, torch.randn(32, 2), r"add: got shape \[32, 2\]; expected \[2, 32\]"),
+        (5, torch.randn(2, 32, device="meta"), "add: is on meta, x is on cpu"),
+        (9, torch.randn(64).double(), "offset: got float64; expected float32"),
+        (10, torch.randn(2, 64, 6, 8), r"residual: got shape \[2, 64, 6, 8\]; expected \[2, 64, 8, 6\]"),
         (2, torch.randn(32, device="meta"), "weight: is on meta, x is on cpu"),
         (8, torch.randn(64, 32, 3, 3, device="meta"), "kernel: is on meta, x is on cpu"),
         (10, torch.randn(2, 64, 8, 6, device="meta"), "residual: is on meta, x is on cpu"),

@@ -140,11 +140,12 @@ def parse(flags: str) -> dict[str, object]:
 
 
 def _words(flags: str) -> list[str]:
-    """As a shell splits them; MODEL_FLAGS="--image_size ...", as READMEs have it, stands for what is in the quotes."""
+    """As a shell splits them; "--image_size ..." and MODEL_FLAGS="--image_size ...", as READMEs have it, stand for what is in
+    the quotes."""
     words = []
-    for word in shlex.split(re.sub(r"\\\s*\n", " ", flags)):
-        given = re.fullmatch(r"[A-Z_]+=(--.*)?", word, re.DOTALL)
-        words += [word] if given is None else _words(given[1] or "")
+    for word in shlex.split(re.sub(r"\\\s*(\n|$)", " ", flags)):
+        quoted = re.fullmatch(r"[A-Z_]+=(\s*--.*)?|(\s*--\w+\s.*)", word, re.DOTALL)
+        words += [word] if quoted is None else _words(quoted[1] or quoted[2] or "")
     return words
 
 

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
+
 from ..unet import UNet
 from . import diffusers, hub, native, openai, pesser, tensors
 from .base import CheckpointError, Read, build
@@ -24,6 +26,7 @@ OTHERS = {
 }
 
 
+@torch.inference_mode(False)  # under which the tensors could never be trained or changed
 def load(name: str | Path, *, revision: str | None = None, flags: str | None = None) -> UNet:
     found = read(name, revision=revision, flags=flags)
     model = build(found)

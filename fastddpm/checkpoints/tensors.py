@@ -69,6 +69,7 @@ class Unread:
     """
 
     PIECE = 8 << 20  # bytes of the tensors that one call of the system fills; the first one fills half of the file's
+    LARGEST = 1 << 30  # bytes of any of them; a system may refuse 2^31
     MOST = 1000  # tensors that it takes at most (IOV_MAX)
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -97,7 +98,7 @@ class Unread:
             raise ValueError("its header is longer than the file")
         entries = json.loads(os.pread(file, at - 8, 8))
         entries.pop("__metadata__", None)
-        start, piece, left, views = at, size // 2, 0, []
+        start, piece, left, views = at, min(size // 2, self.LARGEST), 0, []
         for name, entry in sorted(entries.items(), key=lambda named: named[1]["data_offsets"]):
             value = torch.empty(entry["shape"], dtype=KINDS[entry["dtype"]], device="cpu")
             if entry["data_offsets"] != [at - start, at - start + value.nbytes]:
@@ -120,7 +121,10 @@ class Unread:
             except IndexError:  # the last one is taken
                 return
             while views:
-                got = os.preadv(file, views, offset)
+                try:
+                    got = os.preadv(file, views, offset)
+                except OSError as error:
+                    raise _damaged(path, "safetensors file", str(error)) from error
                 if not got:
                     raise _damaged(path, "safetensors file", "it was cut short while it was read")
                 offset += got
@@ -135,8 +139,8 @@ def begin(paths: Collection[Path]) -> tuple[object, Unread | None]:
     unread = Unread.of(paths)
     if unread is not None:
         return unread.state, unread
-    first, *more = map(read, paths)
-    return first if not more else {name: value for part in (first, *more) for name, value in part.items()}, None
+    held = [read(path) for path in paths]
+    return held[0] if len(held) == 1 else {name: value for part in held for name, value in part.items()}, None
 
 
 def network_in(held: object, path: Path, anchors: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], bool | None]:

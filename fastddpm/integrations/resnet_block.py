@@ -60,6 +60,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return (
             not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()  # a trace goes on to other sizes, and to gradients
+            and x.dim() == 4
             and winograd.suits(x, torch.float32)
             and len(x) * x.shape[2] * x.shape[3] >= LEAST
             and not torch.is_autocast_enabled("cpu")
@@ -67,9 +69,22 @@ class FusedResnetBlock2D(ResnetBlock2D):
             and not (self.dropout.training and self.dropout.p)
             and serves(self.norm1, x)
             and rows_fit(x, given)
-            and _plain_convolution(self.conv1)
-            and _plain_convolution(self.conv2)
-            and (self.conv_shortcut is None or plain(self.conv_shortcut, nn.Conv2d))
+            and _plain_convolution(self.conv1, x.shape[1])
+            and _plain_convolution(self.conv2, self.conv1.out_channels)
+            and self._keeps_size(x)
+            and {v.dtype for layer in (self.norm1, self.conv1, self.norm2, self.conv2) for v in layer.parameters()}
+            == {x.dtype}
+        )
+
+    def _keeps_size(self, x: torch.Tensor) -> bool:
+        """Whether the shortcut gives what conv2's result has the shape of."""
+        if self.conv_shortcut is None:
+            return self.conv2.out_channels == x.shape[1]
+        conv = self.conv_shortcut
+        return (
+            plain(conv, nn.Conv2d)
+            and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
+            and conv.out_channels == self.conv2.out_channels
         )
 
     def _convolved(self, x: torch.Tensor, given: dict[str, torch.Tensor | None]) -> torch.Tensor:
@@ -95,9 +110,11 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return h if self.output_scale_factor == 1 else h / self.output_scale_factor
 
 
-def _plain_convolution(conv: nn.Module) -> bool:
+def _plain_convolution(conv: nn.Module, channels: int) -> bool:
     return (
         plain(conv, nn.Conv2d)
+        and "_conv_forward" not in conv.__dict__  # where people put another padding
         and winograd.shaped(conv.weight, list(conv.stride), list(conv.padding))
         and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
+        and conv.in_channels == channels
     )

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
+from .. import backend
+
 library = torch.library.Library("fastddpm", "DEF")
 
 UINT64 = 1 << 64
@@ -20,14 +22,19 @@ def register(schema: str, implementation: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"fastddpm::{name}", fake, lib=library)
 
 
-def refuse_tangents(op: str, *tensors: torch.Tensor | None) -> None:
-    """Raise where one of them carries a tangent of forward-mode differentiation, which torch drops in an op without a rule."""
-    if forward_ad._current_level >= 0 and any(
-        v is not None and forward_ad.unpack_dual(v).tangent is not None for v in tensors
-    ):
-        raise RuntimeError(
-            f"{op}: has no forward-mode derivative (torch.func.jvp, jacfwd); {op}_ref has every derivative"
+def forward_mode(op: str) -> bool:
+    """Whether forward-mode differentiation (torch.func.jvp, jacfwd, dual tensors) is at work, so that the reference has to serve.
+
+    Kernels have no rule for it, and torch would drop the tangents without a word. A backend that was asked for refuses.
+    """
+    if forward_ad._current_level < 0:
+        return False
+    if backend.chosen() not in (None, "reference"):
+        raise backend.BackendError(
+            f"{op}: backend {backend.chosen()!r} was asked for, but only the reference has forward-mode derivatives "
+            "(torch.func.jvp, jacfwd); choose that, or none"
         )
+    return True
 
 
 def short(dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import backend
-from ._library import as_int64_bits, check_first, check_seed, layout, native_layout, refuse_tangents, register, short
+from ._library import as_int64_bits, check_first, check_seed, forward_mode, layout, native_layout, register, short
 from .philox_normal import Stream, normals_float64
 
 A, B, C0, C1, C2, D, SIGMA, LV_LO, LV_HI = range(9)
@@ -261,7 +261,8 @@ def ddpm_step(
     noise: z, like x; else z is drawn for (seed, t, first + i): seed in [0, 2^64), t the training timestep.
     clip: bound on x0, None for none. Raises ValueError naming the argument that does not fit, also if x or o require grad.
     """
-    refuse_tangents("ddpm_step", x, o, noise, x0_last)
+    if forward_mode("ddpm_step"):
+        return ddpm_step_ref(x, o, row, noise=noise, seed=seed, t=t, first=first, x0_last=x0_last, clip=clip)
     return torch.ops.fastddpm.ddpm_step(*_prepared(x, o, row, noise, seed, t, first, x0_last, clip))
 
 

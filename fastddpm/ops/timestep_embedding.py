@@ -12,7 +12,7 @@ import math
 import torch
 
 from .. import backend
-from ._library import refuse_tangents, register, short
+from ._library import forward_mode, register, short
 
 
 def _rate(dim: int, max_period: float, freq_shift: float) -> float:
@@ -81,7 +81,8 @@ def timestep_embedding(
     flip_sin_to_cos puts the cosines first. Raises ValueError for dim < 2 and for dim // 2 == freq_shift (a division by 0).
     """
     _check(t, dim, max_period, freq_shift)
-    refuse_tangents("timestep_embedding", t)
+    if forward_mode("timestep_embedding"):
+        return _reference(t, dim, float(max_period), flip_sin_to_cos, float(freq_shift))
     return torch.ops.fastddpm.timestep_embedding(
         t.contiguous(), dim, float(max_period), flip_sin_to_cos, float(freq_shift)
     )
