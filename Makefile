@@ -19,9 +19,9 @@ NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' 
 sample: $(VENV)/installed
 	$(BIN)/fastddpm sample -n 16 -o samples.png
 
-# A file's tests share what they set up, so a worker takes whole files; a waiting thread leaves its core to the other workers.
+# A file's tests share what they set up, so a worker takes whole files.
 test: $(VENV)/test
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile
 
 slow: $(VENV)/test
 	$(BIN)/pytest -m slow

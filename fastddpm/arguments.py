@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .checkpoints import scheduler
-from .foreign import is_diffusers
+from .foreign import is_diffusers, unwrapped
 from .ops._library import check_seed
 from .samplers import PREDICTIONS
 from .schedule import Schedule
@@ -68,19 +68,25 @@ def trained_for(
                 "it was trained for"
             )
     elif schedule is None or isinstance(schedule, Schedule):
-        own = model
+        own = unwrapped(model)
     else:
         raise ValueError(
             f"schedule: got {type(schedule).__name__}; expected a fastddpm.Schedule or one of diffusers' schedulers"
         )
-    given = dict(zip(Trained._fields, (schedule if own is model else None, prediction, variance, clip), strict=True))
+    given = dict(
+        zip(
+            Trained._fields,
+            (schedule if isinstance(schedule, Schedule) else None, prediction, variance, clip),
+            strict=True,
+        )
+    )
     found = []
     for name, (kind, paper) in PAPER.items():
         said = getattr(own, name, None)  # of somebody's module it may be anything
         found.append(next(v for v in (given[name], said if isinstance(said, kind) else None, paper) if v is not None))
     found = Trained(*found)
     choice("prediction", found.prediction, PREDICTIONS)
-    bare = getattr(model, "_orig_mod", model)  # in torch.compile's wrapper
+    bare = unwrapped(model)
     silent = is_diffusers(bare, "UNet2DModel") or (isinstance(bare, UNet) and bare.schedule is None)
     if schedule is None and silent:
         rest = "".join(f", {getattr(found, name)}" for name in ("prediction", "variance") if given[name] is None)
@@ -121,7 +127,7 @@ def shape_of(model: object, shape: tuple[int, int, int] | None) -> tuple[int, in
     if not callable(model):
         raise ValueError(f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)")
     if shape is None:
-        own = getattr(model, "shape", None)  # torch.compile's wrapper of a UNet has it, too
+        own = getattr(model, "shape", None)
         if isinstance(own, tuple) and len(own) == 3 and all(isinstance(v, int) and v > 0 for v in own):
             return own
         side = model.config.sample_size if is_diffusers(model, "UNet2DModel") else None

@@ -341,12 +341,8 @@ def convert_command(source, out, format, revision, flags) -> None:
     aside = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         network = base.build(found)
-        if format == "fastddpm" and found.averaged is not None:
-            native.save(
-                network, aside, extra={"averaged": found.averaged}
-            )  # so that the question needn't be asked again
-        else:
-            network.save_pretrained(aside, format=format)
+        said = {} if found.averaged is None else {"averaged": found.averaged}  # so that it needn't be asked again
+        pretrained.FORMATS[format](network, aside, extra=said)
         if place.is_dir():
             place.rmdir()
         aside.rename(place)

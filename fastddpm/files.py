@@ -21,3 +21,17 @@ def whole(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def made(path: Path) -> Iterator[Path]:
+    """The folder, made if missing, with those that it is in; if the block fails, they go again as far as they are empty."""
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for place in made:
+                place.rmdir()
+        raise

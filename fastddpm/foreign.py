@@ -18,6 +18,7 @@ from .unet import UNet
 # Attributes of a layer that say nothing about what it computes at inference.
 INERT = {"training", "gradient_checkpointing", "_gradient_checkpointing_func", "_internal_dict", "_compiled_call_impl"}
 SIMPLE = (bool, int, float, str, type(None))
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 
 
 class _Twin(NamedTuple):
@@ -38,13 +39,29 @@ def is_diffusers(value: object, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.partition(".")[0] == "diffusers" for c in type(value).__mro__)
 
 
+def unwrapped(model: object) -> object:
+    """What is inside of torch's wrappers: the copy of `torch.compile`, data parallelism, averages of weights."""
+    while isinstance(model, nn.Module) and (hasattr(model, "_orig_mod") or isinstance(model, WRAPPERS)):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
 def adopted(model: object) -> object:
     """A `UNet` with the parameters, not copies, of a diffusers UNet2DModel that is as diffusers makes it; else model itself.
 
-    The UNet has no schedule (None), as a UNet2DModel doesn't say for which one it was trained.
+    Either also out of torch's wrappers. The UNet of a UNet2DModel has no schedule (None), as that doesn't say for which one it
+    was trained. Raises ValueError for a pipeline.
     """
+    inside = unwrapped(model)
+    if is_diffusers(inside, "DiffusionPipeline"):
+        raise ValueError(
+            f"model: got a {type(inside).__name__}; pass its network, and its scheduler as schedule: "
+            "sample(pipeline.unet, n, schedule=pipeline.scheduler)"
+        )
+    if isinstance(inside, UNet):
+        return inside
     try:
-        return _twin(model) if is_diffusers(model, "UNet2DModel") else model
+        return _twin(inside) if is_diffusers(inside, "UNet2DModel") else model
     except UnlikeError:
         return model
 

@@ -131,21 +131,24 @@ class FusedNorms:
     """What `fuse_norms` did: print it, or `undo` it.
 
     swapped: how many of each kind. left: what has a GroupNorm of another kind, and why it was left, by the module's name.
+    before: how many modules an earlier call had fused, of this module or of the one that it is a copy of.
     """
 
     def __init__(
-        self, swapped: dict[str, int], left: dict[str, str], classes: list[tuple[nn.Module, type, type]]
+        self, swapped: dict[str, int], left: dict[str, str], before: int, classes: list[tuple[nn.Module, type, type]]
     ) -> None:
-        self.swapped, self.left, self._classes = swapped, left, classes
+        self.swapped, self.left, self.before, self._classes = swapped, left, before, classes
 
     def undo(self) -> None:
-        """Give all modules back the class that they had, but for those that somebody has given another one since."""
+        """Give all modules torch's or diffusers' class back, those of earlier calls too; not what has got another one since."""
         for module, kind, fused in self._classes:
             if type(module) is fused:
                 module.__class__ = kind
 
     def __str__(self) -> str:
-        said = ", ".join(f"{count} {kind}" for kind, count in self.swapped.items()) or "nothing to fuse"
+        done = [f"{count} {kind}" for kind, count in self.swapped.items()]
+        done += [f"{self.before} modules fused before"] if self.before else []
+        said = ", ".join(done) or "nothing to fuse"
         if not self.left:
             return said
         named = [f"{name or 'the module'} ({why})" for name, why in self.left.items()]
@@ -173,46 +176,45 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}; expected a torch.nn.Module")
-    swapped, left, classes, inside = Counter(), {}, [], set()
+    block = _resnet_block()
+    ours = (FusedGroupNorm, FusedSequential, block)
+    classes = [(layer, type(layer).__base__, type(layer)) for layer in module.modules() if type(layer) in ours]
+    swapped, left, before, inside = Counter(), {}, len(classes), set()
 
     def swap(layer: nn.Module, fused: type) -> None:
         classes.append((layer, type(layer), fused))
         layer.__class__ = fused
 
-    layers, block = [], _resnet_block()
-    kinds = (nn.GroupNorm,) if block is None else (nn.GroupNorm, block.__base__)
+    def taken(name: str, layer: nn.Module, kind: type) -> bool:
+        """Whether it is of this kind; what is somebody's own variant of it is left."""
+        if not isinstance(layer, kind) or type(layer) in ours:
+            return False
+        if type(layer) is not kind:
+            left[name] = f"{type(layer).__name__}, a subclass of {kind.__name__}"
+        elif _overridden(layer):
+            left[name] = f"a {kind.__name__} with a forward put into it"
+        return name not in left
+
     for name, layer in module.named_modules():
-        if not _overridden(layer):
-            layers.append((name, layer))
-        elif isinstance(layer, kinds) or _pairs(layer):
-            left[name] = f"a {type(layer).__name__} with a forward put into it"
-    for name, layer in layers:
-        if block is not None and isinstance(layer, block.__base__):
-            if type(layer) is block.__base__ and block.fits(layer):
-                swapped["ResnetBlock2D (2 norms with SiLU each)"] += 1
-                inside |= {layer.norm1, layer.norm2}
-                swap(layer, block)
-            elif type(layer) is block.__base__:
-                left[name] = "a ResnetBlock2D with hooks, or with another nonlinearity or norm"
-            elif type(layer) is not block:
-                left[name] = f"{type(layer).__name__}, a subclass of ResnetBlock2D"
-        elif pairs := _pairs(layer):
-            if type(layer) is nn.Sequential:
-                swapped["GroupNorm with SiLU"] += len(set(pairs) - inside)
-                inside |= set(pairs)
-                swap(layer, FusedSequential)
-            elif type(layer) is not FusedSequential:
-                left[name] = f"{type(layer).__name__}, a subclass of Sequential"
-    for name, layer in layers:
-        if type(layer) is nn.GroupNorm:
+        if block is not None and taken(name, layer, block.__base__):
+            if why := block.why_not(layer):
+                left[name] = f"a ResnetBlock2D: {why}"
+                continue
+            swapped["ResnetBlock2D (2 norms with SiLU each)"] += 1
+            inside |= {layer.norm1, layer.norm2}
+            swap(layer, block)
+        elif (pairs := _pairs(layer)) and taken(name, layer, nn.Sequential):
+            swapped["GroupNorm with SiLU"] += len(set(pairs) - inside)
+            inside |= set(pairs)
+            swap(layer, FusedSequential)
+    for name, layer in module.named_modules():
+        if taken(name, layer, nn.GroupNorm):
             if not weighted(layer):
                 left[name] = "a GroupNorm without weights or bias"
                 continue
             swapped["GroupNorm"] += layer not in inside
             swap(layer, FusedGroupNorm)
-        elif isinstance(layer, nn.GroupNorm) and type(layer) is not FusedGroupNorm:
-            left[name] = f"{type(layer).__name__}, a subclass of GroupNorm"
-    return FusedNorms({kind: count for kind, count in swapped.items() if count}, left, classes)
+    return FusedNorms({kind: count for kind, count in swapped.items() if count}, left, before, classes)
 
 
 def _pairs(layer: nn.Module) -> list[nn.GroupNorm]:

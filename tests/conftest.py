@@ -9,6 +9,10 @@ import sys
 import threading
 from collections import Counter
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch's threads start: one that waits has to leave its core to the other workers, or all take ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import hypothesis
 import pytest
 import simulated

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import threading
 import warnings
@@ -210,6 +211,17 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
         unread()
 
 
+def test_a_disk_that_fails(tmp_path, monkeypatch):
+    def broken(*args):
+        raise OSError(5, "Input/output error")
+
+    save_file(MIXED, tmp_path / "a.safetensors")
+    unread = tensors.Unread.of([tmp_path / "a.safetensors"])
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: not a whole safetensors file .*Input/output error"):
+        unread()
+
+
 def test_what_is_left_to_safetensors(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(3, dtype=torch.int64)}, path)
@@ -253,6 +265,23 @@ def test_loading_leaves_the_garbage_collector_as_it_was(tmp_path):
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize("format", ["fastddpm", "diffusers"])
+def test_a_network_loaded_in_inference_mode_can_be_trained(format, tmp_path):
+    UNet(SMALL).save_pretrained(tmp_path / "ema", format=format)
+    with torch.inference_mode():
+        model = UNet.from_pretrained(tmp_path / "ema")
+    fastddpm.training_loss(model, torch.zeros(1, *model.shape)).backward()
+    model.load_state_dict(UNet(SMALL).state_dict())
+
+
+@pytest.mark.parametrize("format", ["fastddpm", "diffusers"])
+def test_what_is_saved_is_read_in_one_pass(format, tmp_path, monkeypatch):
+    """And not by way of a mapped file and a copy."""
+    UNet(SMALL).save_pretrained(tmp_path / "ema", format=format)
+    monkeypatch.delattr(tensors, "read")
+    UNet.from_pretrained(tmp_path / "ema")
+
+
 def test_a_network_lands_on_the_default_device():
     with torch.device("meta"):
         assert all(p.is_meta for p in UNet.from_pretrained("digits").parameters())
@@ -262,17 +291,42 @@ def test_a_network_lands_on_the_default_device():
 def test_a_folder_holds_one_model(tmp_path):
     UNet(SMALL).save_pretrained(tmp_path)
     (tmp_path / "other" / "unet_ema").mkdir(parents=True)
-    for folder, says in ((tmp_path, "a model of fastddpm"), (tmp_path / "other", "unet_ema")):
+    (tmp_path / "parts" / "unet").mkdir(parents=True)
+    (tmp_path / "parts" / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    UNet(SMALL).save_pretrained(tmp_path / "theirs", format="diffusers")
+    UNet(SMALL).save_pretrained(tmp_path / "theirs", format="diffusers")  # over itself is fine
+    for folder, format, says in (
+        (tmp_path, "diffusers", "a model of fastddpm"),
+        (tmp_path / "other", "diffusers", "unet_ema"),
+        (tmp_path / "parts", "diffusers", "weights in parts"),
+        (tmp_path / "theirs", "fastddpm", "a model of diffusers"),
+    ):
         before = sorted(folder.rglob("*"))
-        with pytest.raises(ValueError, match=f"folder: .* already has {says}, which is read before"):
-            UNet(SMALL).save_pretrained(folder, format="diffusers")
+        with pytest.raises(ValueError, match=f"folder: .* already has {says}, which would be read in place"):
+            UNet(SMALL).save_pretrained(folder, format=format)
         assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("format", ["fastddpm", "diffusers"])
+def test_a_save_that_fails_leaves_no_folders(format, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OSError, match="No space"):
+        UNet(SMALL).save_pretrained(tmp_path / "there" / "new" / "deep", format=format)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (lambda s: s.pop("mid_block.resnets.0.conv1.bias"), "1 missing .* copied or saved whole"),
+        (
+            lambda s: [s.pop("mid_block.resnets.0.conv1.bias"), s.update({"conv_in.bias": torch.zeros(9)})],
+            "1 missing .* 1 of another shape .*written for other weights",
+        ),
         (lambda s: s.update({"mid_block.attn2.to_k.weight": torch.zeros(2)}), "1 unknown .*UNet2DConditionModel"),
         (lambda s: s.update({"conv_out.weight": torch.zeros(6, 8, 3, 3)}), "6 output channels, half of them"),
         (
@@ -933,9 +987,16 @@ def test_flags_as_they_stand_in_a_readme(tmp_path):
     openai_file(path)
     text = (
         f'MODEL_FLAGS="{FITTING} --num_heads=4 \\\n--image_size 64"\nSAMPLE_FLAGS="--batch_size 4 --timestep_respacing 250"'
-        "\nEMPTY= --model_path 'my models/A=B.pt'"
+        "\nEMPTY= --model_path 'my models/A=B.pt' \\"
     )
     same_network(UNet.from_pretrained(path, flags=text), UNet.from_pretrained(path, flags=FITTING))
+    for text in (
+        f'"{FITTING}"',
+        f'MODEL_FLAGS=" {FITTING}"',
+        f'MODEL_FLAGS="\\\n  {FITTING}"',
+        f"{FITTING} --model_path ''",
+    ):
+        assert openai.parse(text) == openai.parse(FITTING)
 
 
 def test_openai_files_that_are_refused(tmp_path):
@@ -1099,6 +1160,19 @@ def test_a_pickle_runs_nothing(zipped, place, tmp_path):
     assert not marker.exists()
     torch.load(path, weights_only=False)
     assert marker.exists()  # the pickle is one that would have run
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_of_any_protocol_runs_nothing(protocol, tmp_path):
+    marker, path = tmp_path / "executed", tmp_path / "x.bin"
+    path.write_bytes(pickle.dumps({"model": Malice(marker)}, protocol))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(
+            CheckpointError, match=r"it holds more than tensors \((pathlib|os|posix|.*getattr).*nothing was"
+        ):
+            UNet.from_pretrained(path)
+    assert not marker.exists()
 
 
 # --- the Hub
@@ -1331,14 +1405,15 @@ def test_options_of_another_kind(change, tmp_path):
         UNet.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("format", ["fastddpm", "diffusers"])
 @pytest.mark.parametrize("name", ["model.ckpt", "ema_model.ckpt"])
-def test_converting_keeps_whether_weights_are_averages(name, tmp_path):
+def test_converting_keeps_whether_weights_are_averages(name, format, tmp_path):
     from click.testing import CliRunner
 
     from fastddpm.cli import cli
 
     torch.save(PesserUNet(32, (1, 1), 1, attention=1).state_dict(), tmp_path / name)
-    made = CliRunner().invoke(cli, ["convert", str(tmp_path / name), str(tmp_path / "out"), "--to", "fastddpm"])
+    made = CliRunner().invoke(cli, ["convert", str(tmp_path / name), str(tmp_path / "out"), "--to", format])
     assert made.exit_code == 0, made.output
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -1346,3 +1421,41 @@ def test_converting_keeps_whether_weights_are_averages(name, tmp_path):
     assert [str(w.message) for w in caught if "averages over training" in str(w.message)] == ([] if "ema" in name else [
         str(caught[0].message)
     ])  # fmt: skip
+    if format == "diffusers":
+        pytest.importorskip("diffusers").UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
+
+
+def test_the_networks_folder_of_a_pipelines(tmp_path):
+    """The scheduler is beside it."""
+    model = randomised(SMALL)
+    model.schedule, model.prediction, model.variance, model.clip = (
+        Schedule.cosine(30),
+        "v_prediction",
+        "fixed_small",
+        1.5,
+    )
+    model.save_pretrained(tmp_path / "ema", format="diffusers")
+    found = quietly(tmp_path / "ema" / "unet")
+    same_network(found, model)
+    (tmp_path / "ema" / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.warns(UserWarning, match=r"no scheduler_config\.json; assumed"):
+        assert UNet.from_pretrained(tmp_path / "ema" / "unet").prediction == "epsilon"
+
+
+def test_the_silent_default_of_heads_is_told(tmp_path):
+    diffusers_model(down_block_types=("DownBlock2D", "AttnDownBlock2D")).save_pretrained(tmp_path)
+    quietly(tmp_path)
+    edit(tmp_path / "config.json", lambda config: config.pop("attention_head_dim"))
+    with pytest.warns(UserWarning, match=r"config\.json: no attention_head_dim, so heads are 8 channels wide"):
+        assert UNet.from_pretrained(tmp_path).config.head_channels == 8
+
+
+def test_what_diffusers_ema_writes_beside_the_options(tmp_path):
+    network, training_utils = diffusers_model(), pytest.importorskip("diffusers.training_utils")
+    average = training_utils.EMAModel(network.parameters(), model_cls=type(network), model_config=network.config)
+    average.step(network.parameters())
+    average.save_pretrained(tmp_path / "unet_ema")
+    pytest.importorskip("diffusers").DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        UNet.from_pretrained(tmp_path)

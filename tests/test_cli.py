@@ -35,7 +35,9 @@ def run(capsys, monkeypatch, *arguments):
 
 def test_sample_writes_a_grid_and_says_its_seed(model, tmp_path, capsys, monkeypatch):
     code, out, _ = run(capsys, monkeypatch, "sample", model, "-n", 4, "-o", tmp_path / "a.png")
-    assert code == 0 and Image.open(tmp_path / "a.png").size[0] > 16
+    assert code == 0
+    with Image.open(tmp_path / "a.png") as grid:
+        assert grid.width > 16
     seed = out.split("seed ")[1].split(")")[0]
     for name in ("b.npy", "c.npz"):
         assert run(capsys, monkeypatch, "sample", model, "-n", 4, "-o", tmp_path / name, "--seed", seed)[0] == 0
@@ -54,16 +56,16 @@ def test_film_and_forward(model, tmp_path, capsys, monkeypatch):
     Image.fromarray(np.full((6, 5, 3), 200, np.uint8)).save(tmp_path / "in.png")
     code, out, _ = run(capsys, monkeypatch, "sample", model, "--forward", tmp_path / "in.png", "-o", tmp_path / "f.png")
     assert code == 0 and "x_0 to x_T" in out
-    strip = Image.open(tmp_path / "f.png")
-    assert strip.mode == "RGB" and strip.width > 7 * strip.height
+    with Image.open(tmp_path / "f.png") as strip:
+        assert strip.mode == "RGB" and strip.width > 7 * strip.height
 
 
 def test_samplers_and_the_progressive_strip(model, tmp_path, capsys, monkeypatch):
     arguments = ("sample", model, "-n", 3, "-o", tmp_path / "a.npy", "--seed", 1, "--sampler", "dpm++2m", "--steps", 6)
     code, out, _ = run(capsys, monkeypatch, *arguments, "--strip", tmp_path / "s.png", "--gif", tmp_path / "s.gif")
     assert code == 0 and "6 steps" in out
-    strip = Image.open(tmp_path / "s.png")
-    assert strip.width > 1.5 * strip.height  # 6 columns, 3 rows
+    with Image.open(tmp_path / "s.png") as strip:
+        assert strip.width > 1.5 * strip.height  # 6 columns, 3 rows
     loaded = UNet.from_pretrained(model)
     x = fastddpm.sample(loaded, 3, seed=1, sampler="dpm++2m", steps=6)
     assert np.array_equal(np.load(tmp_path / "a.npy"), x.numpy())

@@ -561,10 +561,11 @@ def test_bad_input(device, arguments, message):
 @pytest.mark.parametrize("name", ["x", "o", "noise"])
 def test_forward_derivatives_are_the_references(name):
     given, u = {"x": X, "o": X, "noise": X}, torch.randn_like(X)
-    got, expected = (
-        torch.func.jvp(lambda v: op(row=ROWS[500], clip=None, **given | {name: v})[0], (X,), (u,))[1]
-        for op in (ops.ddpm_step, ops.ddpm_step_ref)
-    )
+
+    def derivative(op):
+        return torch.func.jvp(lambda v: op(row=ROWS[500], clip=None, **given | {name: v})[0], (X,), (u,))[1]
+
+    got, expected = derivative(ops.ddpm_step), derivative(ops.ddpm_step_ref)
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(got, expected)
 

@@ -267,3 +267,19 @@ def test_half_precision(quiet):
     assert 0 < (got - expected).abs().max() < 0.3
     own = fastddpm.sample(model.bfloat16(), 2, schedule=scheduler, seed=1)
     assert (own - got).abs().max() < 0.05  # its embedding of t is rounded, too
+
+
+def test_out_of_torch_s_wrappers():
+    model = unet2d()
+    expected = fastddpm.sample(model, 2, schedule=diffusers.DDPMScheduler(**SHORT), seed=0)
+    for wrap in (torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile):
+        got = fastddpm.sample(wrap(model), 2, schedule=diffusers.DDPMScheduler(**SHORT), seed=0)
+        assert torch.equal(got, expected)
+
+
+def test_a_pipeline_is_told_what_to_pass():
+    pipeline = diffusers.DDPMPipeline(unet2d(), diffusers.DDPMScheduler())
+    with pytest.raises(
+        ValueError, match=r"got a DDPMPipeline; .*sample\(pipeline.unet, n, schedule=pipeline.scheduler\)"
+    ):
+        fastddpm.sample(pipeline, 1)

@@ -99,9 +99,20 @@ def test_what_it_says():
     model = unet2d()
     report = fuse_norms(model)
     assert str(report) == "8 ResnetBlock2D (2 norms with SiLU each), 5 GroupNorm"
-    assert str(fuse_norms(model)) == "nothing to fuse"
+    assert str(fuse_norms(model)) == "29 modules fused before"
     report.undo()
     assert str(fuse_norms(model)) == str(report)
+
+
+@pytest.mark.parametrize("again", [lambda model: model, copy.deepcopy])
+def test_undone_by_a_later_report(again):
+    model = nn.Sequential(unet2d(), nn.GroupNorm(2, 4), nn.SiLU())
+    classes = [type(m) for m in model.modules()]
+    fuse_norms(model)
+    model = again(model)
+    assert [type(m) for m in model.modules()] != classes
+    fuse_norms(model).undo()
+    assert [type(m) for m in model.modules()] == classes
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -118,6 +129,55 @@ def test_what_is_left():
     with pytest.raises(TypeError, match="module: got function; expected a torch.nn.Module"):
         fuse_norms(lambda x: x)
     assert str(fuse_norms(fastddpm.UNet.from_preset("digits"))) == "nothing to fuse"  # it has layers of its own
+
+
+def test_whose_own_code_is_left():
+    resnet = pytest.importorskip("diffusers.models.resnet")
+
+    class Block(resnet.ResnetBlock2D):
+        pass
+
+    class Stack(nn.Sequential):
+        pass
+
+    options = {"in_channels": 8, "temb_channels": 4, "groups": 2}
+    model = nn.ModuleDict({
+        "block": Block(**options), "stack": Stack(nn.GroupNorm(2, 4), nn.SiLU()),
+        "patched": resnet.ResnetBlock2D(**options), "pair": nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()),
+        "gelu": resnet.ResnetBlock2D(**options, non_linearity="gelu"), "hooked": resnet.ResnetBlock2D(**options),
+    })  # fmt: skip
+    for name in ("patched", "pair"):
+        model[name].forward = model[name].forward  # as some libraries do
+    model["hooked"].norm2.register_forward_hook(lambda *_: None)
+    report = fuse_norms(model)
+    assert report.left == {
+        "block": "Block, a subclass of ResnetBlock2D", "stack": "Stack, a subclass of Sequential",
+        "patched": "a ResnetBlock2D with a forward put into it", "pair": "a Sequential with a forward put into it",
+        "gelu": "a ResnetBlock2D: its nonlinearity has hooks, or is no SiLU",
+        "hooked": "a ResnetBlock2D: its norm2 has hooks, or is no GroupNorm with weights and a bias",
+    }  # fmt: skip
+    assert report.swapped == {"GroupNorm": 10} and report.before == 0
+
+
+def test_a_block_that_is_given_no_timestep(kernels):
+    """As autoencoders have it, whatever their time_embedding_norm."""
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    x = torch.randn(2, 8, 4, 4)
+    for norm in ("default", "group"):
+        torch.manual_seed(0)
+        block = perturbed(resnet.ResnetBlock2D(in_channels=8, temb_channels=None, groups=2, time_embedding_norm=norm))
+        expected = block(x, None)
+        assert str(fuse_norms(block)) == "1 ResnetBlock2D (2 norms with SiLU each)"
+        torch.testing.assert_close(block(x, None), expected, rtol=0, atol=1e-5)
+
+
+def test_one_image_of_channels_inner_keeps_torch_s_layout(kernels):
+    norm = perturbed(nn.Sequential(nn.GroupNorm(2, 8)))
+    x = torch.randn(4, 4, 8).permute(2, 0, 1)[None]
+    expected = norm(x)
+    fuse_norms(norm)
+    assert norm(x).stride() == expected.stride()
+    torch.testing.assert_close(norm(x), expected, rtol=0, atol=1e-5)
 
 
 def own_forward(pair):
@@ -571,3 +631,43 @@ def test_a_wide_block_traced_and_compiled(convolving):
         ):
             torch.testing.assert_close(call(2 * x, temb), block(2 * x, temb), rtol=0, atol=2e-5)
             torch.testing.assert_close(call(x, temb), expected, rtol=0, atol=2e-5)
+    with pytest.raises(RuntimeError, match="norm_silu_convolution: has no gradient"):
+        graph(x.requires_grad_(), temb).sum().backward()
+
+
+def test_a_trace_goes_on_to_other_sizes_and_gradients(convolving):
+    block, temb = wide_block(), torch.randn(2, 8)
+    fuse_norms(block)
+    with torch.no_grad():
+        traced = torch.jit.trace(block, (torch.randn(2, 32, 16, 16), temb))
+    x = torch.randn(2, 32, 15, 15)
+    torch.testing.assert_close(traced(x, temb), wide_block()(x, temb), rtol=0, atol=2e-5)
+    traced(x, temb).sum().backward()
+    assert block.conv1.weight.grad.abs().sum() > 0
+
+
+def wide_shortcut(block):
+    block.conv_shortcut = nn.Conv2d(32, 256, 1, stride=2)
+
+
+def double_norm(block):
+    block.norm2.double()
+
+
+def double_bias(block):
+    block.conv1.bias = nn.Parameter(block.conv1.bias.double())
+
+
+def far_embedding(block):
+    block.time_emb_proj.to("meta")
+
+
+@pytest.mark.parametrize("change", [wide_shortcut, double_norm, double_bias, far_embedding])
+def test_what_torch_refuses_is_refused(change, convolving):
+    block, x, temb = wide_block(), torch.randn(2, 32, 16, 16), torch.randn(2, 8)
+    change(block)
+    fuse_norms(block)
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+        block(x, temb)
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+        wide_block()(x[0], temb[:1])

@@ -399,7 +399,9 @@ def test_forward_derivatives_are_the_references(name):
 
 def test_a_backend_that_was_asked_for_has_no_forward_derivative(kernels):
     x, weight, bias, _ = inputs((2, 4, 3, 3))
-    with pytest.raises(backend.BackendError, match="group_norm_silu: backend 'cpu' was asked for, but only the reference"):
+    with pytest.raises(
+        backend.BackendError, match="group_norm_silu: backend 'cpu' was asked for, but only the reference"
+    ):
         torch.func.jvp(lambda x: ops.group_norm_silu(x, 2, weight, bias), (x,), (x,))
     ops.group_norm_silu(x, 2, weight, bias)
 

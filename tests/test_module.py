@@ -62,14 +62,29 @@ def test_a_compiled_one_samples(model):
     options = {"schedule": Schedule.linear(3), "seed": 0, "variance": "none"}
     if model.config.classes is not None:
         options["class_labels"] = 1
-    compiled = torch.compile(model, backend="eager")
-    with pytest.warns(UserWarning, match="OptimizedModule is not a fastddpm.UNet, so it runs as it is"):
-        got = fastddpm.sample(compiled, 2, **options)
-    torch.testing.assert_close(got, fastddpm.sample(model, 2, **options), rtol=0, atol=1e-4)
-    model.compile(backend="eager")  # in place it stays a UNet, and the engine takes its place
+    expected = fastddpm.sample(model, 2, **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fastddpm.sample(model, 2, **options)
+        warnings.simplefilter("error")  # the engine takes its place
+        assert torch.equal(fastddpm.sample(torch.compile(model, backend="eager"), 2, **options), expected)
+        model.compile(backend="eager")  # in place
+        assert torch.equal(fastddpm.sample(model, 2, **options), expected)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile])
+def test_in_torch_s_wrappers_it_is_the_same_network(wrap):
+    model = randomised(CONFIGS["the paper's"])
+    model.schedule, model.prediction, model.variance, model.clip = (
+        Schedule.cosine(5),
+        "v_prediction",
+        "fixed_small",
+        2.0,
+    )
+    wrapped = wrap(model)
+    assert torch.equal(fastddpm.sample(wrapped, 2, seed=0), fastddpm.sample(model, 2, seed=0))
+    x0 = torch.rand(4, *model.shape)
+    if wrap is not torch.compile:
+        loss = fastddpm.training_loss(wrapped, x0, seed=1)
+        torch.testing.assert_close(loss, fastddpm.training_loss(model, x0, seed=1), rtol=1e-5, atol=0)
 
 
 def test_exports_for_any_batch_size(model, tmp_path):

@@ -150,11 +150,7 @@ def test_empty(device):
 
 def test_forward_derivatives_are_the_references():
     t = torch.tensor([3.0, 700.0])
-    (got, tangent), expected = (
-        torch.func.jvp(lambda t: op(t, 8), (t,), (torch.ones(2),))
-        for op in (ops.timestep_embedding, ops.timestep_embedding_ref)
-    )
-    torch.testing.assert_close(tangent, expected[1])
+    got, tangent = torch.func.jvp(lambda t: ops.timestep_embedding(t, 8), (t,), (torch.ones(2),))
     frequencies = torch.exp(-math.log(10000) * torch.arange(4) / 3)
     sines, cosines = got.chunk(2, dim=1)
     torch.testing.assert_close(tangent, torch.cat((frequencies * cosines, -frequencies * sines), dim=1))

@@ -131,7 +131,7 @@ def _cause(own: Mapping, state: Mapping, missing: Iterable[str], unknown: Iterab
     differing = [*missing, *unknown]
     if differing and all(".attentions." in name for name in differing):
         return ". Its attention is at other levels than the config says"
-    if missing and not unknown:
+    if missing and not unknown and all(state[name].shape == own[name].shape for name in state):
         return ". A part of the network is not in the file: was it copied or saved whole?"
     if last in state and last in own and state[last].shape[0] == 2 * own[last].shape[0]:
         return f". It has {state[last].shape[0]} output channels, half of them for a learned variance"

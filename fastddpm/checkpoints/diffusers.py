@@ -13,7 +13,7 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 
-from ..files import whole
+from ..files import made, whole
 from ..schedule import Schedule
 from ..unet import UNet, UNetConfig
 from . import scheduler, tensors
@@ -46,6 +46,10 @@ DEFAULTS = {
     "resnet_time_scale_shift": "default", "add_attention": True, "class_embed_type": None, "num_class_embeds": None,
     "num_train_timesteps": None,
 }  # fmt: skip
+# What diffusers' EMAModel writes among them.
+EMA_OPTIONS = (
+    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
+)  # fmt: skip
 # The options that both have, by UNetConfig's names.
 SAME = {
     "in_channels": "in_channels", "out_channels": "out_channels", "blocks": "layers_per_block", "dropout": "dropout",
@@ -109,15 +113,18 @@ def read(folder: Path, found: Layout) -> Read:
             )
     path = folder / found.config
     notes: list[str] = []
-    config = _wrapped(_json(path), path, notes)
+    options = _json(path)
+    config = _wrapped(options, path, notes)
     if found.weights is None:
         raise CheckpointError(f"{path.parent}: no weights beside {CONFIG}; expected one of {', '.join(WEIGHTS)}")
     state, averaged, fill = _state(folder / found.weights)
-    if found.config.startswith("unet_ema/"):
+    if found.config.startswith("unet_ema/") or options.get("_averaged") is True:
         averaged = True
-    if found.scheduler is not None:
+    # Of a pipeline's folder somebody may name the network's alone.
+    described = folder / (found.scheduler or f"../scheduler/{SCHEDULER}")
+    if described.is_file():
         try:
-            trained = scheduler.read(_json(folder / found.scheduler), f"{folder / found.scheduler}:")
+            trained = scheduler.read(_json(described), f"{described}:")
         except ValueError as error:
             raise CheckpointError(str(error)) from error
     else:
@@ -129,24 +136,26 @@ def read(folder: Path, found: Layout) -> Read:
     return Read("diffusers", folder / found.weights, config, renamed(state), *trained, averaged, notes, fill)
 
 
-def write(model: UNet, folder: Path) -> None:
-    """A folder that DDPMPipeline.from_pretrained opens. Raises ValueError before the first file is written."""
+def write(model: UNet, folder: Path, extra: dict | None = None) -> None:
+    """A folder that DDPMPipeline.from_pretrained opens. Raises ValueError before the first file is written.
+
+    extra: entries for the network's config, there with a "_" in front, as diffusers then ignores them.
+    """
     index = {
         "_class_name": "DDPMPipeline",
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],
     }
     configs = {
-        f"unet/{CONFIG}": unet_options(model.config),
+        f"unet/{CONFIG}": unet_options(model.config) | {f"_{name}": value for name, value in (extra or {}).items()},
         f"scheduler/{SCHEDULER}": scheduler.write(model.schedule, model.prediction, model.variance, model.clip),
         INDEX: index,
     }
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    for name in ("unet", "scheduler"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    with (
-        contextlib.ExitStack() as stack
-    ):  # all are written before the first is renamed; the weights are, and configs follow
+    # All are written before the first is renamed; the weights are, and configs follow.
+    with contextlib.ExitStack() as stack:
+        for name in ("unet", "scheduler"):
+            stack.enter_context(made(folder / name))
         paths = {name: stack.enter_context(whole(folder / name)) for name in configs}
         weights = stack.enter_context(whole(folder / "unet" / f"{STEM}.safetensors"))
         weights.write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
@@ -293,14 +302,23 @@ def _wrapped(config: dict, path: Path, notes: list[str]) -> UNetConfig:
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise CheckpointError(f"{path}: _class_name: got {kind!r}; expected 'UNet2DModel', the one that UNet can be")
-    unknown = [name for name, value in config.items() if name not in DEFAULTS and not name.startswith("_") and value]
+    known = {*DEFAULTS, *EMA_OPTIONS}
+    unknown = [name for name, value in config.items() if name not in known and not name.startswith("_") and value]
     if unknown:
         notes.append(f"{path}: {', '.join(unknown)}: unknown to UNet2DModel, and ignored")
     try:
-        return unet_config(config)
+        found = unet_config(config)
+        if found.attended and "attention_head_dim" not in config:
+            notes.append(
+                f"{path}: no attention_head_dim, so heads are {DEFAULTS['attention_head_dim']} channels wide, as in diffusers; "
+                "the paper's networks have one head, for which null has to stand there"
+            )
+        return found
     except ValueError as error:
         option, colon, said = str(error).partition(":")
-        raise CheckpointError(f"{path}: {TOLD_BY.get(option, option)}{colon}{said}") from error
+        raise CheckpointError(
+            f"{path}: {TOLD_BY.get(option, option)}{colon}{said}. diffusers' own UNet2DModel can be given to sample as it is"
+        ) from error
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: an option is of another kind than UNet2DModel's ({error})") from error
 

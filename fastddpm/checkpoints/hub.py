@@ -8,12 +8,15 @@ from pathlib import Path
 
 from .base import CheckpointError
 
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 PATIENCE = 10.0  # seconds for the Hub to answer
 
 
 def is_id(name: str) -> bool:
-    """Whether it could be "owner/name"."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+    """Whether it could be "owner/name", and isn't called as files are."""
+    return (
+        Path(name).suffix not in SUFFIXES and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+    )
 
 
 def fetch(name: str, revision: str | None, needed: Callable[[Collection[str]], list[str] | None]) -> Path:

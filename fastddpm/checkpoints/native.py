@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from ..arguments import bound_of, choice
-from ..files import whole
+from ..files import made, whole
 from ..samplers import PREDICTIONS, VARIANCES
 from ..schedule import Schedule
 from ..unet import UNet, UNetConfig
@@ -58,8 +58,8 @@ def save(
     if (folder / CONFIG).exists() and not is_own(folder):
         raise ValueError(f"folder: {folder} has the {CONFIG} of another model; name another folder")
     dense = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     with (
+        made(folder),
         whole(folder / CONFIG) as described,
         whole(folder / WEIGHTS) as weights,
     ):  # of which the weights are renamed first
@@ -129,7 +129,9 @@ def _schedule(config: dict, path: Path) -> Schedule:
         if kind == "betas":
             return Schedule(values["betas"])
         raise ValueError(f"unknown kind {kind!r}; expected linear or betas")
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{path}: schedule: {error} is missing") from error
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: schedule: {error}") from error
 
 

@@ -265,7 +265,7 @@ class _Network:
             if ".attentions." in layer and value.dim() == 3:  # a convolution of size 1
                 value = value.squeeze(2)
             if not layer.endswith(".qkv"):
-                result[f"{layer}.{kind}"] = value
+                result[f"{layer}.{kind}" if layer else kind] = value
                 continue
             heads = config.heads or len(value) // 3 // config.head_channels
             # Rows: of q, then k, then v; or in the old order of one head after another, each with its q, k and v.

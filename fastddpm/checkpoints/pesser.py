@@ -81,4 +81,4 @@ def _name(name: str, levels: int) -> str:
     stem, _, last = layer.rpartition(".")
     if part is not None and last in WITHIN[part]:
         layer = f"{stem}.{WITHIN[part][last]}"
-    return f"{layer}.{kind}"
+    return f"{layer}.{kind}" if layer else kind

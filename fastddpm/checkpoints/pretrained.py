@@ -39,11 +39,17 @@ def save(model: UNet, folder: str | Path, format: str) -> None:
     if format not in FORMATS:
         raise ValueError(f"format: got {format!r}; expected one of {', '.join(FORMATS)}")
     folder = Path(folder)
-    if format == "diffusers" and (native.is_own(folder) or (folder / "unet_ema").exists()):
-        raise ValueError(
-            f"folder: {folder} already has {'a model of fastddpm' if native.is_own(folder) else 'unet_ema'}, which is read "
-            "before what would be written; name another folder"
-        )
+    rivals = {
+        "a model of diffusers": format == "fastddpm" and (folder / diffusers.INDEX).exists(),
+        "a model of fastddpm": format == "diffusers" and native.is_own(folder),
+        "unet_ema": format == "diffusers" and (folder / "unet_ema").exists(),
+        "weights in parts": format == "diffusers" and (folder / "unet" / diffusers.WEIGHTS[0]).exists(),
+    }
+    for what, there in rivals.items():
+        if there:
+            raise ValueError(
+                f"folder: {folder} already has {what}, which would be read in place of what is written; name another folder"
+            )
     FORMATS[format](model, folder)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
+import pickletools
 import re
+import warnings
 import weakref
 import zipfile
 from collections import deque
@@ -39,18 +42,35 @@ def read(path: Path) -> object:
         except (safetensors.SafetensorError, OSError) as error:
             raise _damaged(path, "safetensors file", str(error)) from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        held = re.search(r"GLOBAL (\S+)", str(error))
+        said = re.search(r"GLOBAL (\S+)", str(error))
+        held = said[1] if said else _named_in(path)
         if held is None:
             raise _damaged(path, "torch checkpoint", "no pickle of tensors") from error
         raise CheckpointError(
-            f"{path}: it holds more than tensors ({held[1]}), and reading that could run code of whoever made the file; "
+            f"{path}: it holds more than tensors ({held}), and reading that could run code of whoever made the file; "
             "nothing was read. Who made it can save the weights alone: torch.save(model.state_dict(), path)"
         ) from error
     except Exception as error:  # torch.load raises many kinds, and only some of them say what is wrong
         told = str(error).split(".")[0] if isinstance(error, (RuntimeError, OSError)) else "no pickle of tensors"
         raise _damaged(path, "torch checkpoint", told) from error
+
+
+def _named_in(path: Path) -> str | None:
+    """The first class or function that a pickle in another way than torch's own asks for, found without running it."""
+    strings: list[str] = []
+    with path.open("rb") as file, contextlib.suppress(ValueError):  # of what is no pickle
+        for opcode, value, _ in pickletools.genops(file):
+            if opcode.name in ("GLOBAL", "INST"):
+                return value.replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            if isinstance(value, str):
+                strings.append(value)
+    return None
 
 
 def _damaged(path: Path, kind: str, why: str) -> CheckpointError:

@@ -19,20 +19,22 @@ class FusedResnetBlock2D(ResnetBlock2D):
     """
 
     @staticmethod
-    def fits(block: ResnetBlock2D) -> bool:
-        """Whether its norms and nonlinearity are what the fused forward takes them for."""
-        norms = block.norm1, block.norm2
-        return (
-            all(plain(norm, nn.GroupNorm) and weighted(norm) for norm in norms)
-            and plain(block.nonlinearity, nn.SiLU)
-            and block.time_embedding_norm in ("default", "scale_shift")
-        )
+    def why_not(block: ResnetBlock2D) -> str | None:
+        """What of its norms and nonlinearity is not as the fused forward takes it; None: nothing."""
+        for name, norm in (("norm1", block.norm1), ("norm2", block.norm2)):
+            if not (plain(norm, nn.GroupNorm) and weighted(norm)):
+                return f"its {name} has hooks, or is no GroupNorm with weights and a bias"
+        if not plain(block.nonlinearity, nn.SiLU):
+            return "its nonlinearity has hooks, or is no SiLU"
+        if block.time_emb_proj is not None and block.time_embedding_norm not in ("default", "scale_shift"):
+            return f"its time_embedding_norm is {block.time_embedding_norm!r}"
+        return None
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args, **kwargs) -> torch.Tensor:
         usual = (temb is None) == (self.time_emb_proj is None) and (
-            temb is not None or self.time_embedding_norm == "default"
+            temb is not None or self.time_embedding_norm != "scale_shift"
         )
-        if args or kwargs or not usual or not self.fits(self):
+        if args or kwargs or not usual or self.why_not(self):
             return super().forward(input_tensor, temb, *args, **kwargs)
         x, given = input_tensor, {}
         if temb is not None:
