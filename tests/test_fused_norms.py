@@ -159,7 +159,7 @@ def test_whose_own_code_is_left():
     assert report.swapped == {"GroupNorm": 10} and report.before == 0
 
 
-def test_a_block_that_is_given_no_timestep(kernels):
+def test_a_block_that_is_given_no_timestep(calls, kernels):
     """As autoencoders have it, whatever their time_embedding_norm."""
     resnet = pytest.importorskip("diffusers.models.resnet")
     x = torch.randn(2, 8, 4, 4)
@@ -168,7 +168,9 @@ def test_a_block_that_is_given_no_timestep(kernels):
         block = perturbed(resnet.ResnetBlock2D(in_channels=8, temb_channels=None, groups=2, time_embedding_norm=norm))
         expected = block(x, None)
         assert str(fuse_norms(block)) == "1 ResnetBlock2D (2 norms with SiLU each)"
+        calls.clear()
         torch.testing.assert_close(block(x, None), expected, rtol=0, atol=1e-5)
+        assert calls == [True, True]
 
 
 def test_one_image_of_channels_inner_keeps_torch_s_layout(kernels):
@@ -531,6 +533,10 @@ def own_shortcut(block):
     block.conv_shortcut.forward = lambda x: x.repeat(1, 2, 1, 1)
 
 
+def narrow_shortcut(block):
+    block.conv_shortcut = nn.Conv2d(32, 1, 1)  # which is added to all channels
+
+
 def own_dropout(block):
     block.dropout = nn.Softshrink(0.1)
 
@@ -551,6 +557,7 @@ def training_with_dropout(block):
         named_padding,
         own_convolution,
         own_shortcut,
+        narrow_shortcut,
         own_dropout,
         training_with_dropout,
     ],
@@ -669,5 +676,11 @@ def test_what_torch_refuses_is_refused(change, convolving):
     fuse_norms(block)
     with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
         block(x, temb)
-    with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
-        wide_block()(x[0], temb[:1])
+
+
+def test_an_image_without_a_batch(convolving):
+    """As far as torch takes one: to the norm, which sees [N, C, length] in it."""
+    block, x = wide_block(), torch.randn(32, 32, 16)
+    fuse_norms(block)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        block(x, torch.randn(32, 8))

@@ -135,4 +135,4 @@ def _cause(own: Mapping, state: Mapping, missing: Iterable[str], unknown: Iterab
         return ". A part of the network is not in the file: was it copied or saved whole?"
     if last in state and last in own and state[last].shape[0] == 2 * own[last].shape[0]:
         return f". It has {state[last].shape[0]} output channels, half of them for a learned variance"
-    return ". Was the config written for other weights?"
+    return ". Does its config, or do its flags, belong to other weights?"
