@@ -146,7 +146,7 @@ def test_a_loaded_network_is_its_own(tmp_path):
             "tensors are not those of this network",
         ),
         (lambda d: edit(d / "config.json", lambda c: c["unet"].update(attention=[8])), "attention is at other levels"),
-        (lambda d: edit(d / "config.json", lambda c: c["unet"].update(out_channels=6)), "Was the config written for"),
+        (lambda d: edit(d / "config.json", lambda c: c["unet"].update(out_channels=6)), "belong to other weights"),
         (lambda d: edit(d / "config.json", lambda c: c["unet"].update(wings=2)), "unet: .*wings"),
         (lambda d: edit(d / "config.json", lambda c: c.update(prediction="future")), "prediction: got 'future'"),
         (lambda d: edit(d / "config.json", lambda c: c.update(clip="yes")), "clip: got 'yes'"),
