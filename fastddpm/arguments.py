@@ -73,13 +73,8 @@ def trained_for(
         raise ValueError(
             f"schedule: got {type(schedule).__name__}; expected a fastddpm.Schedule or one of diffusers' schedulers"
         )
-    given = dict(
-        zip(
-            Trained._fields,
-            (schedule if isinstance(schedule, Schedule) else None, prediction, variance, clip),
-            strict=True,
-        )
-    )
+    table = schedule if isinstance(schedule, Schedule) else None
+    given = dict(zip(Trained._fields, (table, prediction, variance, clip), strict=True))
     found = []
     for name, (kind, paper) in PAPER.items():
         said = getattr(own, name, None)  # of somebody's module it may be anything

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files, and the folders for them, whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def made(path: Path) -> Iterator[Path]:
-    """The folder, made if missing, with those that it is in; if the block fails, they go again as far as they are empty."""
-    made = [place for place in (path, *path.parents) if not place.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+def made(folder: Path) -> Iterator[None]:
+    """A folder, with those that it is in, made where missing; if the block fails, they go again as far as they are empty."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield path
+        yield
     except BaseException:
         with contextlib.suppress(OSError):
-            for place in made:
+            for place in missing:
                 place.rmdir()
         raise

@@ -1445,6 +1445,15 @@ def test_the_networks_folder_of_a_pipelines(tmp_path):
         assert UNet.from_pretrained(tmp_path / "ema" / "unet").prediction == "epsilon"
 
 
+def test_a_variance_that_the_network_does_not_have_is_told(tmp_path):
+    model = randomised(SMALL)
+    model.save_pretrained(tmp_path / "ema", format="diffusers")
+    edit(tmp_path / "ema" / "scheduler" / "scheduler_config.json", lambda c: c.update(variance_type="learned_range"))
+    with pytest.warns(UserWarning, match="learned_range, .*takes 6 output channels, and it has 3; pass sample another"):
+        loaded = UNet.from_pretrained(tmp_path / "ema")
+    fastddpm.sample(loaded, 1, schedule=Schedule.linear(2), variance="fixed_large")
+
+
 def test_the_silent_default_of_heads_is_told(tmp_path):
     diffusers_model(down_block_types=("DownBlock2D", "AttnDownBlock2D")).save_pretrained(tmp_path)
     quietly(tmp_path)

@@ -68,6 +68,12 @@ def read(name: str | Path, *, revision: str | None = None, flags: str | None = N
         raise ValueError(f"flags: given, but {name} is no file of OpenAI's; expected None")
     if found.format != "fastddpm":
         found.averaged = bool(found.averaged or tensors.says_averaged(*called, found.path.name))
+    wanted, outputs = 2 * found.config.in_channels, found.config.out_channels
+    if found.variance == "learned_range" and outputs != wanted:
+        found.notes.append(
+            f"{found.path}: learned_range, as its variance is said to be, takes {wanted} output channels, and it has {outputs}; "
+            "pass sample another variance"
+        )
     if found.averaged is False:
         found.notes.append(_raw(found.path))
     return found
