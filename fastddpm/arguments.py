@@ -122,6 +122,7 @@ def shape_of(model: object, shape: tuple[int, int, int] | None) -> tuple[int, in
     if not callable(model):
         raise ValueError(f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)")
     if shape is None:
+        model = unwrapped(model)
         own = getattr(model, "shape", None)
         if isinstance(own, tuple) and len(own) == 3 and all(isinstance(v, int) and v > 0 for v in own):
             return own

@@ -27,11 +27,11 @@ def whole(path: str | Path) -> Iterator[Path]:
 def made(folder: Path) -> Iterator[None]:
     """A folder, with those that it is in, made where missing; if the block fails, they go again as far as they are empty."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            for place in missing:
+        for place in missing:
+            with contextlib.suppress(OSError):
                 place.rmdir()
         raise

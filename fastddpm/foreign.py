@@ -40,9 +40,17 @@ def is_diffusers(value: object, name: str) -> bool:
 
 
 def unwrapped(model: object) -> object:
-    """What is inside of torch's wrappers: the copy of `torch.compile`, data parallelism, averages of weights."""
-    while isinstance(model, nn.Module) and (hasattr(model, "_orig_mod") or isinstance(model, WRAPPERS)):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    """What is inside of torch's wrappers: the copy of `torch.compile`, data parallelism, averages of weights.
+
+    Not of one that its owner has hooked or given a forward: there it is more than a wrapper.
+    """
+    while isinstance(model, nn.Module) and not (model._forward_hooks or model._forward_pre_hooks):
+        if type(model) in WRAPPERS and "forward" not in vars(model):
+            model = model.module
+        elif type(model).__module__.startswith("torch._dynamo"):  # OptimizedModule, without importing that
+            model = model._orig_mod
+        else:
+            break
     return model
 
 
@@ -68,6 +76,7 @@ def adopted(model: object) -> object:
 
 def why_not(model: object) -> str | None:
     """Why `adopted` leaves a model as it is; None where it doesn't."""
+    model = unwrapped(model)
     name = type(model).__name__
     if not is_diffusers(model, "UNet2DModel"):
         return f"{name} is not a fastddpm.UNet"

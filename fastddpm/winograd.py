@@ -121,15 +121,16 @@ def norm_silu_convolution(
     convolution of about a hundred pixels. All in float32; x: [N, C, H, W], H and W even; C and K divisible by 32.
     """
     (n, c, height, width), k = x.shape, kernel.shape[0]
-    rows, pixels = [n, c], [n, k, height, width]
     for name, v, shape in (
-        ("weight", weight, [c]), ("bias", bias, [c]), ("add", add, rows), ("scale", scale, rows), ("shift", shift, rows),
-        ("kernel", kernel, [k, c, 3, 3]), ("offset", offset, [k]), ("residual", residual, pixels),
+        ("weight", weight, (c,)), ("bias", bias, (c,)), ("add", add, (n, c)), ("scale", scale, (n, c)), ("shift", shift, (n, c)),
+        ("kernel", kernel, (k, c, 3, 3)), ("offset", offset, (k,)), ("residual", residual, (n, k, height, width)),
     ):  # fmt: skip
-        if v is not None and v.device != x.device:
+        if v is None:
+            continue
+        if v.device != x.device:
             raise ValueError(f"{name}: is on {v.device}, x is on {x.device}; move one of them")
-        if v is not None and list(v.shape) != shape:
-            raise ValueError(f"{name}: got shape {list(v.shape)}; expected {shape}")
+        if v.shape != shape:
+            raise ValueError(f"{name}: got shape {list(v.shape)}; expected {list(shape)}")
     for name, v in (("x", x), ("kernel", kernel), ("offset", offset), ("residual", residual)):
         if v is not None and v.dtype != torch.float32:
             raise ValueError(f"{name}: got {short(v.dtype)}; expected float32")

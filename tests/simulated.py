@@ -44,14 +44,18 @@ def built(target: str) -> Path:
     """The driver, driver_sanitized or module of tests/cuda_on_cpu, for this machine."""
     if missing():
         pytest.skip(f"CUDA kernels on a CPU: {missing()}")
+    import fcntl
+
     import pybind11
 
     BUILD.mkdir(mode=0o700, exist_ok=True)
     python = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
     command = ["make", "-s", f"-j{os.cpu_count()}", "-C", str(HERE), f"BUILD={BUILD}", target]
-    done = subprocess.run(
-        [*command, f"CUDA_INCLUDE={cuda_include()}", f"PYTHON_FLAGS={python}"], capture_output=True, text=True
-    )
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of pytest-xdist's workers builds, and the others wait for it
+        done = subprocess.run(
+            [*command, f"CUDA_INCLUDE={cuda_include()}", f"PYTHON_FLAGS={python}"], capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stderr
     return BUILD / {"module": "cuda_on_cpu.so"}.get(target, target)
 

@@ -297,13 +297,13 @@ def test_a_folder_holds_one_model(tmp_path):
     UNet(SMALL).save_pretrained(tmp_path / "theirs", format="diffusers")
     UNet(SMALL).save_pretrained(tmp_path / "theirs", format="diffusers")  # over itself is fine
     for folder, format, says in (
-        (tmp_path, "diffusers", "a model of fastddpm"),
-        (tmp_path / "other", "diffusers", "unet_ema"),
-        (tmp_path / "parts", "diffusers", "weights in parts"),
-        (tmp_path / "theirs", "fastddpm", "a model of diffusers"),
+        (tmp_path, "diffusers", "a model of fastddpm, which would be read in place"),
+        (tmp_path / "other", "diffusers", "unet_ema, which"),
+        (tmp_path / "parts", "diffusers", "weights in parts, which"),
+        (tmp_path / "theirs", "fastddpm", "a model of diffusers, which diffusers would go on reading"),
     ):
         before = sorted(folder.rglob("*"))
-        with pytest.raises(ValueError, match=f"folder: .* already has {says}, which would be read in place"):
+        with pytest.raises(ValueError, match=f"folder: .* already has {says}"):
             UNet(SMALL).save_pretrained(folder, format=format)
         assert sorted(folder.rglob("*")) == before
 
@@ -998,6 +998,8 @@ def test_flags_as_they_stand_in_a_readme(tmp_path):
         f'MODEL_FLAGS=" {FITTING}"',
         f'MODEL_FLAGS="\\\n  {FITTING}"',
         f"{FITTING} --model_path ''",
+        '"' + FITTING.replace(" ", "=", 1) + '"',
+        FITTING.replace(" --", " \\ --"),
     ):
         assert openai.parse(text) == openai.parse(FITTING)
 
@@ -1176,6 +1178,37 @@ def test_a_pickle_of_any_protocol_runs_nothing(protocol, tmp_path):
         ):
             UNet.from_pretrained(path)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_a_pickle_is_said_to_hold(zipped, protocol, tmp_path):
+    path, state = tmp_path / "ema.pt", UNet(SMALL).state_dict()
+    held = {"collections": 1, "model": state, "args": Malice(tmp_path / "executed")}  # words that names are made of
+    torch.save(held, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    name = "a pickle in another protocol" if protocol > 2 and not zipped else r"(?!.*OrderedDict)[\w.]+\)"
+    with pytest.raises(CheckpointError, match=rf"it holds more than tensors \({name}"):
+        UNet.from_pretrained(path)
+    if protocol > 2:
+        path.write_bytes(pickle.dumps(OrderedDict(a=1), protocol))
+        with pytest.raises(CheckpointError, match=r"\(a pickle in another protocol than torch.save's\)"):
+            UNet.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    "held", [b"c", b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"abc", b"no pickle at all"]
+)
+def test_what_is_no_pickle(held, tmp_path):
+    (tmp_path / "ema.pt").write_bytes(held)
+    with pytest.raises(CheckpointError, match="not a whole torch checkpoint"):
+        UNet.from_pretrained(tmp_path / "ema.pt")
+
+
+def test_a_warning_points_to_whoever_loads(tmp_path):
+    UNet(SMALL).save_pretrained(tmp_path, format="diffusers")
+    with pytest.warns(UserWarning, match="averages over training") as caught:
+        UNet.from_pretrained(tmp_path)
+    assert {w.filename for w in caught} == {__file__}
 
 
 # --- the Hub
@@ -1425,7 +1458,9 @@ def test_converting_keeps_whether_weights_are_averages(name, format, tmp_path):
         str(caught[0].message)
     ])  # fmt: skip
     if format == "diffusers":
-        pytest.importorskip("diffusers").UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
+        theirs = pytest.importorskip("diffusers").UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
+        theirs.save_pretrained(tmp_path / "later" / "unet")  # perhaps trained meanwhile: it says nothing any more
+        assert pretrained.read(tmp_path / "later").averaged is False
 
 
 def test_the_networks_folder_of_a_pipelines(tmp_path):
@@ -1440,9 +1475,13 @@ def test_the_networks_folder_of_a_pipelines(tmp_path):
     model.save_pretrained(tmp_path / "ema", format="diffusers")
     found = quietly(tmp_path / "ema" / "unet")
     same_network(found, model)
-    (tmp_path / "ema" / "scheduler" / "scheduler_config.json").unlink()
+    (tmp_path / "other" / "pipe-ema").mkdir(parents=True)
+    (tmp_path / "ema" / "unet").rename(tmp_path / "other" / "pipe-ema" / "unet")
+    (tmp_path / "ema" / "scheduler").rename(tmp_path / "other" / "scheduler")  # which is another pipeline's
     with pytest.warns(UserWarning, match=r"no scheduler_config\.json; assumed"):
-        assert UNet.from_pretrained(tmp_path / "ema" / "unet").prediction == "epsilon"
+        assert UNet.from_pretrained(tmp_path / "other" / "pipe-ema").prediction == "epsilon"
+    with pytest.warns(UserWarning, match=r"no scheduler_config\.json; assumed"):
+        assert UNet.from_pretrained(tmp_path / "other" / "pipe-ema" / "unet").prediction == "epsilon"
 
 
 def test_a_variance_that_the_network_does_not_have_is_told(tmp_path):

@@ -568,6 +568,12 @@ def test_forward_derivatives_are_the_references(name):
     got, expected = derivative(ops.ddpm_step), derivative(ops.ddpm_step_ref)
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(got, expected)
+    with torch.autograd.forward_ad.dual_level():  # the step in place has none
+        given |= {name: torch.autograd.forward_ad.make_dual(X, u)}
+        with pytest.raises(ValueError, match="x, o, noise: carry tangents"):
+            ops.ddpm_step_(
+                **given, rows=ROWS[:1].float(), timesteps=torch.tensor([0]), state=torch.tensor([0, 0, 0, -1])
+            )
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,18 @@ def test_out_of_torch_s_wrappers():
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_somebody_s_own_in_a_wrapper_has_its_shape(wrap):
+    class Own(diffusers.UNet2DModel):
+        def forward(self, *args):
+            return super().forward(*args)
+
+    model = Own(**TINY).eval()
+    with pytest.warns(UserWarning, match="the Own is not one that fastddpm has a network for"):
+        got = fastddpm.sample(wrap(model), 1, schedule=diffusers.DDPMScheduler(**SHORT), seed=0)
+    assert got.shape == (1, 3, 8, 8)
+
+
 def test_a_pipeline_is_told_what_to_pass():
     pipeline = diffusers.DDPMPipeline(unet2d(), diffusers.DDPMScheduler())
     with pytest.raises(

@@ -397,6 +397,16 @@ def test_forward_derivatives_are_the_references(name):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_forward_derivative_lies_as_x_does(layout):
+    x, weight, bias, _ = inputs((2, 4, 3, 5))
+    x = {"channels_last": x.to(memory_format=torch.channels_last), "permuted": x.mT.contiguous().mT}.get(layout, x)
+    y, tangent = torch.func.jvp(lambda x: ops.group_norm_silu(x, 2, weight, bias), (x,), (torch.randn_like(x),))
+    assert y.stride() == tangent.stride() == ops.group_norm_silu(x, 2, weight, bias).stride()
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="x: .* leaves gaps"):
+        ops.group_norm_silu(x.repeat(1, 1, 1, 2)[..., ::2], 2, weight, bias)
+
+
 def test_a_backend_that_was_asked_for_has_no_forward_derivative(kernels):
     x, weight, bias, _ = inputs((2, 4, 3, 3))
     with pytest.raises(

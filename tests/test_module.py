@@ -87,6 +87,60 @@ def test_in_torch_s_wrappers_it_is_the_same_network(wrap):
         torch.testing.assert_close(loss, fastddpm.training_loss(model, x0, seed=1), rtol=1e-5, atol=0)
 
 
+class Halved(torch.optim.swa_utils.AveragedModel):
+    def forward(self, *args):
+        return 0.5 * super().forward(*args)
+
+
+class Halving(nn.Module):
+    """Which answers for what is inside."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inside"), name)
+
+    def forward(self, *args):
+        return 0.5 * self.inside(*args)
+
+
+def hooked(wrap):
+    def wrapped(model):
+        wrapper = wrap(model)
+        wrapper.register_forward_hook(lambda module, args, output: 0.5 * output)
+        return wrapper
+
+    return wrapped
+
+
+def patched(model):
+    wrapper = nn.DataParallel(model)
+    wrapper.forward = lambda *args: 0.5 * model(*args)
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        Halved, lambda model: Halving(torch.compile(model, backend="eager")), patched, hooked(nn.DataParallel),
+        hooked(lambda model: torch.compile(model, backend="eager")),
+    ],
+    ids=["subclass", "answering", "patched", "hooked", "hooked compiled"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:fastddpm")
+def test_what_is_more_than_a_wrapper_runs_as_it_is(wrap):
+    torch._dynamo.reset()
+    model, options = randomised(CONFIGS["the paper's"]), {"schedule": Schedule.linear(3), "seed": 0, "shape": (3, 8, 8)}
+    got = fastddpm.sample(wrap(model), 2, **options)
+    torch.testing.assert_close(got, fastddpm.sample(lambda x, t: 0.5 * model(x, t), 2, **options), rtol=0, atol=1e-4)
+    assert (got - fastddpm.sample(model, 2, **options)).abs().max() > 0.01
+
+
 def test_exports_for_any_batch_size(model, tmp_path):
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = tuple({0: batch} for _ in inputs(model))

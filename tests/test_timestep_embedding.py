@@ -148,6 +148,11 @@ def test_empty(device):
     assert ops.timestep_embedding(torch.empty(0, dtype=torch.int64, device=device), 75).shape == (0, 75)
 
 
+def test_whole_timesteps_have_no_derivative(kernels):
+    with torch.autograd.forward_ad.dual_level():
+        ops.timestep_embedding(torch.tensor([3]), 8)
+
+
 def test_forward_derivatives_are_the_references():
     t = torch.tensor([3.0, 700.0])
     got, tangent = torch.func.jvp(lambda t: ops.timestep_embedding(t, 8), (t,), (torch.ones(2),))

@@ -118,11 +118,15 @@ def read(folder: Path, found: Layout) -> Read:
     if found.weights is None:
         raise CheckpointError(f"{path.parent}: no weights beside {CONFIG}; expected one of {', '.join(WEIGHTS)}")
     state, averaged, fill = _state(folder / found.weights)
-    if found.config.startswith("unet_ema/") or options.get("_averaged") is True:
+    # diffusers keeps _averaged when it saves what it has loaded, and perhaps trained, but adds its version.
+    if found.config.startswith("unet_ema/") or (
+        options.get("_averaged") is True and "_diffusers_version" not in options
+    ):
         averaged = True
-    # Of a pipeline's folder somebody may name the network's alone.
-    described = folder / (found.scheduler or f"../scheduler/{SCHEDULER}")
-    if described.is_file():
+    described = None if found.scheduler is None else folder / found.scheduler
+    if described is None and folder.name in ("unet", "unet_ema"):
+        described = folder.parent / "scheduler" / SCHEDULER  # a part of a pipeline's folder was named
+    if described is not None and described.is_file():
         try:
             trained = scheduler.read(_json(described), f"{described}:")
         except ValueError as error:
@@ -170,7 +174,9 @@ def unet_config(config: Mapping) -> UNetConfig:
     def expect(option: str, *values: object) -> None:
         if found[option] not in values:
             wanted = " or ".join(map(repr, values))
-            raise ValueError(f"{option}: got {found[option]!r}; expected {wanted}, as UNet has nothing else")
+            raise ValueError(
+                f"{option}: got {found[option]!r}; expected {wanted}, as UNet has nothing else; diffusers' own runs as it is"
+            )
 
     expect("time_embedding_type", "positional")
     expect("time_embedding_dim", None, 4 * found["block_out_channels"][0])
@@ -316,9 +322,7 @@ def _wrapped(config: dict, path: Path, notes: list[str]) -> UNetConfig:
         return found
     except ValueError as error:
         option, colon, said = str(error).partition(":")
-        raise CheckpointError(
-            f"{path}: {TOLD_BY.get(option, option)}{colon}{said}. diffusers' own UNet2DModel can be given to sample as it is"
-        ) from error
+        raise CheckpointError(f"{path}: {TOLD_BY.get(option, option)}{colon}{said}") from error
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: an option is of another kind than UNet2DModel's ({error})") from error
 

@@ -143,8 +143,8 @@ def _words(flags: str) -> list[str]:
     """As a shell splits them; "--image_size ..." and MODEL_FLAGS="--image_size ...", as READMEs have it, stand for what is in
     the quotes."""
     words = []
-    for word in shlex.split(re.sub(r"\\\s*(\n|$)", " ", flags)):
-        quoted = re.fullmatch(r"[A-Z_]+=(\s*--.*)?|(\s*--\w+\s.*)", word, re.DOTALL)
+    for word in shlex.split(re.sub(r"\\(\s*\n|\s*$|\s+(?=--))", " ", flags)):
+        quoted = re.fullmatch(r"[A-Z_]+=(\s*--.*)?|(\s*--\w+(?:\s|=.*\s--\w).*)", word, re.DOTALL)
         words += [word] if quoted is None else _words(quoted[1] or quoted[2] or "")
     return words
 

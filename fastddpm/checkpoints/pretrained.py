@@ -26,10 +26,10 @@ OTHERS = {
 }
 
 
-@torch.inference_mode(False)  # under which the tensors could never be trained or changed
 def load(name: str | Path, *, revision: str | None = None, flags: str | None = None) -> UNet:
-    found = read(name, revision=revision, flags=flags)
-    model = build(found)
+    with torch.inference_mode(False):  # under which tensors are made that cannot be trained or changed
+        found = read(name, revision=revision, flags=flags)
+        model = build(found)
     for note in found.notes:
         warnings.warn(f"fastddpm: {note}", stacklevel=3)
     return model
@@ -39,17 +39,18 @@ def save(model: UNet, folder: str | Path, format: str) -> None:
     if format not in FORMATS:
         raise ValueError(f"format: got {format!r}; expected one of {', '.join(FORMATS)}")
     folder = Path(folder)
-    rivals = {
-        "a model of diffusers": format == "fastddpm" and (folder / diffusers.INDEX).exists(),
-        "a model of fastddpm": format == "diffusers" and native.is_own(folder),
-        "unet_ema": format == "diffusers" and (folder / "unet_ema").exists(),
-        "weights in parts": format == "diffusers" and (folder / "unet" / diffusers.WEIGHTS[0]).exists(),
-    }
+    if format == "fastddpm":
+        rivals = {"a model of diffusers, which diffusers would go on reading": (folder / diffusers.INDEX).exists()}
+    else:
+        first = "which would be read in place of what is written"
+        rivals = {
+            f"a model of fastddpm, {first}": native.is_own(folder),
+            f"unet_ema, {first}": (folder / "unet_ema").exists(),
+            f"weights in parts, {first}": (folder / "unet" / diffusers.WEIGHTS[0]).exists(),
+        }
     for what, there in rivals.items():
         if there:
-            raise ValueError(
-                f"folder: {folder} already has {what}, which would be read in place of what is written; name another folder"
-            )
+            raise ValueError(f"folder: {folder} already has {what}; name another folder")
     FORMATS[format](model, folder)
 
 

@@ -26,6 +26,7 @@ from .base import CheckpointError
 AVERAGED = ("averaged", "shadow")  # and whatever has "ema" in it as a word
 RAW = ("model", "state_dict", "model_state_dict", "net", "network", "unet", "module", "params")
 KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
+HARMLESS = ("collections.OrderedDict",)  # of what a pickle may ask for
 EMA = re.compile(r"(?<![a-z])(?<!no[-_ ])(?<!non[-_ ])ema(?![a-z])")
 
 
@@ -46,8 +47,8 @@ def read(path: Path) -> object:
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        said = re.search(r"GLOBAL (\S+)", str(error))
-        held = said[1] if said else _named_in(path)
+        said = re.search(r"GLOBAL (\w\S*)", str(error))
+        held = said[1] if said else _asked_for(path)
         if held is None:
             raise _damaged(path, "torch checkpoint", "no pickle of tensors") from error
         raise CheckpointError(
@@ -59,18 +60,32 @@ def read(path: Path) -> object:
         raise _damaged(path, "torch checkpoint", told) from error
 
 
-def _named_in(path: Path) -> str | None:
-    """The first class or function that a pickle in another way than torch's own asks for, found without running it."""
-    strings: list[str] = []
-    with path.open("rb") as file, contextlib.suppress(ValueError):  # of what is no pickle
-        for opcode, value, _ in pickletools.genops(file):
-            if opcode.name in ("GLOBAL", "INST"):
-                return value.replace(" ", ".")
-            if opcode.name == "STACK_GLOBAL":
-                return ".".join(strings[-2:])
-            if isinstance(value, str):
-                strings.append(value)
-    return None
+def _asked_for(path: Path) -> str | None:
+    """What a pickle that torch doesn't read asks for, found without running it; None: it is not a whole pickle.
+
+    torch says so itself of pickles in the protocol that it writes; it stops at the first word of a later one.
+    """
+    pushed, memo = [None, None], {}
+    try:
+        with contextlib.ExitStack() as stack:
+            if zipfile.is_zipfile(path):
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                inside = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                file = stack.enter_context(archive.open(inside))
+            else:
+                file = stack.enter_context(path.open("rb"))
+            for opcode, value, _ in pickletools.genops(file):
+                if "PUT" in opcode.name or opcode.name == "MEMOIZE":
+                    memo[len(memo) if value is None else int(value)] = pushed[-1]
+                    continue
+                if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+                    name = value.replace(" ", ".") if value else ".".join(map(str, pushed[-2:]))
+                    if name not in HARMLESS:
+                        return name if re.fullmatch(r"\w.*\.\w+", name) else None
+                pushed.append(memo.get(int(value)) if opcode.name.endswith("GET") else value)
+    except Exception:  # of many kinds, for what is no pickle
+        return None
+    return "a pickle in another protocol than torch.save's"
 
 
 def _damaged(path: Path, kind: str, why: str) -> CheckpointError:

@@ -74,8 +74,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
             and _plain_convolution(self.conv1, x.shape[1])
             and _plain_convolution(self.conv2, self.conv1.out_channels)
             and self._keeps_size(x)
-            and {v.dtype for layer in (self.norm1, self.conv1, self.norm2, self.conv2) for v in layer.parameters()}
-            == {x.dtype}
+            and all(_float32(layer) for layer in (self.norm1, self.conv1, self.norm2, self.conv2))
         )
 
     def _keeps_size(self, x: torch.Tensor) -> bool:
@@ -110,6 +109,11 @@ class FusedResnetBlock2D(ResnetBlock2D):
         residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
         h = convolved(self.norm2, self.conv2, h, residual, **given)
         return h if self.output_scale_factor == 1 else h / self.output_scale_factor
+
+
+def _float32(layer: nn.Module) -> bool:
+    weight, bias = layer.weight, layer.bias
+    return weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
 
 
 def _plain_convolution(conv: nn.Module, channels: int) -> bool:

@@ -37,6 +37,10 @@ def forward_mode(op: str) -> bool:
     return True
 
 
+def has_tangent(v: torch.Tensor | None) -> bool:
+    return v is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(v).tangent is not None
+
+
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

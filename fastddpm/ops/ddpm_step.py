@@ -17,7 +17,17 @@ from collections.abc import Sequence
 import torch
 
 from .. import backend
-from ._library import as_int64_bits, check_first, check_seed, forward_mode, layout, native_layout, register, short
+from ._library import (
+    as_int64_bits,
+    check_first,
+    check_seed,
+    forward_mode,
+    has_tangent,
+    layout,
+    native_layout,
+    register,
+    short,
+)
 from .philox_normal import Stream, normals_float64
 
 A, B, C0, C1, C2, D, SIGMA, LV_LO, LV_HI = range(9)
@@ -306,6 +316,10 @@ def ddpm_step_(
     layout. The host is not waited for.
     """
     _check_pair(x, o, clip)
+    if has_tangent(x) or has_tangent(o) or has_tangent(noise):
+        raise ValueError(
+            "x, o, noise: carry tangents, and the step in place has no derivative; ddpm_step has a forward one"
+        )
     _check_like("x0", x0, x)
     _check_like("noise", noise, x)
     if x.dtype != torch.float32:

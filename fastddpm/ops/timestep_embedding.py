@@ -81,7 +81,7 @@ def timestep_embedding(
     flip_sin_to_cos puts the cosines first. Raises ValueError for dim < 2 and for dim // 2 == freq_shift (a division by 0).
     """
     _check(t, dim, max_period, freq_shift)
-    if forward_mode("timestep_embedding"):
+    if t.is_floating_point() and forward_mode("timestep_embedding"):
         return _reference(t, dim, float(max_period), flip_sin_to_cos, float(freq_shift))
     return torch.ops.fastddpm.timestep_embedding(
         t.contiguous(), dim, float(max_period), flip_sin_to_cos, float(freq_shift)
