@@ -56,6 +56,7 @@ def trained_for(
     clip: bool | float | None = None,
 ) -> Trained:
     """Each as given; else as a diffusers scheduler given as the schedule has it; else the model's own; else the paper's."""
+    bare = unwrapped(model)
     if is_diffusers(schedule, "SchedulerMixin"):
         kind = type(schedule).__name__
         own = Trained(*scheduler.read({**schedule.config, "_class_name": kind}, f"schedule: the {kind}'s"))
@@ -68,7 +69,7 @@ def trained_for(
                 "it was trained for"
             )
     elif schedule is None or isinstance(schedule, Schedule):
-        own = unwrapped(model)
+        own = bare
     else:
         raise ValueError(
             f"schedule: got {type(schedule).__name__}; expected a fastddpm.Schedule or one of diffusers' schedulers"
@@ -81,7 +82,6 @@ def trained_for(
         found.append(next(v for v in (given[name], said if isinstance(said, kind) else None, paper) if v is not None))
     found = Trained(*found)
     choice("prediction", found.prediction, PREDICTIONS)
-    bare = unwrapped(model)
     silent = is_diffusers(bare, "UNet2DModel") or (isinstance(bare, UNet) and bare.schedule is None)
     if schedule is None and silent:
         rest = "".join(f", {getattr(found, name)}" for name in ("prediction", "variance") if given[name] is None)

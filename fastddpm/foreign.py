@@ -1,4 +1,5 @@
-"""diffusers' live objects in this package's terms: a UNet2DModel as a `UNet` with the same parameters, its output as a tensor.
+"""Others' live objects in this package's terms: diffusers' UNet2DModel as a `UNet` with the same parameters, its output as a
+tensor, and what is inside of torch's wrappers.
 
 diffusers itself is not imported: whoever has such an object has done so.
 """
