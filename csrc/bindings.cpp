@@ -59,11 +59,6 @@ struct Buffer {
         if (present && dtype == kInt64) throw py::type_error(std::string(name) + " must be of a floating dtype");
         return *this;
     }
-    Buffer& served(bool on_cuda) {  // by the kernels as data of a network
-        if (present && !on_cuda && dtype > 1)
-            throw py::type_error(std::string(name) + " must be float32 or bfloat16, is " + kDtypeNames[dtype]);
-        return floating();
-    }
 
     float* floats() { return static_cast<float*>(type(0).data); }
     int64_t* int64s() { return static_cast<int64_t*>(type(kInt64).data); }
@@ -174,12 +169,12 @@ void ddpm_step(const py::object& x_, const py::object& x_prev_, bool x_inner, co
     args.x = x.required().size(numel).floats();
     args.x_prev = x_prev.required().size(numel).floats();
     args.x_inner = x_inner;
-    args.o = o.required().size(product(samples, o_channels, pixels)).served(place.on_cuda).data;
+    args.o = o.required().size(product(samples, o_channels, pixels)).floating().data;
     args.o_dtype = o.code();
     args.o_inner = o_inner;
     args.x0_last = x0_last.size(numel).floats();
     args.x0 = x0.size(numel).floats();
-    args.next_input = next_input.size(numel).served(place.on_cuda).data;
+    args.next_input = next_input.size(numel).floating().data;
     args.next_dtype = next_input.code();
     args.next_inner = next_inner;
     args.noise = noise.size(numel).floats();
@@ -213,7 +208,7 @@ void fill_group_norm(Args& args, const py::object& x_, bool inner, const py::obj
                      const Place& place) {
     Buffer x("x", x_), workspace("workspace", workspace_);
     check(groups >= 1 && channels % groups == 0, "groups must divide channels");
-    args.x = x.required().size(product(samples, channels, pixels)).served(place.on_cuda).data;
+    args.x = x.required().size(product(samples, channels, pixels)).floating().data;
     args.dtype = x.code();
     args.inner = inner;
     args.samples = samples;
@@ -345,7 +340,7 @@ void timestep_embedding(const py::object& out_, const py::object& t_, int64_t co
 void check_winograd(int64_t channels, int64_t outputs, int dtype, int threads) {
     check(channels > 0 && outputs > 0 && channels % 32 == 0 && outputs % 32 == 0,
           "channels and outputs must be divisible by 32, and not 0");
-    if (dtype > 1 || !winograd_serves(static_cast<Dtype>(dtype)))
+    if (!winograd_serves(static_cast<Dtype>(dtype)))
         throw py::type_error("this processor has no Winograd convolution in that dtype");
     check(threads >= 1, "threads must be at least 1");
 }

@@ -1,13 +1,13 @@
 """Which backend serves a tensor, and why not another. The only file that imports the compiled module.
 
-| name      | serves                             | needs                                              |
-|-----------|------------------------------------|----------------------------------------------------|
-| reference | any device, any floating dtype     | PyTorch only                                       |
-| cpu       | CPU tensors, float32 and bfloat16  | the compiled module                                |
-| cuda      | CUDA tensors                       | the compiled module, built where nvcc was found    |
-| triton    | CUDA tensors                       | Triton, as torch brings it                         |
+| name      | serves                          | needs                                              |
+|-----------|---------------------------------|----------------------------------------------------|
+| reference | any device, any floating dtype  | PyTorch only                                       |
+| cpu       | CPU tensors                     | the compiled module                                |
+| cuda      | CUDA tensors                    | the compiled module, built where nvcc was found    |
+| triton    | CUDA tensors                    | Triton, as torch brings it                         |
 
-cuda and triton serve float32, bfloat16 and float16; triton takes CPU tensors where TRITON_INTERPRET=1 is set, for tests.
+All but the reference serve float32, bfloat16 and float16. triton takes CPU tensors where TRITON_INTERPRET=1 is set, for tests.
 
 The tensor's device chooses: a CUDA tensor goes to cuda, else triton, else reference; a CPU tensor to cpu, else reference.
 Where CUDA kernels were built but fail a small test on the tensor's GPU, one warning says why.
@@ -20,6 +20,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import platform
 import warnings
 from pathlib import Path
 
@@ -28,8 +29,7 @@ import torch  # before _C: torch brings the OpenMP runtime that _C's threads run
 __all__ = ["NAMES", "describe", "use"]
 
 NAMES = ("reference", "cpu", "cuda", "triton")
-CPU_DTYPES = (torch.float32, torch.bfloat16)
-GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TRITON = (3, 6)
 
 try:
@@ -180,9 +180,8 @@ def refuses(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return reason
     if device.type != served:
         return f"it serves {served.upper()} tensors and this one is on {device}"
-    dtypes = CPU_DTYPES if name == "cpu" else GPU_DTYPES
-    if dtype not in dtypes:
-        *most, last = (str(d).removeprefix("torch.") for d in dtypes)
+    if dtype not in DTYPES:
+        *most, last = (str(d).removeprefix("torch.") for d in DTYPES)
         return f"it serves {', '.join(most)} and {last} and this tensor is {str(dtype).removeprefix('torch.')}"
     return None
 
@@ -214,11 +213,44 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         reason = refuses(name, device, dtype)
         if reason is None:
             return name
-        if name != "cpu" and not _without_gpu() and dtype in GPU_DTYPES:
+        if name != "cpu" and not _without_gpu() and dtype in DTYPES:
             there = native is not None and not _without_kernels() if name == "cuda" else _triton_version() is not None
             if there:
                 _warn(name, reason)
     return "reference"
+
+
+def has_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies tensors of `dtype` in hardware. Where a CPU does not, torch and oneDNN emulate it, 3 to 100
+    times slower than float32."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return True
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    asked = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    if not (hasattr(torch.ops.mkldnn, asked) and getattr(torch.ops.mkldnn, asked)()):
+        return False
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    # With AVX-512 alone oneDNN takes both dtypes and emulates their products; every x86 processor that has either's, AMX
+    # included, has AVX512_BF16. oneDNN's own limit hides it.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    within = limit in ("", "ALL", "DEFAULT") or any(name in limit for name in ("BF16", "FP16", "AMX", "AVX10"))
+    return supported is not None and supported() and within
+
+
+def slow_products(dtype: torch.dtype) -> str:
+    """What to tell the owner of a module of this dtype on a CPU that has no products of it."""
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"this processor has no {name} products, so the module's convolutions and matrix products take many times as long as in "
+        "float32; cast it to float32 where that is unwanted"
+    )
 
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3}

@@ -76,7 +76,7 @@ def cuda():
 
     def refuses(name, device, dtype):
         if name == "cuda":
-            return None if dtype in backend.GPU_DTYPES else f"this tensor is {dtype}"
+            return None if dtype in backend.DTYPES else f"this tensor is {dtype}"
         return backend_refuses(name, device, dtype)
 
     backend_refuses = backend.refuses

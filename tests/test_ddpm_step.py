@@ -4,7 +4,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES, LAYOUTS, like_on, misaligned, same_bits
+from conftest import DTYPES, LAYOUTS, like_on, misaligned, on_variant, same_bits
 from hypothesis import strategies as st
 
 from fastddpm import Schedule, backend, ops, parity, samplers
@@ -167,13 +167,38 @@ def test_learned_variance_at_its_ends(device):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
-def test_float16_output():
-    """It goes to the reference on a CPU, as does a next input of that dtype."""
-    x, o, z = randn(2, 3, 4, 5), randn(2, 3, 4, 5, dtype=torch.float16), randn(2, 3, 4, 5)
+def test_float16_output(device):
+    x, o, z = (randn(2, 3, 4, 5, dtype=dtype, device=device) for dtype in (torch.float32, torch.float16, torch.float32))
     assert_close(ops.ddpm_step(x, o, ROWS[0], noise=z), x, o, ROWS[0], z)
     half = torch.empty_like(o)
     got, _ = in_place(x, o.float(), ROWS[0], noise=z, next_input=half)
     assert same_bits(half, got.half())
+
+
+def conversions(dtype):
+    """Every value of a 16-bit dtype is read exactly, and float32 is rounded to it as torch rounds."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = torch.zeros(1, 1, len(every))
+    read, _ = in_place(x, every.view(1, 1, -1), torch.tensor([0.0, 1, 1, 0, 0, 0, 0, 0, 0]), clip=None)
+    torch.testing.assert_close(read.flatten(), every.float(), rtol=0, atol=0, equal_nan=True)
+    # The halfway points between neighbours, the float32 values beside these, and any others, NaNs among them.
+    ordered = every[every.isfinite()].double().sort().values
+    halfway = ((ordered[1:] + ordered[:-1]) / 2).float()
+    beyond = torch.tensor([65504.0, 65519.996, 65520.0, 65536.0, 1e-45, math.inf, -math.inf, math.nan])
+    bits = torch.randint(-(1 << 31), 1 << 31, (1 << 18,), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    below, above = (torch.nextafter(halfway, torch.tensor(end)) for end in (-math.inf, math.inf))
+    x = torch.cat((halfway, below, above, beyond, -beyond, bits)).view(1, 1, -1)
+    rounded = torch.empty_like(x, dtype=dtype)
+    in_place(x, torch.zeros_like(x), torch.tensor([0.0, 0, 0, 1, 0, 0, 0, 0, 0]), clip=None, next_input=rounded)
+    torch.testing.assert_close(rounded, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("variant", ["generic", "avx2", "avx512"])
+def test_16_bit_values_are_read_exactly_and_rounded_to_the_nearest(variant, tmp_path):
+    code = (
+        "import torch, test_ddpm_step as t; t.conversions(torch.bfloat16); t.conversions(torch.float16); print('done')"
+    )
+    assert on_variant(variant, code, tmp_path) == "done\n"
 
 
 def test_float64_is_the_reference():
@@ -633,8 +658,5 @@ def test_bad_input_in_place(arguments, message):
 
 
 def test_an_explicit_backend_that_cannot_serve(kernels):
-    for o, next_input in ((X.half(), None), (X, X.half())):
-        with pytest.raises(backend.BackendError, match=r"'cpu' was asked for, but it serves .* this tensor is float16"):
-            ops.ddpm_step_(
-                X, o, ROWS.float(), SCHEDULE.betas.long(), torch.tensor([0, 0, 0, -1]), next_input=next_input
-            )
+    with pytest.raises(backend.BackendError, match=r"'cpu' was asked for, but it serves .* this tensor is float64"):
+        ops.ddpm_step(X.double(), X.double(), ROWS[0], seed=0, t=0)

@@ -596,8 +596,7 @@ def test_bad_input(device, arguments, message):
         ops.group_norm_silu(**given)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_an_explicit_backend_that_cannot_serve(kernels, dtype):
-    message = f"backend 'cpu' was asked for, but it serves float32 and bfloat16 and this tensor is {str(dtype)[6:]}"
+def test_an_explicit_backend_that_cannot_serve(kernels):
+    message = "backend 'cpu' was asked for, but it serves float32, bfloat16 and float16 and this tensor is float64"
     with pytest.raises(backend.BackendError, match=message):
-        ops.group_norm_silu(X.to(dtype), 2, ONES.to(dtype), ONES.to(dtype))
+        ops.group_norm_silu(X.double(), 2, ONES.double(), ONES.double())

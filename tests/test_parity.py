@@ -26,7 +26,7 @@ def test_everything_is_covered(rows):
     assert {row[:1] + row[3:4] for row in rows} == {(op, name) for op in OPS for name in available}
     for op in ("ddpm_step", "group_norm_silu", "group_norm_silu_backward"):
         for name in available:
-            dtypes = {"float32", "bfloat16"} | (set() if name == "cpu" else {"float16"})
+            dtypes = {"float32", "bfloat16", "float16"}
             covered = {row[1:3] for row in rows if row.op == op and row.backend == name}
             assert covered == {(dtype, layout) for dtype in dtypes for layout in parity.LAYOUTS}
 

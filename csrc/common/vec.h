@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../kernels.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -33,8 +35,27 @@ typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
 struct bfloat16 {
     uint16_t bits;
 };
+struct float16 {
+    uint16_t bits;
+};
 
-inline vfloat splat(float a) { return vfloat{} + a; }
+// Calls f with a value of the type that `dtype` names.
+template <class F>
+inline void of_dtype(Dtype dtype, const F& f) {
+    if (dtype == Dtype::float32) f(float{});
+    if (dtype == Dtype::bfloat16) f(bfloat16{});
+    if (dtype == Dtype::float16) f(float16{});
+}
+
+inline vfloat splat(float a) {
+#if defined(FASTDDPM_VEC_AVX512)
+    return (vfloat)_mm512_set1_ps(a);
+#elif defined(FASTDDPM_VEC_AVX2)
+    return (vfloat)_mm256_set1_ps(a);
+#else
+    return vfloat{a, a, a, a};
+#endif
+}
 inline vint splat(int32_t a) { return vint{} + a; }
 
 inline vint lane_index() {
@@ -122,55 +143,99 @@ inline void store(float* p, vfloat v, int count) {
 #endif
 }
 
+// ---- the same for bfloat16 and float16, which are widened when they are loaded and rounded when they are stored ----
 // GCC's own conversions between 16 and 32 bits go through shuffles.
-inline vfloat from_bfloat16(vhalf h) {
+
+inline vuint widen_bits(vhalf h) {
 #if defined(FASTDDPM_VEC_AVX512)
-    vuint u = (vuint)_mm512_maskz_cvtepu16_epi32(kAllLanes, (__m256i)h);
+    return (vuint)_mm512_maskz_cvtepu16_epi32(kAllLanes, (__m256i)h);
 #elif defined(FASTDDPM_VEC_AVX2)
-    vuint u = (vuint)_mm256_cvtepu16_epi32((__m128i)h);
+    return (vuint)_mm256_cvtepu16_epi32((__m128i)h);
 #else
-    vuint u = __builtin_convertvector(h, vuint);
+    return __builtin_convertvector(h, vuint);
 #endif
-    return (vfloat)(u << 16);
 }
 
+// Of lanes below 2^16.
+inline vhalf narrow_bits(vuint u) {
+#if defined(FASTDDPM_VEC_AVX512)
+    return (vhalf)_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)u);
+#elif defined(FASTDDPM_VEC_AVX2)
+    return (vhalf)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)u), _mm256_extracti128_si256((__m256i)u, 1));
+#else
+    return __builtin_convertvector(u, vhalf);
+#endif
+}
+
+inline vfloat widen(vhalf h, bfloat16) { return (vfloat)(widen_bits(h) << 16); }
+
 // Round to nearest even; a NaN stays one (its payload could otherwise round to infinity).
-inline vhalf to_bfloat16(vfloat v) {
+inline vhalf narrow(vfloat v, bfloat16) {
     vuint u = (vuint)v;
     vuint rounded = u + 0x7fff + ((u >> 16) & 1);
     vuint kept = v == v ? rounded : u | 0x400000;
+    return narrow_bits(kept >> 16);
+}
+
+inline vfloat widen(vhalf h, float16) {
 #if defined(FASTDDPM_VEC_AVX512)
-    return (vhalf)_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)(kept >> 16));
+    return (vfloat)_mm512_maskz_cvtph_ps(kAllLanes, (__m256i)h);
+#elif defined(FASTDDPM_VEC_AVX2)
+    return (vfloat)_mm256_cvtph_ps((__m128i)h);
 #else
-    return __builtin_convertvector(kept >> 16, vhalf);
+    vuint u = widen_bits(h), sign = (u & 0x8000) << 16, magnitude = (u & 0x7fff) << 13;
+    // The bits moved into place are the value times 2^-112, for subnormals too.
+    vuint finite = (vuint)((vfloat)magnitude * splat(0x1p112f));
+    return (vfloat)(sign | (magnitude < 0x7c00u << 13 ? finite : magnitude | 0x7f800000));
 #endif
 }
 
-inline vfloat load(const bfloat16* p) {
-    vhalf h;
-    __builtin_memcpy(&h, p, sizeof h);
-    return from_bfloat16(h);
+// Round to nearest even; a NaN stays one.
+inline vhalf narrow(vfloat v, float16) {
+#if defined(FASTDDPM_VEC_AVX512)
+    return (vhalf)_mm512_maskz_cvtps_ph(kAllLanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(FASTDDPM_VEC_AVX2)
+    return (vhalf)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    vuint u = (vuint)v, magnitude = u & 0x7fffffff;
+    vuint normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+    // Below 2^-14, adding 1/2 rounds to the multiples of 2^-24 and leaves their number in the low bits.
+    vuint subnormal = (vuint)((vfloat)magnitude + splat(0.5f)) - 0x3f000000;
+    vuint finite = magnitude < 0x38800000 ? subnormal : normal;
+    vuint special = magnitude > 0x7f800000 ? 0x7e00 | (magnitude >> 13 & 0x3ff) : vuint{} + 0x7c00;
+    return narrow_bits((magnitude < 0x477ff000 ? finite : special) | u >> 16 & 0x8000);
+#endif
 }
 
-inline void store(bfloat16* p, vfloat v) {
-    vhalf h = to_bfloat16(v);
+template <class T>
+inline vfloat load(const T* p) {
+    vhalf h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return widen(h, T{});
+}
+
+template <class T>
+inline void store(T* p, vfloat v) {
+    vhalf h = narrow(v, T{});
     __builtin_memcpy(p, &h, sizeof h);
 }
 
-inline vfloat load(const bfloat16* p, int count) {
+template <class T>
+inline vfloat load(const T* p, int count) {
     if (count == kLanes) return load(p);
 #if defined(FASTDDPM_VEC_AVX512)
-    return from_bfloat16((vhalf)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p));
+    return widen((vhalf)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p), T{});
 #else
     vhalf h{};
     for (int i = 0; i < count; ++i) h[i] = p[i].bits;
-    return from_bfloat16(h);
+    return widen(h, T{});
 #endif
 }
 
-inline void store(bfloat16* p, vfloat v, int count) {
+template <class T>
+inline void store(T* p, vfloat v, int count) {
     if (count == kLanes) return store(p, v);
-    vhalf h = to_bfloat16(v);
+    vhalf h = narrow(v, T{});
 #if defined(FASTDDPM_VEC_AVX512)
     _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), (__m256i)h);
 #else

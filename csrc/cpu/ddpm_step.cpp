@@ -28,7 +28,7 @@ struct Row {
     float a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi;
 };
 
-// A piece of a tensor of either dtype.
+// A piece of a tensor of any dtype.
 struct Input {
     const void* data;
     Dtype dtype;
@@ -37,8 +37,9 @@ struct Input {
         return {static_cast<const char*>(data) + offset * (dtype == Dtype::float32 ? 4 : 2), dtype};
     }
     vfloat vector(int64_t i, int count) const {
-        return dtype == Dtype::float32 ? load(static_cast<const float*>(data) + i, count)
-                                       : load(static_cast<const bfloat16*>(data) + i, count);
+        if (dtype == Dtype::bfloat16) return load(static_cast<const bfloat16*>(data) + i, count);
+        if (dtype == Dtype::float16) return load(static_cast<const float16*>(data) + i, count);
+        return load(static_cast<const float*>(data) + i, count);
     }
 };
 
@@ -50,10 +51,12 @@ struct Output {
         return {static_cast<char*>(data) + offset * (dtype == Dtype::float32 ? 4 : 2), dtype};
     }
     void vector(int64_t i, vfloat v, int count) const {
-        if (dtype == Dtype::float32)
-            store(static_cast<float*>(data) + i, v, count);
-        else
+        if (dtype == Dtype::bfloat16)
             store(static_cast<bfloat16*>(data) + i, v, count);
+        else if (dtype == Dtype::float16)
+            store(static_cast<float16*>(data) + i, v, count);
+        else
+            store(static_cast<float*>(data) + i, v, count);
     }
 };
 

@@ -66,22 +66,11 @@ struct Scratch {
     void* memory_;
 };
 
-inline float float_of_bits(uint32_t bits) {
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline float half_to_float(uint16_t h) {
-    uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
-    if (magnitude >= 0x7c00) return float_of_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-    // The bits moved into place are the value times 2^-112, for subnormals too.
-    float value = float_of_bits(magnitude << 13) * 0x1p112f;
-    return sign ? -value : value;
-}
-
 inline float scalar(const float* p) { return *p; }
-inline float scalar(const bfloat16* p) { return float_of_bits(uint32_t(p->bits) << 16); }
+template <class T>
+inline float scalar(const T* p) {
+    return load(p, 1)[0];
+}
 
 // Whole groups of one sample. Offsets are in elements and count from the tensor's start.
 struct Slice {
@@ -95,29 +84,25 @@ struct Slice {
     double group_size() const { return double(width) * pixels; }
 };
 
-// The slice's part of a per-channel vector; `absent` where there is none.
-void load_channels(const ChannelVector& v, const Slice& at, float absent, float* out) {
-    int64_t offset = at.sample * v.sample_stride + at.begin;
-    if (!v.data) {
-        for (int64_t c = 0; c < at.channels; ++c) out[c] = absent;
-    } else if (v.dtype == Dtype::float32) {
-        const float* p = static_cast<const float*>(v.data) + offset;
-        for (int64_t c = 0; c < at.channels; ++c) out[c] = p[c];
-    } else if (v.dtype == Dtype::bfloat16) {
-        const bfloat16* p = static_cast<const bfloat16*>(v.data) + offset;
-        for (int64_t c = 0; c < at.channels; ++c) out[c] = scalar(p + c);
-    } else {
-        const uint16_t* p = static_cast<const uint16_t*>(v.data) + offset;
-        for (int64_t c = 0; c < at.channels; ++c) out[c] = half_to_float(p[c]);
-    }
-}
-
 // Calls f(i, lanes) over [0, count) a vector at a time; `lanes` is a constant in all calls but the tail's.
 template <class F>
 inline void for_vectors(int64_t count, const F& f) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) f(i, kLanes);
     if (i < count) f(i, int(count - i));
+}
+
+// The slice's part of a per-channel vector; `absent` where there is none.
+void load_channels(const ChannelVector& v, const Slice& at, float absent, float* out) {
+    int64_t offset = at.sample * v.sample_stride + at.begin;
+    if (!v.data) {
+        for (int64_t c = 0; c < at.channels; ++c) out[c] = absent;
+        return;
+    }
+    of_dtype(v.dtype, [&](auto kind) {
+        const auto* p = static_cast<const decltype(kind)*>(v.data) + offset;
+        for_vectors(at.channels, [&](int64_t c, int lanes) { store(out + c, load(p + c, lanes), lanes); });
+    });
 }
 
 // Calls f(offset, channel, lanes) over the pixels [p0, p1) of a slice, in the order of memory.
@@ -520,23 +505,21 @@ void for_slices(const Args& args, bool inner, const F& f) {
 
 void group_norm_silu(const GroupNormSiluArgs& args) {
     bool inner = args.inner || args.pixels == 1;  // one pixel is both, and channels fill the vectors
-    bool wide = args.dtype == Dtype::float32;
-    for_slices(args, inner, [&](const Slice& at, Scratch& k) {
-        if (inner)
-            wide ? forward_slice<float, true>(args, at, k) : forward_slice<bfloat16, true>(args, at, k);
-        else
-            wide ? forward_slice<float, false>(args, at, k) : forward_slice<bfloat16, false>(args, at, k);
+    of_dtype(args.dtype, [&](auto kind) {
+        using T = decltype(kind);
+        for_slices(args, inner, [&](const Slice& at, Scratch& k) {
+            inner ? forward_slice<T, true>(args, at, k) : forward_slice<T, false>(args, at, k);
+        });
     });
 }
 
 void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args) {
     bool inner = args.inner || args.pixels == 1;
-    bool wide = args.dtype == Dtype::float32;
-    for_slices(args, inner, [&](const Slice& at, Scratch& k) {
-        if (inner)
-            wide ? backward_slice<float, true>(args, at, k) : backward_slice<bfloat16, true>(args, at, k);
-        else
-            wide ? backward_slice<float, false>(args, at, k) : backward_slice<bfloat16, false>(args, at, k);
+    of_dtype(args.dtype, [&](auto kind) {
+        using T = decltype(kind);
+        for_slices(args, inner, [&](const Slice& at, Scratch& k) {
+            inner ? backward_slice<T, true>(args, at, k) : backward_slice<T, false>(args, at, k);
+        });
     });
 }
 

@@ -35,11 +35,14 @@ namespace FASTDDPM_VARIANT {
 namespace {
 
 constexpr int kTile = 2;
-constexpr int kChunk = 32;                    // channels of a patch that lie together
-constexpr int kColumns = 2 * kLanes;          // outputs at once
-constexpr int kStep = 4;                      // tiles at once: a multiple of it,
-constexpr int kMost = kLanes == 16 ? 12 : 4;  // at most so many, whose sums fill the registers
+constexpr int kChunk = 32;            // channels of a patch that lie together
+constexpr int kColumns = 2 * kLanes;  // outputs at once
+// Tiles at once: a multiple of kStep, at most kMost, whose sums with two vectors of weights and one of a patch fill the
+// 32 registers of AVX-512, or the 16 of AVX2.
+constexpr int kStep = kLanes == 16 ? 4 : 2;
+constexpr int kMost = 3 * kStep;
 constexpr int64_t kBlockBytes = 384 << 10;
+constexpr int kAhead = 16 << 10;  // bytes from the weights in use to those that are fetched
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -160,6 +163,11 @@ FASTDDPM_DOT void transform_sums(const WinogradArgs& args, const Block& block, c
     }
 }
 
+// For weights that come from memory. The processor's own prefetching stops where a page ends.
+inline void prefetch_columns(const void* weights, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(weights) + kAhead + i);
+}
+
 // ---- float32 ----
 
 // [R, channels] x [channels, kColumns]; chunk: distance from one chunk of the patches to the next.
@@ -168,6 +176,7 @@ inline void multiply(const float* patches, int64_t chunk, const float* weights, 
     vfloat acc[R][2] = {};
     for (int64_t c = 0; c < channels; c += kChunk, patches += chunk) {
         for (int i = 0; i < kChunk; ++i, weights += kColumns) {
+            prefetch_columns(weights, kColumns * sizeof(float));
             const vfloat low = load(weights), high = load(weights + kLanes);
             for (int r = 0; r < R; ++r) {
                 const vfloat d = splat(patches[r * kChunk + i]);
@@ -191,6 +200,7 @@ FASTDDPM_DOT inline void multiply(const bfloat16* patches, int64_t chunk, const 
     __m512 acc[R][2] = {};
     for (int64_t c = 0; c < channels; c += kChunk, patches += chunk) {
         for (int i = 0; i < kChunk; i += 2, weights += 2 * kColumns) {
+            prefetch_columns(weights, 2 * kColumns * sizeof(bfloat16));
             const __m512bh low = (__m512bh)_mm512_loadu_si512(weights);
             const __m512bh high = (__m512bh)_mm512_loadu_si512(weights + kColumns);
             for (int r = 0; r < R; ++r) {
@@ -291,14 +301,21 @@ FASTDDPM_DOT void multiply_block(const Block& block, const T* patches, const T* 
                                  float* sums) {
     const int64_t chunk = block.rows * kChunk;
     for (int s = 0; s < Image::kSpots; ++s) {
-        int64_t r = 0;
-        for (; r + kMost <= block.rows; r += kMost)
-            multiply<kMost>(patches + r * kChunk, chunk, weights, channels, sums + r * kColumns);
-        if (kMost > 8 && r + 8 <= block.rows) {
-            multiply<8>(patches + r * kChunk, chunk, weights, channels, sums + r * kColumns);
-            r += 8;
+        for (int64_t r = 0; r < block.rows;) {
+            const T* first = patches + r * kChunk;
+            float* out = sums + r * kColumns;
+            const int64_t left = block.rows - r;
+            if (left >= kMost && left != kMost + kStep) {  // which are better shared evenly
+                multiply<kMost>(first, chunk, weights, channels, out);
+                r += kMost;
+            } else if (left >= 2 * kStep) {
+                multiply<2 * kStep>(first, chunk, weights, channels, out);
+                r += 2 * kStep;
+            } else {
+                multiply<kStep>(first, chunk, weights, channels, out);
+                r += kStep;
+            }
         }
-        if (r < block.rows) multiply<4>(patches + r * kChunk, chunk, weights, channels, sums + r * kColumns);
         patches += channels * block.rows;
         weights += channels * kColumns;
         sums += block.rows * kColumns;
@@ -410,7 +427,7 @@ void winograd_weights(const WinogradWeightsArgs& args) {
                         store(static_cast<float*>(args.packed) + at, spots[0][s]);
                         continue;
                     }
-                    const vhalf even = to_bfloat16(spots[0][s]), odd = to_bfloat16(spots[1][s]);
+                    const vhalf even = narrow(spots[0][s], bfloat16{}), odd = narrow(spots[1][s], bfloat16{});
                     uint16_t* out = static_cast<uint16_t*>(args.packed) + at;
                     for (int lane = 0; lane < kLanes; ++lane) {
                         out[2 * lane] = even[lane];
