@@ -263,8 +263,8 @@ def _measure(
         network(model, device, dtype, (batch_size, *shape)) as net,
         progress_bar(progress, total=pairs, unit="evaluation", leave=progress is True) as bar,
     ):
-        if net.notice is not None:
-            warn_once(model, f"{net.notice}. The numbers are the same, only slower")
+        for notice in net.notices:
+            warn_once(model, notice)
         labels = None if class_labels is None else class_labels.to(device)
         pixels = pixels.to(device)
         terms, mse = _run(

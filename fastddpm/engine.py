@@ -21,6 +21,7 @@ from torch import nn
 from . import backend, graphs
 from .foreign import tensor_of, why_not
 from .merged import Convolution, merge, spend, untouched
+from .ops._library import short
 from .unet import (
     Attention,
     Downsample,
@@ -34,8 +35,9 @@ from .unet import (
     Upsample,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GROWTH = 1.15  # times the model's weights may an engine's own be on a CPU: with all its buffers they stay below 1.2
+# Times the model's weights, in the wider of its dtype and the products', may an engine's own be on a CPU: with all its
+# buffers they stay below 1.2.
+GROWTH = 1.15
 
 
 class Plain:
@@ -46,9 +48,9 @@ class Plain:
     chain = None  # for the loop to keep what it has captured
     lock: threading.RLock | None = None  # held by the thread that uses it
 
-    def __init__(self, model: Callable, device: torch.device, dtype: torch.dtype, notice: str | None = None) -> None:
-        """notice: what the user should know about how the model runs."""
-        self.model, self.device, self.dtype, self.notice = model, device, dtype, notice
+    def __init__(self, model: Callable, device: torch.device, dtype: torch.dtype, *notices: str) -> None:
+        """dtype: of x. notices: what the user should know about how the model runs, a sentence each."""
+        self.model, self.device, self.dtype, self.notices = model, device, dtype, list(notices)
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         return tensor_of(self.model(x, t) if class_labels is None else self.model(x, t, class_labels))
@@ -90,7 +92,8 @@ class Engine(Plain):
     """A copy of a UNet with merged layers and channels_last weights, its timestep part computed outside the loop.
 
     Where all layers are this package's own, tensors that need no other layout, dtype or device are the model's own memory.
-    No module of the model is referred to. Raises CopyError.
+    No module of the model is referred to. On a CPU without products of `dtype` it is the float32 engine of the network whose
+    weights are rounded to `dtype`. Raises CopyError.
     """
 
     memory_format = torch.channels_last
@@ -106,13 +109,24 @@ class Engine(Plain):
             # Of a layer that holds a tensor computed from others, as torch's old weight_norm leaves it.
             raise CopyError(str(error).partition("\n")[0]) from error
         self.whole = "" not in changed
-        left = []
+        left, notices = [], []
+
+        def exact() -> list[nn.Module]:  # merging makes other ones of them
+            return network.embedding_layers() if self.whole else []
+
+        if device.type == "cpu" and not backend.has_products(device, dtype):
+            notices.append(_no_products(dtype))
+            _round(network, dtype, exact())
+            dtype = torch.float32
         if self.whole:  # else another body may read what merged layers don't keep
             left = merge(network)
             if device.type == "cpu":
-                spend(network, dtype, GROWTH * sum(p.numel() * p.element_size() for p in model.parameters()))
-        _place(network, device, dtype, network.embedding_layers() if self.whole else ())
-        super().__init__(network, device, dtype, _notice(model, left or changed))
+                weights = sum(p.numel() * max(p.element_size(), dtype.itemsize) for p in model.parameters())
+                places = {v.data_ptr() for v in shared}
+                copied = sum(p.numel() * p.element_size() for p in network.parameters() if p.data_ptr() not in places)
+                spend(network, dtype, GROWTH * weights - copied)
+        _place(network, device, dtype, exact())
+        super().__init__(network, device, dtype, *notices, *_notices(model, left or changed))
         self.captured = not changed
         self.hoisted = self.whole and model.config.classes is None
 
@@ -137,6 +151,26 @@ class Engine(Plain):
         if self.whole:
             return self.model.body(x, [part.float() for part in self.model.embed(row, class_labels)])
         return super().predict(x, row, class_labels)
+
+
+def _no_products(dtype: torch.dtype) -> str:
+    return (
+        f"this processor has no {short(dtype)} products, so they are formed in float32, with weights rounded to {short(dtype)}: "
+        "as fast as float32, and not faster"
+    )
+
+
+def _round(network: nn.Module, dtype: torch.dtype, exact: Iterable[nn.Module]) -> None:
+    """Give the network float32 copies of its weights, rounded to `dtype`; those of `exact` keep all of their bits."""
+    stays = {part for module in exact for part in module.modules()}
+    for module in network.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, v in tensors.items():
+                if v is None or not v.is_floating_point():
+                    continue
+                v = v.detach() if module in stays else v.detach().to(dtype)
+                v = v if v.dtype == torch.float64 else v.float()
+                tensors[name] = nn.Parameter(v, requires_grad=False) if tensors is module._parameters else v
 
 
 def _place(network: nn.Module, device: torch.device, dtype: torch.dtype, exact: Iterable[nn.Module]) -> None:
@@ -186,14 +220,18 @@ def changed_layers(model: UNet) -> list[str]:
     return [name for name, module in model.named_modules() if not (ours(module) and untouched(module))]
 
 
-def _notice(model: UNet, layers: list[str]) -> str | None:
+SLOWER = "Results are the same, only slower"
+
+
+def _notices(model: UNet, layers: list[str]) -> list[str]:
     if not layers:
-        return None
+        return []
     if "" in layers:
         name = type(model).__name__
-        return f"the {name} has hooks or functions put into it, or a forward of its own, so it runs as it is"
+        why = "has hooks or functions put into it, or a forward of its own"
+        return [f"the {name} {why}, so it runs as it is. {SLOWER}"]
     names = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
-    return f"the network's {names}: not as fastddpm makes such layers, so they run as they are"
+    return [f"the network's {names}: not as fastddpm makes such layers, so they run as they are. {SLOWER}"]
 
 
 def structure(model: UNet) -> list[tuple]:
@@ -299,7 +337,7 @@ def network(
     parameter = next(model.parameters(), None)
     own = torch.float32 if parameter is None else parameter.dtype
     dtype = own if dtype is None else dtype
-    if dtype not in DTYPES:
+    if dtype not in backend.DTYPES:
         whose = "the model's own" if dtype == own else "got"
         raise ValueError(f"dtype: {whose} {dtype}; expected float32, bfloat16 or float16: pass one as dtype=")
     moved = dtype != own or (parameter is not None and parameter.device != device)
@@ -322,7 +360,9 @@ def network(
         modes = [(module, module.training) for module in used.modules()]
         used.eval()
         try:
-            plain = Plain(used, device, dtype, f"{why}, so it runs as it is")
+            plain = Plain(used, device, dtype, f"{why}, so it runs as it is. {SLOWER}")
+            if device.type == "cpu" and not backend.has_products(device, dtype):
+                plain.notices.append(backend.slow_products(dtype))
             plain.lock = kept.lock
             yield plain
         finally:
@@ -353,7 +393,7 @@ def _engine(
         engine = Engine(model, device, dtype)
         engine.captured = False
         if why and graphs.usable(device):
-            engine.notice = engine.notice or f"steps are not captured as a CUDA graph, as {why}"
+            engine.notices.append(f"steps are not captured as a CUDA graph, as {why}. {SLOWER}")
         yield engine
         return
     key = device, dtype, shape, _settings(device, dtype), structure(model), names, ties, fingerprint(tensors)

@@ -1,7 +1,7 @@
 """`fuse_norms`: a module of anybody's with its GroupNorms, and the SiLU behind them, in this package's kernel.
 
 Modules keep their place, parameters and hooks; only their class changes, to a subclass with another forward. What the kernel
-doesn't serve (2-D or float64 inputs, float16 on a CPU, gapped or otherwise permuted memory, CUDA's autocast) goes on as before.
+doesn't serve (2-D or float64 inputs, gapped or otherwise permuted memory, CUDA's autocast) goes on as before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import backend, ops
+from .arguments import warn_once
 
 __all__ = ["FusedNorms", "fuse_norms"]
 
@@ -57,7 +58,6 @@ def serves(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
         weighted(norm)
         and x.dim() > 2
         and x.dtype != torch.float64
-        and (x.device.type != "cpu" or x.dtype in backend.CPU_DTYPES)
         and norm.weight.dtype in (x.dtype, torch.float32)
         and backend.choose(x.device, x.dtype) != "reference"
         and not (x.device.type == "cuda" and torch.is_autocast_enabled("cuda"))
@@ -214,6 +214,11 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
                 continue
             swapped["GroupNorm"] += layer not in inside
             swap(layer, FusedGroupNorm)
+    for p in module.parameters():
+        stays = p.device.type == "cpu" and not torch.cuda.is_available()  # else it may be on its way to a GPU
+        if stays and not backend.has_products(p.device, p.dtype):
+            warn_once(module, backend.slow_products(p.dtype))
+            break
     return FusedNorms({kind: count for kind, count in swapped.items() if count}, left, before, classes)
 
 

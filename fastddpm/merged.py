@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import winograd
+from . import backend, winograd
 from .unet import (
     Attention,
     Downsample,
@@ -31,6 +31,10 @@ ONEDNN = (
 )
 
 
+# Pixels of a batch from which on Winograd's way is the faster one even where each call transforms its weights.
+REPACKED = 256
+
+
 def _onednn_takes(x: torch.Tensor) -> bool:
     """Whether oneDNN multiplies x by weights in its own layout, through torch's private operators."""
     return (
@@ -40,7 +44,8 @@ def _onednn_takes(x: torch.Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")  # which these operators would not heed
         and x.shape[2:].numel() > 1  # torch 2.6 cannot add a residual to a single pixel
         and all(hasattr(torch.ops.mkldnn, name) for name in ONEDNN)
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and backend.has_products(x.device, x.dtype)
     )
 
 
@@ -49,7 +54,8 @@ class Convolution(nn.Module):
 
     On a CPU the first call puts the weights into the layout that oneDNN wants, which would otherwise happen in every
     call, and keeps no others: x must then keep its height and width. There a residual is added before the one
-    rounding, without a pass of its own, and 3x3 convolutions go Winograd's way where `spend` let them.
+    rounding, without a pass of its own, and 3x3 convolutions go Winograd's way: with transformed weights that are kept
+    where `spend` let them be, with weights that each call transforms where x is large enough.
     """
 
     def __init__(
@@ -59,8 +65,8 @@ class Convolution(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.stride, self.padding, self.upsample = [stride, stride], [padding, padding], upsample
-        self.fast = False
-        self.packed, self.winograd = None, False
+        self.fast = False  # whether transformed weights may be kept
+        self.prepared, self.packed, self.winograd = False, None, False
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Convolution:
@@ -85,11 +91,10 @@ class Convolution(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, overwrite: bool = False) -> torch.Tensor:
         """overwrite: the result may take the residual's memory."""
-        if self.packed is None:
-            self._pack(x)
+        self._prepare(x)
         if self.winograd:
             out = residual if overwrite else None
-            return winograd.convolve(x, self.packed, self.bias, residual, out, upsample=self.upsample)
+            return winograd.convolve(x, self._transformed(), self.bias, residual, out, upsample=self.upsample)
         if self.packed is None:
             if self.upsample:
                 return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
@@ -117,22 +122,28 @@ class Convolution(nn.Module):
         **conditions: torch.Tensor,
     ) -> torch.Tensor:
         """self(norm(x, **conditions), residual, overwrite). exact: the result may be float32 in a network of another dtype."""
-        if self.packed is None:
-            self._pack(x)
+        self._prepare(x)
         if not (self.winograd and x.is_contiguous(memory_format=torch.channels_last)):
             return self(norm(x, **conditions), residual, overwrite)
         coefficients = winograd.norm_coefficients(x, norm.groups, norm.weight, norm.bias, norm.eps, **conditions)
-        out, dtype = residual if overwrite else None, torch.float32 if exact else None
+        packed, out, dtype = self._transformed(), residual if overwrite else None, torch.float32 if exact else None
         return winograd.convolve(
-            x, self.packed, self.bias, residual, out, coefficients=coefficients, upsample=self.upsample, dtype=dtype
+            x, packed, self.bias, residual, out, coefficients=coefficients, upsample=self.upsample, dtype=dtype
         )
 
-    def _pack(self, x: torch.Tensor) -> None:
-        """For this shape of x; another batch size then works too, but may cost a reordering in every call."""
-        if self.fast and winograd.suits(x, self.dtype, self.upsample):
-            self.packed = winograd.pack(self.weight, self.dtype, self.upsample)
-            self.weight, self.bias = None, None if self.bias is None else self.bias.float().contiguous()
-            self.winograd = True
+    def _transformed(self) -> torch.Tensor:
+        return winograd.pack(self.weight, self.dtype, self.upsample) if self.packed is None else self.packed
+
+    def _prepare(self, x: torch.Tensor) -> None:
+        """Before the first call, for this shape of x. Another batch size then works too, but may be slower than it could be."""
+        if self.prepared:
+            return
+        self.prepared = True
+        large = x.shape[0] * x.shape[2:].numel() >= REPACKED and winograd.shaped(self.weight, self.stride, self.padding)
+        if (self.fast or large) and winograd.suits(x, self.dtype, self.upsample):
+            self.winograd, self.bias = True, None if self.bias is None else self.bias.float().contiguous()
+            if self.fast:
+                self.packed, self.weight = winograd.pack(self.weight, self.dtype, self.upsample), None
             return
         if self.fast:
             self.fast = False
@@ -223,17 +234,19 @@ class MergedAttention(nn.Module):
         self.projections = Convolution(weight[..., None, None], bias, stride=1, padding=0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, c, height, width = x.shape
+        c = x.shape[1]
         h = x if self.group_norm is None else self.group_norm(x)
         q, v = self.projections(h).flatten(2).transpose(1, 2).split(c, dim=-1)  # [N, H*W, C] each, views
-        k, residual = h.flatten(2).transpose(1, 2), x.flatten(2).transpose(1, 2)
+        # Allocated as an image: torch.cat would not take the reshaped result of a single image for channels_last.
+        y = torch.empty_like(x, memory_format=torch.channels_last)
+        k, residual, out = (image.flatten(2).transpose(1, 2) for image in (h, x, y))  # [N, H*W, C]; out is a view
         if x.device.type == "cpu" and x.dtype == torch.bfloat16:
             # torch's flash attention on a CPU takes 1.7 times as long as the products written out, at 256 channels
             scores = torch.baddbmm(x.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=c**-0.5)
-            y = torch.baddbmm(residual, scores.softmax(-1), v)
+            torch.baddbmm(residual, scores.softmax(-1), v, out=out)
         else:
-            y = residual + F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]).squeeze(1)
-        y = y.transpose(1, 2).reshape(n, c, height, width)
+            attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]).squeeze(1)
+            torch.add(residual, attended, out=out)
         return y if self.divisor == 1 else y / self.divisor
 
 
@@ -333,8 +346,8 @@ def merge(network: nn.Module, prefix: str = "") -> list[str]:
 
 
 def spend(network: UNet, dtype: torch.dtype, allowance: float) -> None:
-    """Let convolutions go Winograd's way, those on the largest images first, while all weights together stay below
-    `allowance` bytes: transformed ones are larger."""
+    """Let convolutions keep weights transformed for Winograd's way, those on the largest images first, while all weights
+    together stay below `allowance` bytes: transformed ones are larger."""
     last = len(network.down_blocks) - 1
     levels = [*enumerate(network.down_blocks), (last, network.mid_block)]
     levels += [(last - i, level) for i, level in enumerate(network.up_blocks)]

@@ -24,7 +24,7 @@ from .arguments import (
     trained_for,
     warn_once,
 )
-from .engine import Plain, network
+from .engine import SLOWER, Plain, network
 from .foreign import adopted
 from .ops._library import as_int64_bits, check_first
 from .ops.philox_normal import Stream
@@ -224,8 +224,8 @@ def run(
     ):
         out = torch.empty(n, *shape, dtype=torch.float32, device=device)
         chain = prepared(net, table, (batch_size, *shape), bound, class_labels is not None, callback is not None)
-        if net.notice is not None:
-            warn_once(model, f"{net.notice}. Images are the same, only slower")
+        for notice in net.notices:
+            warn_once(model, notice)
         for start in chunks:
             count = min(batch_size, n - start)
             x_T = None if noise is None else _padded(noise[start : start + count], batch_size)
@@ -248,10 +248,8 @@ def prepared(
         try:
             chain.capture(net)
         except graphs.CaptureError as error:
-            said = "" if net.notice is None else f"{net.notice}; "
-            net.notice = (
-                f"{said}steps are launched kernel by kernel, as they could not be captured as a CUDA graph ({error})"
-            )
+            notice = f"steps are launched kernel by kernel, as they could not be captured as a CUDA graph ({error}). {SLOWER}"
+            net.notices += [] if notice in net.notices else [notice]
             if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):  # another time there may be more
                 return chain
         net.chain = chain  # also after a failure: the next call needn't fail once more

@@ -13,6 +13,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from . import images
+from . import backend, images
 from .checkpoints import native
 from .data import ArrayImages
 from .diffusion import OBJECTIVES, training_loss
@@ -119,14 +120,6 @@ RECIPES = {
 }
 
 
-def bfloat16_helps(device: torch.device) -> bool:
-    """Whether the device multiplies matrices faster in bfloat16 than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device.type == "cpu" and supported is not None and supported()
-
-
 class Draws(Sampler[list[int]]):
     """Image indices of draws start, start+1, ... in lists of `size`: consecutive seeded permutations, without end."""
 
@@ -198,6 +191,12 @@ class Trainer:
         if config.classes is not None and not isinstance(dataset[0], (tuple, list)):
             raise TrainingError(
                 f"data: no labels in it, and the network has {config.classes} classes (--labels reads them)"
+            )
+        if recipe.dtype == "bfloat16" and not backend.has_products(device, torch.bfloat16):
+            warnings.warn(
+                f"fastddpm: this {device.type.upper()} has no bfloat16 products, so training takes many times as long as with "
+                "dtype float32",
+                stacklevel=2,
             )
         torch.manual_seed(recipe.seed)
         model = UNet(config, prediction=prediction, variance=variance)

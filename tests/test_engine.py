@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import gc
 import itertools
+import math
 import threading
 import time
 import types
@@ -16,7 +17,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import in_threads, randomised
+from conftest import in_threads, python, randomised
 from test_unet import as_diffusers
 from torch import nn
 
@@ -117,13 +118,14 @@ def added_bytes(engine, model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
 def test_memory_is_the_weights_and_a_fifth(own, dtype):
-    if own == torch.bfloat16 and dtype == torch.float32:
-        pytest.skip("float32 weights are twice the bfloat16 ones")
+    """In the wider one of the model's dtype and the products'."""
     model = randomised(UNetConfig(sample_size=16, channels=64, multipliers=(1, 2, 2), attention=(8,))).to(own)
     engine = Engine(model, CPU, dtype)
     with torch.inference_mode():
-        engine(torch.randn(1, *model.shape).to(dtype, memory_format=torch.channels_last), torch.tensor([5]), None)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        x = torch.randn(1, *model.shape).to(engine.dtype, memory_format=torch.channels_last)
+        engine.predict(x, engine.at(torch.tensor([5])), None)
+    products = dtype if backend.has_products(CPU, dtype) else torch.float32
+    weights = sum(p.numel() * max(own.itemsize, products.itemsize) for p in model.parameters())
     assert 0.3 * weights <= added_bytes(engine, model) <= 1.2 * weights
 
 
@@ -151,6 +153,74 @@ def test_the_paper_s_network_at_twenty_timesteps(dtype, bound):
             for errors, got in ((ours, engine(x, t, None)), (theirs, peer(x, t).sample)):
                 errors.append(float((got.double() - expected).norm() / expected.norm()))
     assert max(ours) <= bound and sum(ours) <= sum(theirs), (max(ours), sum(ours) / 20, sum(theirs) / 20)
+
+
+# ------------------------------------------------------------------------------------ dtypes without products
+
+
+@pytest.fixture
+def float32_alone(monkeypatch):
+    """As on a CPU that has products of float32 alone."""
+    monkeypatch.setattr(backend, "has_products", lambda device, dtype: dtype not in (torch.bfloat16, torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["two levels", "classes"])
+def test_a_dtype_without_products_is_float32_on_rounded_weights(float32_alone, name, own, dtype):
+    model = randomised(CONFIGS[name]).to(own)
+    rounded = copy.deepcopy(model).float()
+    embedding = {p for layer in rounded.embedding_layers() for p in layer.parameters()}
+    with torch.no_grad():
+        for p in rounded.parameters():
+            if p not in embedding:  # which is computed once for a chain, and stays as it is
+                p.copy_(p.to(dtype))
+    options = {"schedule": Schedule.linear(3, 0.1, 0.6), "class_labels": 1 if name == "classes" else None}
+    got, expected = draw(model, dtype=dtype, **options), draw(rounded, **options)
+    if own == torch.float64:  # whose embeddings are float64, too
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(got, expected)
+    assert next(model.parameters()).dtype == own
+
+
+def test_a_dtype_without_products_is_said_once(float32_alone):
+    model = small()
+    x = torch.randint(256, (2, *model.shape), dtype=torch.uint8)
+    calls = (
+        lambda: draw(model, dtype=torch.bfloat16),
+        lambda: fastddpm.likelihood(model, x, dtype=torch.bfloat16, seed=0),
+        lambda: fastddpm.encode(model, x / 127.5 - 1, steps=2, dtype=torch.bfloat16),
+    )
+    [message] = notices(lambda: [call() for call in calls])
+    assert "this processor has no bfloat16 products" in message
+    assert "float16" in notices(lambda: draw(model, dtype=torch.float16))[0]
+    assert notices(lambda: draw(model)) == []
+    foreign = nn.Conv2d(3, 3, 3, padding=1).bfloat16()
+    foreign.forward = lambda x, t: x
+    messages = notices(lambda: draw(foreign, shape=(3, 8, 8), schedule=Schedule.linear(3, 0.1, 0.6)))
+    assert any("the module's convolutions and matrix products take many times as long" in m for m in messages)
+
+
+@pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE"])
+def test_what_onednn_may_not_use_is_no_product(limit, tmp_path):
+    """With AVX512_CORE it takes bfloat16, and is slower in it than in float32."""
+    code = "import torch; from fastddpm import backend as b; print(b.has_products(torch.device('cpu'), torch.bfloat16))"
+    result = python(code, tmp_path, ONEDNN_MAX_CPU_ISA=limit)
+    assert result.stdout == "False\n", result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_dtype_is_slow(dtype):
+    """A dtype that is emulated somewhere takes 3 to 100 times as long as float32; this allows for a busy machine."""
+    model = randomised(UNetConfig(sample_size=16, channels=64, multipliers=(1, 2), attention=(8,)))
+    best = dict.fromkeys((torch.float32, dtype), math.inf)
+    for _ in range(4):
+        for kind in best:
+            start = time.perf_counter()
+            draw(model, n=4, dtype=kind, schedule=Schedule.linear(3, 0.1, 0.6))
+            best[kind] = min(best[kind], time.perf_counter() - start)
+    assert best[dtype] <= 2 * best[torch.float32], best
 
 
 def test_every_layer_that_can_be_merged_is():
@@ -184,6 +254,20 @@ def test_weights_are_packed_once():
         packed.append([layer.packed for layer in layers])
         assert all(layer.weight is None for layer in layers)
     assert all(a is b and a is not None for a, b in zip(*packed, strict=True))
+
+
+def test_large_images_go_winograds_way_with_weights_that_are_not_kept(monkeypatch, kernels):
+    if backend.native.cpu_variant() == "generic":
+        pytest.skip("Winograd's way is not the faster one there")
+    monkeypatch.setattr(engines, "GROWTH", 0)
+    model = randomised(UNetConfig(sample_size=8, channels=32, multipliers=(1, 1), attention=()))
+    for n, some in ((1, False), (4, True)):  # 64 and 256 pixels
+        engine = Engine(model, CPU, torch.float32)
+        x, t = torch.randn(n, *model.shape), torch.arange(n)
+        with torch.inference_mode():
+            torch.testing.assert_close(engine(x, t, None), model(x, t), rtol=0, atol=2e-5)
+        layers = [m for m in engine.model.modules() if isinstance(m, merged.Convolution) and m.winograd]
+        assert any(layer.packed is None and layer.weight is not None for layer in layers) == some
 
 
 def test_onednn_switched_off():
@@ -887,7 +971,7 @@ class Foreign(nn.Module):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (Foreign(), "fastddpm: Foreign is not a fastddpm.UNet, so it runs as it is. Images are the same, only slower"),
+        (Foreign(), "fastddpm: Foreign is not a fastddpm.UNet, so it runs as it is. Results are the same, only slower"),
         (Doubled(CONFIGS["two levels"]), "the Doubled has hooks or functions put into it, or a forward of its own"),
     ],
 )
@@ -906,7 +990,7 @@ def test_layers_that_run_as_they_are_are_named():
     no_bias(model)
     assert notices(lambda: draw(model)) == [
         "fastddpm: the network's mid_block.resnets.0, mid_block.attentions.0: not as fastddpm makes such layers, so they "
-        "run as they are. Images are the same, only slower"
+        "run as they are. Results are the same, only slower"
     ]
     model = small()
     tile(model)

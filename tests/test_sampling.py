@@ -438,7 +438,7 @@ def test_a_callback_may_sample_with_graphs_too(by_hand):
 
 def test_a_failed_capture_is_told_once_and_leaves_no_trace(by_hand):
     model, by_hand.failure = small_unet(), "some kernel waits"
-    with pytest.warns(UserWarning, match=r"not be captured as a CUDA graph \(some kernel waits\). Images are the same"):
+    with pytest.warns(UserWarning, match=r"captured as a CUDA graph \(some kernel waits\). Results are the same"):
         x = fastddpm.sample(model, 2, seed=0)
     assert torch.equal(x, eager(model, 2, seed=0))
     by_hand.failure = "not again"
