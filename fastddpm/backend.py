@@ -164,6 +164,14 @@ class use:
 def _read_environment() -> None:
     global _chosen, _environment_read
     if not _environment_read:
+        variant = os.environ.get("FASTDDPM_CPU_VARIANT")
+        if variant:
+            if native is None:
+                raise BackendError(f"FASTDDPM_CPU_VARIANT={variant}: {_missing_reason()}; or unset the variable")
+            try:
+                native.cpu_variant()
+            except RuntimeError as error:
+                raise BackendError(f"{error}; choose one of these, or unset the variable") from error
         wanted = os.environ.get("FASTDDPM_BACKEND")
         if wanted:
             _chosen = _check(wanted)

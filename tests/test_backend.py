@@ -211,5 +211,7 @@ def test_without_the_compiled_module(tmp_path):
 
 
 def test_unknown_cpu_variant(kernels, tmp_path):
-    result = python("from fastddpm import backend; backend.describe()", tmp_path, FASTDDPM_CPU_VARIANT="sse9")
-    assert "FASTDDPM_CPU_VARIANT=sse9 cannot run here; this machine runs " in result.stderr
+    code = "import sys; sys.argv[1:] = ['sample', '-n', '1', '-o', 'x.png']; from fastddpm.cli import main; main()"
+    result = python(code, tmp_path, FASTDDPM_CPU_VARIANT="sse9")
+    assert result.stderr.startswith("fastddpm: FASTDDPM_CPU_VARIANT=sse9 cannot run here; this machine runs ")
+    assert result.returncode and not list(tmp_path.iterdir())
