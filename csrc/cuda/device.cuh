@@ -17,7 +17,6 @@
 #include "../kernels.h"
 
 #ifndef CUDA_ON_CPU
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -104,7 +103,7 @@ __device__ __forceinline__ T* shared_memory() {
 // p of this block's shared memory, as it is in block `rank` of the cluster.
 template <class T>
 __device__ __forceinline__ T* peer_shared(T* p, int rank) {
-    return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+    return static_cast<T*>(__cluster_map_shared_rank(p, rank));
 }
 // A cluster's barrier in two halves: what is between them hides the others' delay.
 __device__ __forceinline__ void cluster_arrive() { __cluster_barrier_arrive(); }
