@@ -1,7 +1,8 @@
 """Builds fastddpm._C with CMake (see CMakeLists.txt); everything else about the package is in pyproject.toml.
 
 No torch is needed here. Where the native build fails, the install goes on as pure Python and
-fastddpm/_build_info.json says why; FASTDDPM_REQUIRE_NATIVE=1 makes that an error instead.
+fastddpm/_build_info.json says why. FASTDDPM_REQUIRE_NATIVE=1 makes that an error instead, and so does a
+FASTDDPM_CUDA_ARCHS that asks for CUDA kernels; CMakeLists.txt checks its value.
 """
 
 import json
@@ -10,12 +11,16 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+CUDA_ARCHS = os.environ.get("FASTDDPM_CUDA_ARCHS", "")
 
 
 class CMakeBuild(build_ext):
@@ -34,11 +39,12 @@ class CMakeBuild(build_ext):
             shutil.copy2(self.build_native(module.name), staged)
             os.replace(staged, module)  # whole or not at all: a running process may have the old one mapped
         except Exception as error:
-            if os.environ.get("FASTDDPM_REQUIRE_NATIVE") == "1":
+            if os.environ.get("FASTDDPM_REQUIRE_NATIVE") == "1" or CUDA_ARCHS not in ("", "off"):
                 raise
             module.unlink(missing_ok=True)  # a module of an earlier build must not outlive a failed one
             reason = str(error)
-            self.warn(f"fastddpm installs without its compiled module: {reason}")
+            # Python's warning, and not setuptools': pip shows it.
+            warnings.warn(f"fastddpm installs without its compiled module: {reason}", stacklevel=1)
         info = {"native": reason is None, "reason": reason}
         (module.parent / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
@@ -52,7 +58,7 @@ class CMakeBuild(build_ext):
         configure += [
             f"-DFASTDDPM_VERSION={self.distribution.get_version()}",
             f"-DFASTDDPM_OUTPUT_DIR={output}",
-            f"-DFASTDDPM_CUDA_ARCHS={os.environ.get('FASTDDPM_CUDA_ARCHS', '')}",
+            f"-DFASTDDPM_CUDA_ARCHS={CUDA_ARCHS}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
@@ -61,17 +67,21 @@ class CMakeBuild(build_ext):
         return output / name
 
     def call(self, what: str, command: list[str]):
+        start, lines = time.monotonic(), []
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+                for line in process.stdout:
+                    print(line, end="", flush=True)
+                    lines.append(line.strip())
         except OSError as error:
-            raise RuntimeError(f"{what} the native code needs {command[0]}: {error}") from error
-        print(done.stdout, flush=True)
-        if done.returncode:
-            lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+            raise CompileError(f"{what} the native code needs {command[0]}: {error}") from error
+        print(f"{what} the native code took {time.monotonic() - start:.0f} s", flush=True)
+        if process.returncode:
+            lines = [line for line in lines if line and not line.startswith("--")]
             # The first error names the cause; what follows are its consequences.
             first = next((i for i, line in enumerate(lines) if re.search(r"CMake Error|error:", line)), -4)
-            cause = re.sub(r"^CMake Error at .*?\): ", "", " ".join(lines[first:][:4]))
-            raise RuntimeError(f"{what} the native code failed: {cause}")
+            cause = re.sub(r"^CMake Error at .*?\): ", "", " ".join(lines[first:][:5]))
+            raise CompileError(f"{what} the native code failed: {cause}")
 
     def get_outputs(self):
         return [path for path in super().get_outputs() if os.path.exists(path)]

@@ -396,23 +396,17 @@ def run_engine(record: Record, settings: argparse.Namespace, clock: Clock) -> bo
 DRIVER = ROOT / "tests" / "cuda_on_cpu" / "driver.cpp"
 
 
-def architectures() -> str:
-    """As FASTDDPM_CUDA_ARCHS says, like "90" or "80;90"; default this GPU's."""
-    return os.environ.get("FASTDDPM_CUDA_ARCHS") or "{}{}".format(*torch.cuda.get_device_capability())
-
-
-def compiling(nvcc: str, archs: str, source: Path, to: Path) -> list[str]:
-    numbers = re.findall(r"\d+[a-z]?", archs)
-    code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+def compiling(nvcc: str, arch: str, source: Path, to: Path) -> list[str]:
     flags = ["-std=c++17", "-O3", "-lineinfo", "-DFASTDDPM_CUDA", *arithmetic_flags(), f"-I{ROOT / 'csrc'}"]
-    return [nvcc, *code, *flags, "-c", str(source), "-o", str(to)]
+    return [nvcc, f"-gencode=arch=compute_{arch},code=sm_{arch}", *flags, "-c", str(source), "-o", str(to)]
 
 
 def build_driver(nvcc: str, folder: Path, clock: Clock) -> tuple[Path, dict[str, object]]:
     """The driver and the kernels, each file by a compiler of its own; (the program, what came of it)."""
     files = [DRIVER, *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
     objects = {str(path.relative_to(ROOT)): folder / f"{path.stem}.o" for path in files}
-    built = {"passed": True, "architectures": architectures(), "seconds": {}}
+    arch = "{}{}".format(*torch.cuda.get_device_capability())
+    built = {"passed": True, "architecture": arch, "seconds": {}}
 
     def done(name: str, result: dict) -> None:
         built["seconds"][name] = result["seconds"]
@@ -422,7 +416,7 @@ def build_driver(nvcc: str, folder: Path, clock: Clock) -> tuple[Path, dict[str,
     def job(command: list[str]) -> Callable[[], dict]:
         return lambda: dict(zip(("status", "output", "seconds"), limited(command, clock.left()), strict=True))
 
-    compile_all = {name: job(compiling(nvcc, built["architectures"], ROOT / name, to)) for name, to in objects.items()}
+    compile_all = {name: job(compiling(nvcc, arch, ROOT / name, to)) for name, to in objects.items()}
     together(compile_all, os.cpu_count() or 1, done)
     if built["passed"]:
         program = [nvcc, *map(str, objects.values()), "-o", str(folder / "driver")]

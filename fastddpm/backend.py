@@ -65,7 +65,7 @@ def _without_kernels() -> str | None:
     build = native.build_info()
     if build["cuda"]:
         return None
-    return f"the compiled module has no CUDA kernels ({build['cuda_reason']}); install again with nvcc on the PATH"
+    return f"the compiled module has no CUDA kernels: {build['cuda_reason']}"
 
 
 @functools.cache

@@ -173,10 +173,8 @@ def test_an_interruption_ends_what_was_started():
 
 
 def test_command_lines(tmp_path):
-    compiling = gpu.compiling("nvcc", "80;90", Path("a/kernel.cu"), tmp_path / "kernel.o")
-    assert compiling[:4] == [
-        "nvcc", "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90", "-std=c++17"
-    ]  # fmt: skip
+    compiling = gpu.compiling("nvcc", "90", Path("a/kernel.cu"), tmp_path / "kernel.o")
+    assert compiling[:3] == ["nvcc", "-gencode=arch=compute_90,code=sm_90", "-std=c++17"]
     assert {"-fmad=false", "-DFASTDDPM_CUDA", "-lineinfo", f"-I{gpu.ROOT / 'csrc'}"} <= set(compiling)
     assert compiling[-4:] == ["-c", "a/kernel.cu", "-o", str(tmp_path / "kernel.o")]
     assert gpu.sanitizing("compute-sanitizer", "racecheck", Path("driver")) == [
@@ -185,14 +183,6 @@ def test_command_lines(tmp_path):
     pytest_command = gpu.pytest_command(["tests/test_gpu.py", "-k", "cuda"], Path("junit.xml"))
     assert pytest_command[:4] == [sys.executable, "-P", "-m", "pytest"]
     assert pytest_command[-4:] == ["--junitxml=junit.xml", "tests/test_gpu.py", "-k", "cuda"]
-
-
-def test_architectures(monkeypatch):
-    monkeypatch.setenv("FASTDDPM_CUDA_ARCHS", "100")
-    assert gpu.architectures() == "100"
-    monkeypatch.delenv("FASTDDPM_CUDA_ARCHS")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert gpu.architectures() == "90"
 
 
 def test_what_is_measured_is_what_is_installed(tmp_path, monkeypatch):
@@ -622,7 +612,7 @@ def test_sanitize_builds_and_runs_every_tool(tmp_path, monkeypatch):
         ran.append(list(map(str, command)))
         return 0, CLEAN, 1.0
 
-    monkeypatch.setenv("FASTDDPM_CUDA_ARCHS", "90")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu, "limited", run)
     monkeypatch.setattr(gpu, "tool", lambda name: name)
     settings = gpu.arguments().parse_args(["sanitize", "--out", str(tmp_path)])
