@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.util
+import re
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -35,6 +38,11 @@ except ImportError:
 
 T = 1000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ABSURD = 5  # times float32's time, beyond which nobody would choose a dtype
+
+
+class LeftOut(Exception):
+    """Why a contestant, or a limit, is not measured."""
 
 
 @dataclasses.dataclass
@@ -44,6 +52,7 @@ class Contestant:
     # Seconds of k steps, behind one that is not timed: only a chain's first meets memory that is new to the process.
     steps: Callable[[int], float]
     slack: float = 1.0  # how many times the tolerance of its precision its error may be
+    isa: dict[str, int] | None = None  # instruction set -> layers that run on it, where the library tells
 
 
 Entrant = contextlib.AbstractContextManager[Contestant]
@@ -74,24 +83,65 @@ def stirred(model: UNet) -> UNet:
     return model
 
 
-def macs(model: UNet) -> int:
-    """Products of one image as the network is written down: convolutions, linear layers, attention."""
-    total = 0
+def macs(model: UNet) -> tuple[int, int]:
+    """Multiply-adds of one image as the network is written down: of convolutions; of linear layers and attention."""
+    convolutions = products = 0
 
     def count(layer: nn.Module, _: object, out: torch.Tensor) -> None:
-        nonlocal total
+        nonlocal convolutions, products
         if isinstance(layer, nn.Conv2d):
-            total += out.numel() * layer.weight[0].numel()
+            convolutions += out.numel() * layer.weight[0].numel()
         elif isinstance(layer, nn.Linear):
-            total += out.numel() * layer.in_features
+            products += out.numel() * layer.in_features
         elif isinstance(layer, Attention):  # beside its linear layers: scores, and what they weigh
-            total += 2 * out[0, 0].numel() * out.numel()
+            products += 2 * out[0, 0].numel() * out.numel()
 
     shapes = copy.deepcopy(model).to("meta")
     for layer in shapes.modules():
         layer.register_forward_hook(count)
     shapes(torch.empty(1, *model.shape, device="meta"), torch.empty(1, dtype=torch.int64, device="meta"))
-    return total
+    return convolutions, products
+
+
+# ------------------------------------------------------------------------------------- what a dtype would take
+
+
+@functools.cache
+def rates(precision: str) -> tuple[float, float]:
+    """Multiply-adds a second of torch's convolutions and of its matrix products on this processor, by a short probe.
+
+    The probe is small, so that it ends soon where a processor has no instructions for the dtype, and on one thread, as
+    threads that wait for each other would hide the difference between dtypes.
+    """
+    dtype, threads = DTYPES[precision], torch.get_num_threads()
+    layer = nn.Conv2d(128, 128, 3, padding=1).to(dtype, memory_format=torch.channels_last)
+    image = torch.randn(1, 128, 32, 32).to(dtype, memory_format=torch.channels_last)
+    matrix = torch.randn(256, 256).to(dtype)
+
+    def rate(call: Callable[[], torch.Tensor], work: int) -> float:
+        taken = []
+        while len(taken) < 10 and sum(taken) < 0.3:
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+        return threads * work / min(taken)
+
+    torch.set_num_threads(1)
+    try:
+        convolutions = rate(lambda: layer(image), image.numel() * layer.weight[0].numel())
+        return convolutions, rate(lambda: matrix @ matrix, 256**3)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def refuse_if_absurd(what: str, precision: str, convolutions: int, products: int) -> None:
+    """LeftOut where so many multiply-adds in a dtype would take absurdly long on this processor."""
+    seconds, usual = (convolutions / r[0] + products / r[1] for r in (rates(precision), rates("float32")))
+    if seconds > ABSURD * usual:
+        raise LeftOut(
+            f"{what} in {precision} would take about {seconds:.2g} s here, {seconds / usual:.0f} times as long as in "
+            "float32 (by a short probe)"
+        )
 
 
 class PlainNorm(nn.Module):
@@ -239,6 +289,8 @@ def as_it_comes(model: UNet, batch: int, tf32: bool) -> Iterator[Contestant]:
 def tuned(model: UNet, batch: int, precision: str, options: dict[str, object] | None = None) -> Iterator[Contestant]:
     """The same loop with the network channels_last, compiled where options are given; all timesteps on the device already."""
     device, dtype = next(model.parameters()).device, DTYPES[precision]
+    if device.type == "cpu":
+        refuse_if_absurd("a step", precision, *(batch * count for count in macs(model)))
     unet = Peer(model).to(device, dtype, memory_format=torch.channels_last)
     timesteps = torch.arange(T, device=device)[:, None].expand(T, batch).contiguous()
     # fullgraph: whatever made torch.compile fall back to eager code is an error, not a slow peer.
@@ -255,16 +307,25 @@ def openvino(model: UNet, batch: int, precision: str) -> Iterator[Contestant]:
     sys.modules.setdefault("openvino_telemetry", None)  # or it would tell its makers of this run
     import openvino as ov
 
-    x, timesteps = torch.zeros(batch, *model.shape), torch.arange(T)[:, None].expand(T, batch).contiguous()
-    with warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning):  # shapes are what they are
-        converted = ov.convert_model(Peer(model), example_input=(x, timesteps[0]))
-    converted.reshape({converted.inputs[0]: list(x.shape), converted.inputs[1]: [batch]})
     options = {
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    request = ov.compile_model(converted, "CPU", options).create_infer_request()
+    if precision == "bfloat16":  # on a processor without such products it computes in float32, or fails in the end
+        small = ov.convert_model(nn.Softmax(-1), example_input=torch.zeros(1, 8))
+        try:
+            used = ov.compile_model(small, "CPU", options).get_property("INFERENCE_PRECISION_HINT").to_string()
+        except RuntimeError as problem:
+            raise LeftOut("OpenVINO compiles no bfloat16 for this processor") from problem
+        if used != "bf16":
+            raise LeftOut(f"OpenVINO computes in {used} on this processor where bfloat16 is asked for")
+    x, timesteps = torch.zeros(batch, *model.shape), torch.arange(T)[:, None].expand(T, batch).contiguous()
+    with warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning):  # shapes are what they are
+        converted = ov.convert_model(Peer(model), example_input=(x, timesteps[0]))
+    converted.reshape({converted.inputs[0]: list(x.shape), converted.inputs[1]: [batch]})
+    compiled = ov.compile_model(converted, "CPU", options)
+    request = compiled.create_infer_request()
     del converted
 
     def call(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -272,6 +333,10 @@ def openvino(model: UNet, batch: int, precision: str) -> Iterator[Contestant]:
         return torch.from_numpy(request.infer(given, share_inputs=True, share_outputs=True)[0])
 
     contestant = in_their_loop(precision, call, model, batch)
+    about = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+    kernels = [info["primitiveType"].value for info in about if "primitiveType" in info]  # as in brgconv_avx2_1x1_f32
+    # MLAS, which forms products of linear layers, chooses by itself, whatever the rest is capped to.
+    contestant.isa = dict(Counter(found[0] for name in kernels if (found := re.search("avx[0-9]*|amx|mlas", name))))
     if precision == "bfloat16":  # of which it makes more use than others, and errs by 0.06
         contestant.slack = 2
     yield contestant
@@ -333,34 +398,37 @@ def captured(model: UNet, batch: int, options: dict[str, object]) -> Iterator[Co
 
 
 def entrants(model: UNet, batch: int, quick: bool) -> dict[str, Entrant]:
-    """name -> contestant, to be entered. quick: without those that compile."""
+    """name -> contestant, to be entered. quick: without those that compile.
+
+    As time may run out, those that bars are about come first, and of the others the stronger ones.
+    """
     on_gpu = next(model.parameters()).is_cuda
-    field = {
-        "fastddpm reference": ours(model, batch, "float32", "reference"),
-        F32: ours(model, batch, "float32"),
-        BF16: ours(model, batch, "bfloat16"),
-    }
+    field = {F32: ours(model, batch, "float32"), BF16: ours(model, batch, "bfloat16")}
+    reference = {"fastddpm reference": ours(model, batch, "float32", "reference")}
     theirs = UNet2DModel is not None
     if theirs:
         field[DEFAULTS] = as_it_comes(model, batch, tf32=on_gpu)
     if on_gpu:
+        field |= reference
         if theirs:
             field["diffusers, float32"] = as_it_comes(model, batch, tf32=False)
-        if not quick:  # the stronger ones first, as time may run out
+        if not quick:
             name = f"torch.compile of {'diffusers' if theirs else 'the plain network'}, {GRAPH}"
             for suffix, options in inductor_settings("max-autotune-no-cudagraphs").items():
                 field[f"{name}{suffix}"] = captured(model, batch, options)
         if theirs and not quick:
             for suffix, options in inductor_settings("max-autotune").items():
                 field[f"torch.compile of diffusers{suffix}"] = tuned(model, batch, "bfloat16", options)
-    elif theirs:
+        return field
+    if theirs and importlib.util.find_spec("openvino") is not None:
+        field |= {f"{OPENVINO} {precision}": openvino(model, batch, precision) for precision in DTYPES}
+    field |= reference
+    if theirs:
         field["diffusers, bfloat16 channels_last"] = tuned(model, batch, "bfloat16")
-        if importlib.util.find_spec("openvino") is not None:
-            field |= {f"{OPENVINO} {precision}": openvino(model, batch, precision) for precision in DTYPES}
         if not quick:
             freezing = {"freezing": True}
             field |= {
                 f"torch.compile of diffusers, {precision}": tuned(model, batch, precision, freezing)
-                for precision in DTYPES
+                for precision in ("bfloat16", "float32")
             }
     return field

@@ -119,6 +119,24 @@ class Rotation:
         return self.sets[self.turn]
 
 
+# -------------------------------------------------------------------------------------------------- clock
+
+
+class Clock:
+    """The time that a run may take."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.end = seconds, time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a line, at once also into a file, behind the time that has passed and the time that there is."""
+        passed, all_of_it = (f"{s // 60:2}:{s % 60:02}" for s in (int(self.seconds - self.left()), int(self.seconds)))
+        print(f"[{passed} of {all_of_it.strip()}] {text}", flush=True)
+
+
 # --------------------------------------------------------------------------------------------------- load
 
 

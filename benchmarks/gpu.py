@@ -38,7 +38,7 @@ import kernels
 import steps_per_sec
 import torch
 from _bars import BF16, F32, cells, engine_bars
-from _harness import commit, machine, print_table, version, versions, write_json
+from _harness import Clock, commit, machine, print_table, version, versions, write_json
 from ptxas import arithmetic_flags
 
 import fastddpm
@@ -200,14 +200,6 @@ def tail(text: str, lines: int = 15) -> list[str]:
     return text.rstrip().splitlines()[-lines:]
 
 
-class Clock:
-    def __init__(self, limit: float) -> None:
-        self.end = time.monotonic() + limit
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-
 def together(jobs: dict[str, Callable[[], dict]], workers: int, done: Callable[[str, dict], None]) -> None:
     """Run jobs side by side; done(name, result) is called for each as it ends, one at a time."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -342,17 +334,18 @@ UNITS = (
 )  # fmt: skip
 
 
-AFTERWARDS = 120  # seconds that a unit takes beside its contestants' set-up
+SHORTEST = 120  # seconds without which no unit is begun
+AROUND = 30  # seconds that a process takes before it announces its time, and after
 
 
 def measuring(name: str, batch: int, to: Path, left: float, force: bool) -> list[str]:
     script = str(ROOT / "benchmarks" / "steps_per_sec.py")
-    options = ["--device", "cuda", "--network", name, "--batch", str(batch), "--seconds", "20", "--json", str(to)]
-    return [sys.executable, script, *options, f"--patience={left - AFTERWARDS:.0f}", *(["--force"] if force else [])]
+    options = ["--device", "cuda", "--network", name, "--batch", str(batch), "--json", str(to)]
+    return [sys.executable, script, *options, f"--minutes={(left - AROUND) / 60:.2f}", *(["--force"] if force else [])]
 
 
 def whole(result: dict) -> bool:
-    return not any(why.startswith("Late") for why in result["left_out"].values())
+    return not any(why.startswith(steps_per_sec.NO_TIME) for why in result["left_out"].values())
 
 
 def run_engine(record: Record, settings: argparse.Namespace, clock: Clock) -> bool:
@@ -365,7 +358,7 @@ def run_engine(record: Record, settings: argparse.Namespace, clock: Clock) -> bo
         earlier = [r for r in results if (r["network"], r["batch"]) == (name, batch)]
         if settings.only not in unit or any(map(whole, earlier)):
             continue
-        if clock.left() <= AFTERWARDS:
+        if clock.left() <= SHORTEST:
             break
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "results.json"

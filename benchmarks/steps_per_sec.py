@@ -1,6 +1,13 @@
 """End to end: steps of the paper's chain a second, against the best that a user could pick instead, with the same weights.
 
-    python benchmarks/steps_per_sec.py [--device cuda] [--network lsun256] [--batch 1 16] [--quick] [--json PATH] [--plot PATH]
+    python benchmarks/steps_per_sec.py [--isa avx2] [--device cuda] [--network lsun256] [--batch 1 16]
+                                       [--quick] [--minutes 12] [--json PATH] [--plot PATH]
+
+A run ends within the minutes that it announces. Each batch size has a share of them, and a quarter of that is kept for
+the rounds that are timed. Who no longer fits is left out, as is who would compute in a dtype that this processor takes
+absurdly long for, by a short probe (`_contestants.refuse_if_absurd`).
+
+`--isa avx2` caps every contestant to AVX2, so that a machine with wider vectors shows both kinds of processor (`_isa.py`).
 
 A step is the whole of it: the network, the posterior mean, fresh noise. Parity first: each contestant's prediction is
 held against the network in float64 at a few timesteps before anybody is timed, and who is wrong is left out. Then all
@@ -21,6 +28,7 @@ import contextlib
 import copy
 import ctypes
 import gc
+import os
 import statistics
 import subprocess
 import sys
@@ -32,9 +40,22 @@ from unittest import mock
 
 import torch
 from _bars import BF16, DEFAULTS, F32, cells, engine_bars
-from _contestants import DTYPES, Contestant, Entrant, T, UNet2DModel, entrants, macs, synchronize, the_network
+from _contestants import (
+    DTYPES,
+    Contestant,
+    Entrant,
+    LeftOut,
+    T,
+    UNet2DModel,
+    entrants,
+    macs,
+    refuse_if_absurd,
+    synchronize,
+    the_network,
+)
 from _graphs import refuse_if_used
-from _harness import Load, Timing, alternate, arguments, bar_chart, check_outputs, print_table, provenance, write_json
+from _harness import Clock, Load, Timing, arguments, bar_chart, check_outputs, print_table, provenance, write_json
+from _isa import CAP, capped, set_isa
 from torch import nn
 
 import fastddpm
@@ -52,6 +73,10 @@ TOLERANCE = {"float32": 5e-5, "tf32": 5e-3, "bfloat16": 5e-2}  # rms error / rms
 PRODUCT = {"cpu": (2048, 1), "cuda": (8192, 10)}  # side of the matrices whose product is the limit, products in a turn
 TURN = {"cpu": 25e9, "cuda": 16e12}  # a turn has as many steps as make so many multiply-adds, from 1
 MOST = 50  # to this many
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 20
+MINUTES = {"cpu": 12, "cuda": 60}  # that a run may take
+QUICK_MINUTES = 4
+NO_TIME = "no time left"
 
 
 # --------------------------------------------------------------------------------------------------- memory
@@ -123,21 +148,33 @@ except First:
 """
 
 
-def cold(name: str, batch: int, device: torch.device) -> dict[str, float]:
-    """Seconds from a new process's first call of `fastddpm.sample` to the end of its first step, by dtype: medians of three."""
+def cold(name: str, batch: int, device: torch.device, seconds: float) -> dict[str, float]:
+    """Seconds from a new process's first call of `fastddpm.sample` to the end of its first step, by dtype.
+
+    Medians of three, or of as many as fit into so many seconds, at least one.
+    """
 
     def once(dtype: str) -> float:
         command = [sys.executable, "-P", "-c", COLD, name, str(batch), device.type, dtype]
         return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
-    return {dtype: statistics.median(once(dtype) for _ in range(3)) for dtype in DTYPES}
+    start, found = time.monotonic(), {dtype: [] for dtype in DTYPES}
+    for n in (1, 2, 3):
+        for dtype, taken in found.items():
+            taken.append(once(dtype))
+        if (time.monotonic() - start) * (n + 1) / n > seconds:
+            break
+    return {dtype: statistics.median(taken) for dtype, taken in found.items()}
 
 
-def own(model: UNet, batch: int, device: torch.device) -> float:
-    """Milliseconds a step that a warm call of `fastddpm.sample` takes beside the network, of all its steps and itself."""
+def own(model: UNet, batch: int, device: torch.device, seconds: float) -> float:
+    """Milliseconds a step that a warm call of `fastddpm.sample` takes beside the network, of all its steps and itself.
+
+    The median of three calls, or of as many as fit into so many seconds, at least one.
+    """
     idle, taken = copy.deepcopy(model), []
     with mock.patch.object(UNet, "body", lambda self, x, embedding: torch.zeros_like(x)):
-        for _ in range(4):
+        while len(taken) < 2 or (len(taken) < 4 and sum(taken) < seconds):
             start = time.perf_counter()
             fastddpm.sample(idle, batch, batch_size=batch, dtype=torch.bfloat16, seed=0, progress=False)
             synchronize(device)
@@ -152,25 +189,23 @@ class Late(BaseException):
     """The time for setting up is over. Not an Exception: compilers catch these."""
 
     def __str__(self) -> str:
-        return "out of time"
+        return ": ".join([NO_TIME, *self.args])
 
 
 @contextlib.contextmanager
-def until(deadline: float | None) -> Iterator[None]:
-    """Raise Late inside the block when time.monotonic() gets to the deadline.
+def within(seconds: float) -> Iterator[None]:
+    """Raise Late inside the block when it has taken so long.
 
     Not by a signal: OpenVINO leaves the process an alternate signal stack that it has freed.
     """
-    if deadline is None:
-        yield
-        return
     target = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(Late)
-    timer = threading.Timer(deadline - time.monotonic(), ctypes.pythonapi.PyThreadState_SetAsyncExc, target)
+    timer = threading.Timer(seconds, ctypes.pythonapi.PyThreadState_SetAsyncExc, target)
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+        timer.join()  # a Late that has been thrown by now arrives here, and not behind the block
 
 
 def exact(model: UNet, x: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -181,14 +216,14 @@ def exact(model: UNet, x: torch.Tensor) -> dict[int, torch.Tensor]:
 
 
 def error(contestant: Contestant, x: torch.Tensor, truth: dict[int, torch.Tensor]) -> float:
-    """The largest rms error / rms of the prediction; raises ValueError where that is over the tolerance."""
+    """The largest rms error / rms of the prediction; raises LeftOut where that is over the tolerance."""
     errors = []
     for t, y in truth.items():
         difference = contestant.predict(x, t)[:FEW].double() - y
         errors.append(float(difference.square().mean().sqrt() / y.square().mean().sqrt()))
     allowed = contestant.slack * TOLERANCE[contestant.precision]
     if not all(e <= allowed for e in errors):  # a NaN is not
-        raise ValueError(f"wrong: error {max(errors):.2g}, allowed {allowed:.2g}; not timed")
+        raise LeftOut(f"wrong: error {max(errors):.2g}, allowed {allowed:.2g}; not timed")
     return max(errors)
 
 
@@ -205,22 +240,36 @@ def kernels(contestant: Contestant) -> int | None:
 
 
 def examined(
-    entrant: Entrant, stack: contextlib.ExitStack, model: UNet, x: torch.Tensor, truth: dict[int, torch.Tensor]
+    entrant: Entrant,
+    stack: contextlib.ExitStack,
+    model: UNet,
+    x: torch.Tensor,
+    truth: dict[int, torch.Tensor],
+    per_turn: int,
+    left: Callable[[], float],
 ) -> tuple[Contestant, dict[str, object]]:
-    """Set a contestant up, and find everything about it but its speed; ValueError where its output is wrong."""
+    """Set a contestant up, and find everything about it; its speed only roughly.
+
+    Raises LeftOut where its output is wrong, and Late where the seconds left are too few for what remains to be done.
+    """
     device = x.device
     stood, held = standing(device), highest(lambda: None, device)
-    start = time.perf_counter()
+    start, taken = time.perf_counter(), []
     contestant = stack.enter_context(entrant)
-    contestant.steps(2)  # three steps, after which nothing is done for the first time
-    setup = time.perf_counter() - start - 3 * contestant.steps(1)
-    stands, peak = standing(device), highest(lambda: contestant.steps(1), device)
+    warm = 2 if device.type == "cuda" else 1  # behind another one; torch captures its CUDA graphs in the second step
+    contestant.steps(warm)
+    setup = time.perf_counter() - start
+    stands, peak = standing(device), highest(lambda: taken.append(contestant.steps(1)), device)
+    (step,) = taken
+    if step * (len(truth) + FEWEST_ROUNDS * (1 + per_turn)) > left():
+        raise Late(f"a step takes {step:.3g} s")
     return contestant, {
-        "setup_s": max(0.0, setup),
+        "setup_s": max(0.0, setup - (1 + warm) * step),
         "memory": None if peak is None else peak - held,
         "added_of_weights": None if stands is None else max(0, stands - stood) / weight_bytes(model),
         "kernels": kernels(contestant) if device.type == "cuda" else None,
         "error": error(contestant, x, truth),
+        "rough_step_s": step,
     }
 
 
@@ -240,42 +289,48 @@ def product(precision: str, device: torch.device) -> Callable[[], float]:
     return seconds
 
 
-def measure(model: UNet, name: str, batch: int, settings: argparse.Namespace) -> dict[str, object]:
-    """All contestants with one network at one batch size, as it goes into the JSON."""
-    deadline = None if settings.patience is None else time.monotonic() + settings.patience
-    torch.compiler.reset()  # code compiled for earlier shapes would count against dynamo's limit of versions
-    device, work = next(model.parameters()).device, macs(model) * batch
-    per_turn = settings.steps or max(1, min(MOST, int(TURN[device.type] / work)))
-    result = {
-        "network": name,
-        "batch": batch,
-        "steps_per_turn": per_turn,
-        "gmac_per_image": work / batch / 1e9,
-        "cold_s": cold(name, batch, device),
-        "own_ms": own(model, batch, device),
-    }
-    torch.manual_seed(batch)
-    x = torch.randn(batch, *model.shape, device=device)
-    truth, field, found, left_out = exact(model, x[:FEW]), {}, {}, {}
-    with contextlib.ExitStack() as stack:
-        for who, entrant in entrants(model, batch, settings.quick).items():
-            try:
-                with until(deadline):
-                    field[who], found[who] = examined(entrant, stack, model, x, truth)
-            except (Exception, Late) as problem:  # one contestant's failure is not the others'
-                left_out[who] = f"{type(problem).__name__}: {problem}".splitlines()[0]
-        calls = {who: lambda c=c: c.steps(per_turn) for who, c in field.items()}
-        limits = {precision: product(precision, device) for precision in DTYPES}
-        timings = alternate(
-            {**calls, **limits},
-            self_timed={**calls, **limits},
-            rounds=settings.rounds,
-            seconds=settings.seconds,
-            least=0,
-            label=f"{name}, batch {batch}",
-        )
-    flops = {precision: 2 * PRODUCT[device.type][0] ** 3 / timings[precision].median for precision in limits}
-    step = {who: Timing([s / per_turn for s in timings[who].seconds]) for who in field}
+def limits(device: torch.device) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
+    """Precision -> what times a matrix product; and why one is left out."""
+    found, left_out = {}, {}
+    for precision in DTYPES:
+        side, _ = PRODUCT[device.type]
+        try:
+            if device.type == "cpu":
+                refuse_if_absurd(f"a product of {side} x {side} matrices", precision, 0, side**3)
+            found[precision] = product(precision, device)
+        except LeftOut as problem:
+            left_out[f"the limit in {precision}"] = str(problem)
+    return found, left_out
+
+
+def in_turn(
+    calls: dict[str, Callable[[], float]], rounds: int, left: Callable[[], float], say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """What every call returns, once in each round, which each start with another call; fewer rounds where time runs out."""
+    names, taken, longest, said = list(calls), {who: [] for who in calls}, 0.0, time.monotonic()
+    for n in range(rounds):
+        if n >= FEWEST_ROUNDS and left() < longest:
+            break
+        start, first = time.monotonic(), n % len(names)
+        for who in names[first:] + names[:first]:
+            taken[who].append(calls[who]())
+        longest = max(longest, time.monotonic() - start)
+        if time.monotonic() - said > 15:
+            say(f"round {n + 1} of {rounds}")
+            said = time.monotonic()
+    return taken
+
+
+def figures(
+    field: dict[str, Contestant],
+    found: dict[str, dict[str, object]],
+    step: dict[str, Timing],
+    flops: dict[str, float],
+    model: UNet,
+    batch: int,
+) -> dict[str, dict[str, object]]:
+    """Contestant -> all that the JSON has of it. flops: of the matrix products that are the limit, a second."""
+    work = sum(macs(model)) * batch
     peers = {who: timing.median for who, timing in step.items() if not who.startswith("fastddpm")}
     contestants = {}
     for who, contestant in field.items():
@@ -288,6 +343,7 @@ def measure(model: UNet, name: str, batch: int, settings: argparse.Namespace) ->
         contestants[who] = {
             **step[who].milliseconds(),
             "precision": contestant.precision,
+            "isa": contestant.isa,
             "steps_per_s": 1 / median,
             "images_per_s": batch / (about["setup_s"] + T * median),
             "setup_s": about["setup_s"],
@@ -300,6 +356,88 @@ def measure(model: UNet, name: str, batch: int, settings: argparse.Namespace) ->
             "times_faster_than_best_alike": min(alike) / median if alike else None,
             "error": about["error"],
         }
+    return contestants
+
+
+def measure(
+    model: UNet, name: str, batch: int, quick: bool, clock: Clock, later: float, tried: dict[str, float]
+) -> dict[str, object]:
+    """All contestants with one network at one batch size, as it goes into the JSON.
+
+    later: seconds of the clock that belong to what comes afterwards. tried: how long the set-up of each contestant has
+    taken at earlier batch sizes, finished or not; this one's go in as well.
+    """
+
+    def left() -> float:
+        return clock.left() - later
+
+    def say(text: str) -> None:
+        clock.say(f"batch {batch}: {text}")
+
+    gc.collect()
+    gc.freeze()  # what has been imported stays: the collections around memory's measurements needn't go through it
+    torch.compiler.reset()  # code compiled for earlier shapes would count against dynamo's limit of versions
+    device, share = next(model.parameters()).device, left()
+    work = sum(macs(model)) * batch
+    per_turn = max(1, min(MOST, int(TURN[device.type] / work)))
+    say(f"timing first calls in new processes, and the loop without a network; this batch size has {share:.0f} s")
+    result = {
+        "network": name,
+        "batch": batch,
+        "steps_per_turn": per_turn,
+        "gmac_per_image": work / batch / 1e9,
+        "cold_s": cold(name, batch, device, share / 10),
+        "own_ms": own(model, batch, device, share / 20),
+    }
+    torch.manual_seed(batch)
+    x = torch.randn(batch, *model.shape, device=device)
+    truth, field, found = exact(model, x[:FEW]), {}, {}
+    products, left_out = limits(device)
+    turn = {precision: PRODUCT[device.type][1] * call() for precision, call in products.items()}  # seconds in a round
+
+    def free() -> float:
+        """Seconds left for set-ups: a quarter of the share is for the rounds, or as much as the fewest and one more take."""
+        return left() - max((FEWEST_ROUNDS + 1) * sum(turn.values()), share / 4)
+
+    for who, why in left_out.items():
+        say(f"{who}: left out: {why}")
+    with contextlib.ExitStack() as stack:
+        everybody = entrants(model, batch, quick)
+        for n, (who, entrant) in enumerate(everybody.items(), 1):
+            say(f"setting up {who}")
+            start = time.monotonic()
+            allowed = free() if n == len(everybody) else free() / 2  # nobody takes all that the others wait for
+            try:
+                if 0 < allowed < tried.get(who, 0):
+                    raise Late(f"its set-up took {tried[who]:.0f} s at an earlier batch size")
+                with within(allowed):
+                    contestant, about = examined(entrant, stack, model, x, truth, per_turn, free)
+                field[who], found[who] = contestant, about
+                turn[who] = (1 + per_turn) * about["rough_step_s"]
+                layers = ", ".join(f"{n} {isa}" for isa, n in (contestant.isa or {}).items())
+                say(
+                    f"{who}: set up in {time.monotonic() - start:.1f} s, error {about['error']:.2g}, "
+                    f"roughly {1e3 * about['rough_step_s']:.3g} ms a step{layers and f'; layers: {layers}'}"
+                )
+            except (Exception, Late) as problem:  # one contestant's failure is not the others'
+                kind = "" if isinstance(problem, (LeftOut, Late)) else f"{type(problem).__name__}: "
+                left_out[who] = f"{kind}{problem}".splitlines()[0]
+                say(f"{who}: left out: {left_out[who]}")
+            tried[who] = max(tried.get(who, 0), time.monotonic() - start)
+        for who in reversed(list(field)):  # whose set-up took longer than there was
+            if FEWEST_ROUNDS * sum(turn.values()) > left():
+                del field[who], turn[who]
+                left_out[who] = NO_TIME
+                say(f"{who}: left out: {NO_TIME}")
+        one = sum(turn.values())
+        rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(left() / one)))
+        say(f"up to {rounds} rounds of about {one:.1f} s, with all {len(field)} contestants in turn")
+        calls = {who: lambda c=c: c.steps(per_turn) for who, c in field.items()}
+        taken = in_turn({**calls, **products}, rounds, left, say)
+    timings = {who: Timing(seconds) for who, seconds in taken.items()}
+    flops = {precision: 2 * PRODUCT[device.type][0] ** 3 / timings[precision].median for precision in products}
+    step = {who: Timing([s / per_turn for s in timings[who].seconds]) for who in field}
+    contestants = figures(field, found, step, flops, model, batch)
     rates = {precision: rate / 1e9 for precision, rate in flops.items()}
     return {**result, "matmul_gflop_per_s": rates, "contestants": contestants, "left_out": left_out}
 
@@ -308,10 +446,13 @@ def table(results: list[dict]) -> None:
     def cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    rows = []
+    header = ["", "ms a step", "p20", "p80", "steps/s", "images/s", "setup s", "memory MB", "added", "kernels"]
+    header += ["of matmul", "x diffusers", "x best peer", "x same precision"]
     for result in results:
         rates = ", ".join(f"{name} {rate:.0f}" for name, rate in result["matmul_gflop_per_s"].items())
-        rows.append([f"{result['network']}, batch {result['batch']} (GFLOP/s of matmul here: {rates})"])
+        rounds = max((c["rounds"] for c in result["contestants"].values()), default=0)
+        unit = f"{result['network']}, batch {result['batch']}, {rounds} rounds"
+        rows = [[f"{unit} (GFLOP/s of matmul here: {rates})"]]
         for name, c in result["contestants"].items():
             rows.append(
                 [
@@ -329,37 +470,51 @@ def table(results: list[dict]) -> None:
                     cell(c["times_faster_than_best_alike"], ".2f"),
                 ]
             )
-        rows += [[f"  left out: {name}: {why}"] for name, why in result["left_out"].items()]
+        print_table(header, rows)
+        for name, why in result["left_out"].items():
+            print(f"  left out: {name}: {why}")
         first = ", ".join(f"{seconds:.2f} s in {dtype}" for dtype, seconds in result["cold_s"].items())
-        rows.append([f"  a cold call's first step: {first}; a warm call's own time: {result['own_ms']:.2f} ms a step"])
-    header = ["", "ms a step", "p20", "p80", "steps/s", "images/s", "setup s", "memory MB", "added", "kernels"]
-    print_table([*header, "of matmul", "x diffusers", "x best peer", "x same precision"], rows)
+        print(
+            f"  a cold call's first step: {first}; a warm call's own time: {result['own_ms']:.2f} ms a step\n",
+            flush=True,
+        )
 
 
 def parser() -> argparse.ArgumentParser:
     made = arguments("Time whole steps of the paper's chain, beside those who run the same network.")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--network", choices=("cifar10", "lsun256"), default="cifar10", help="the paper's, by image size")
+    made.add_argument(
+        "--isa", choices=("native", "avx2"), default="native", help="avx2: every contestant is capped to it"
+    )
     made.add_argument("--batch", type=int, nargs="+", help="images at once; default what the device's bars are about")
-    made.add_argument("--steps", type=int, help="steps in one turn; default by how much a step computes")
-    made.add_argument("--rounds", type=int, help="turns of each contestant; default what fits into --seconds")
-    made.add_argument("--seconds", type=float, default=60.0, help="time spent on each batch size, after the set-up")
-    made.add_argument("--patience", type=float, help="seconds that the set-up may take; default as many as it does")
     made.add_argument("--quick", action="store_true", help="without those that need minutes to set up (torch.compile)")
+    made.add_argument(
+        "--minutes",
+        type=float,
+        help=f"that the run may take; default {QUICK_MINUTES} with --quick, else {MINUTES['cpu']}, on a GPU {MINUTES['cuda']}",
+    )
     return made
 
 
 def main() -> None:
     settings = parser().parse_args()
     check_outputs(settings)
-    for name in ("steps", "rounds"):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            sys.exit(f"--{name}: got {getattr(settings, name)}; expected at least 1")
     if settings.device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device")
     settings.batch = settings.batch or BATCHES[settings.device, settings.network]
     if min(settings.batch) < 1:
         sys.exit(f"--batch: got {settings.batch}; expected numbers >= 1")
+    if settings.minutes is None:
+        settings.minutes = QUICK_MINUTES if settings.quick else MINUTES[settings.device]
+    if not settings.minutes > 0:
+        sys.exit(f"--minutes: got {settings.minutes:g}; expected a number > 0")
+    set_isa(settings.isa, settings.device)
+    clock = Clock(60 * settings.minutes)
+    clock.say(
+        f"{settings.network} on {settings.device}, {settings.isa}, batch {', '.join(map(str, settings.batch))}: "
+        f"this ends within {settings.minutes:g} minutes"
+    )
     torch.set_grad_enabled(False)
     if backend.native is None:
         print(f"no compiled kernels here: {backend.unavailable('cpu')}")
@@ -369,15 +524,27 @@ def main() -> None:
         refuse_if_used(settings.force)
 
     load = Load(settings.force)
+    isa = {"asked": settings.isa, "variables": {name: os.environ[name] for name in CAP if name in os.environ}}
+    if settings.isa == "avx2":
+        isa["capped"] = capped(settings.quick)
+        clock.say("every contestant is capped to AVX2, but for a part of OpenVINO; how that is known:")
+        for what, known in isa["capped"].items():
+            clock.say(f"  {what}: {known}")
     model = the_network(settings.network).to(settings.device)
-    results = [measure(model, settings.network, batch, settings) for batch in settings.batch]
-    table(results)
-    bars = engine_bars(results, settings.device)
-    print()
+    results, tried = [], {}
+    # What is kept for the end: results are written, and a call into a library can't be interrupted.
+    end = clock.seconds / 20
+    weights = [1 + min(batch, 16) / 16 for batch in settings.batch]  # for set-up, and for steps
+    for i, batch in enumerate(settings.batch):
+        later = end + (clock.left() - end) * sum(weights[i + 1 :]) / sum(weights[i:])
+        results.append(measure(model, settings.network, batch, settings.quick, clock, later, tried))
+        table(results[-1:])
+    narrow = settings.device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    bars = engine_bars(results, "avx2" if narrow else settings.device)
     print_table(["bar", "wanted", "measured", "reached", "where"], cells(bars))
     loaded = load.report()
     if settings.json is not None:
-        content = {"benchmark": "steps_per_sec", **provenance(settings), "load": loaded, "results": results}
+        content = {"benchmark": "steps_per_sec", **provenance(settings), "isa": isa, "load": loaded, "results": results}
         write_json(settings.json, {**content, "bars": bars})
     if settings.plot is not None:
         panels = {

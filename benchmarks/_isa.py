@@ -1,0 +1,80 @@
+"""The cap to AVX2 of steps_per_sec.py, by which a machine with wider vectors shows what a processor without them can do."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import torch
+
+from fastddpm import backend
+
+# What caps each library to AVX2: torch, oneDNN (torch's and OpenVINO's), fastddpm, MKL (on Intel's processors), and the
+# compiler behind torch.compile. Each is read when its library loads.
+CAP = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "FASTDDPM_CPU_VARIANT": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "TORCHINDUCTOR_CPP_MARCH": "x86-64-v3",
+}
+
+
+def set_isa(isa: str, device: str) -> None:
+    """Go on as this process, or start it anew with the variables of CAP; what cannot be kept ends it with a message."""
+    there = {name: os.environ[name] for name in CAP if name in os.environ}
+    listed = " ".join(f"{name}={value}" for name, value in there.items())
+    if isa == "native":
+        if there and device == "cpu":
+            sys.exit(
+                f"--isa native: the environment has {listed}, which caps libraries; unset that, or pass --isa avx2"
+            )
+        return
+    if device != "cpu":
+        sys.exit(f"--isa avx2: only what runs on a CPU can be capped, and --device is {device}; pass --device cpu")
+    if not torch.cpu._is_avx2_supported():
+        sys.exit("--isa avx2: this processor has no AVX2; leave --isa out to measure what it has")
+    if any(CAP[name] != value for name, value in there.items()):
+        sys.exit(f"--isa avx2: the environment has {listed}, which asks for something else; unset that")
+    if there != CAP:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | CAP)
+
+
+ASKED = """
+import torch
+torch.nn.functional.conv2d(torch.randn(1, 64, 64, 64), torch.randn(64, 64, 3, 3))
+torch.randn(64, 64) @ torch.randn(64, 64)
+"""
+
+
+def capped(quick: bool) -> dict[str, str]:
+    """What contestants compute with -> how it is known that it keeps to AVX2, from this process or the log of one like it."""
+    command, verbose = [sys.executable, "-P", "-c", ASKED], {"ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1"}
+    log = subprocess.run(command, env=os.environ | verbose, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    def logged(pattern: str) -> str:
+        found = re.search(pattern, log)
+        return found[1] if found else "nothing"
+
+    mkl = logged(r"MKL_VERBOSE (.*?),")  # which says most on Intel's processors
+    said = {
+        "fastddpm's kernels": f"{backend.describe()['cpu_variant']}, as fastddpm.backend.describe() says",
+        "torch's kernels": f"{torch.backends.cpu.get_cpu_capability()}, as torch.backends.cpu.get_cpu_capability() says",
+        "torch's convolutions": f"{logged(r'cpu,isa:(.*)')}, {logged(r'convolution,([^,]*),')}, as oneDNN logs",
+    }
+    if not quick:
+        from torch._inductor import config, cpu_vec_isa  # loads slowly
+
+        march = getattr(config.cpp, "march", None)  # older torch compiles for whatever the processor has
+        vectors = cpu_vec_isa.pick_vec_isa()
+        said["torch.compile's kernels"] = f"{vectors}, -march={march or 'native'}, as torch._inductor's settings say"
+    disobeys = [f"{who}: {what}" for who, what in said.items() if "512" in what or "native" in what]
+    if disobeys:
+        sys.exit(f"--isa avx2: not everything keeps to it: {'; '.join(disobeys)}")
+    return {
+        **said,
+        "torch's matrix products": f"MKL_ENABLE_INSTRUCTIONS is set, and MKL logs that it is {mkl}",
+        "OpenVINO": "as its compiled model says of each layer, see its set-up; layers of MLAS can't be capped",
+    }
