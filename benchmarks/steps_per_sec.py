@@ -72,7 +72,8 @@ FEW = 2  # images of a batch that are compared
 TOLERANCE = {"float32": 5e-5, "tf32": 5e-3, "bfloat16": 5e-2}  # rms error / rms of the prediction
 PRODUCT = {"cpu": (2048, 1), "cuda": (8192, 10)}  # side of the matrices whose product is the limit, products in a turn
 TURN = {"cpu": 25e9, "cuda": 16e12}  # a turn has as many steps as make so many multiply-adds, from 1
-MOST = 50  # to this many
+MOST = 50  # to this many; and fewer where time is so short that there wouldn't be
+ENOUGH_ROUNDS = 6  # of them
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 20
 MINUTES = {"cpu": 12, "cuda": 60}  # that a run may take
 QUICK_MINUTES = 4
@@ -245,7 +246,6 @@ def examined(
     model: UNet,
     x: torch.Tensor,
     truth: dict[int, torch.Tensor],
-    per_turn: int,
     left: Callable[[], float],
 ) -> tuple[Contestant, dict[str, object]]:
     """Set a contestant up, and find everything about it; its speed only roughly.
@@ -261,7 +261,7 @@ def examined(
     setup = time.perf_counter() - start
     stands, peak = standing(device), highest(lambda: taken.append(contestant.steps(1)), device)
     (step,) = taken
-    if step * (len(truth) + FEWEST_ROUNDS * (1 + per_turn)) > left():
+    if step * (len(truth) + 2 * FEWEST_ROUNDS) > left():
         raise Late(f"a step takes {step:.3g} s")
     return contestant, {
         "setup_s": max(0.0, setup - (1 + warm) * step),
@@ -379,12 +379,10 @@ def measure(
     torch.compiler.reset()  # code compiled for earlier shapes would count against dynamo's limit of versions
     device, share = next(model.parameters()).device, left()
     work = sum(macs(model)) * batch
-    per_turn = max(1, min(MOST, int(TURN[device.type] / work)))
     say(f"timing first calls in new processes, and the loop without a network; this batch size has {share:.0f} s")
     result = {
         "network": name,
         "batch": batch,
-        "steps_per_turn": per_turn,
         "gmac_per_image": work / batch / 1e9,
         "cold_s": cold(name, batch, device, share / 10),
         "own_ms": own(model, batch, device, share / 20),
@@ -393,11 +391,15 @@ def measure(
     x = torch.randn(batch, *model.shape, device=device)
     truth, field, found = exact(model, x[:FEW]), {}, {}
     products, left_out = limits(device)
-    turn = {precision: PRODUCT[device.type][1] * call() for precision, call in products.items()}  # seconds in a round
+    for_products = sum(PRODUCT[device.type][1] * call() for call in products.values())
+
+    def round_of(per_turn: int) -> float:
+        """Seconds, roughly. Each turn begins with a step that is not timed."""
+        return for_products + (1 + per_turn) * sum(found[who]["rough_step_s"] for who in field)
 
     def free() -> float:
         """Seconds left for set-ups: a quarter of the share is for the rounds, or as much as the fewest and one more take."""
-        return left() - max((FEWEST_ROUNDS + 1) * sum(turn.values()), share / 4)
+        return left() - max((FEWEST_ROUNDS + 1) * round_of(1), share / 4)
 
     for who, why in left_out.items():
         say(f"{who}: left out: {why}")
@@ -411,9 +413,8 @@ def measure(
                 if 0 < allowed < tried.get(who, 0):
                     raise Late(f"its set-up took {tried[who]:.0f} s at an earlier batch size")
                 with within(allowed):
-                    contestant, about = examined(entrant, stack, model, x, truth, per_turn, free)
+                    contestant, about = examined(entrant, stack, model, x, truth, free)
                 field[who], found[who] = contestant, about
-                turn[who] = (1 + per_turn) * about["rough_step_s"]
                 layers = ", ".join(f"{n} {isa}" for isa, n in (contestant.isa or {}).items())
                 say(
                     f"{who}: set up in {time.monotonic() - start:.1f} s, error {about['error']:.2g}, "
@@ -425,13 +426,18 @@ def measure(
                 say(f"{who}: left out: {left_out[who]}")
             tried[who] = max(tried.get(who, 0), time.monotonic() - start)
         for who in reversed(list(field)):  # whose set-up took longer than there was
-            if FEWEST_ROUNDS * sum(turn.values()) > left():
-                del field[who], turn[who]
+            if FEWEST_ROUNDS * round_of(1) > left():
+                del field[who]
                 left_out[who] = NO_TIME
                 say(f"{who}: left out: {NO_TIME}")
-        one = sum(turn.values())
-        rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(left() / one)))
-        say(f"up to {rounds} rounds of about {one:.1f} s, with all {len(field)} contestants in turn")
+        per_turn = max(1, min(MOST, int(TURN[device.type] / work)))
+        while per_turn > 1 and ENOUGH_ROUNDS * round_of(per_turn) > left():
+            per_turn -= 1
+        rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(left() / round_of(per_turn))))
+        say(
+            f"up to {rounds} rounds of about {round_of(per_turn):.1f} s: "
+            f"{len(field)} contestants, {per_turn} steps of each in turn"
+        )
         calls = {who: lambda c=c: c.steps(per_turn) for who, c in field.items()}
         taken = in_turn({**calls, **products}, rounds, left, say)
     timings = {who: Timing(seconds) for who, seconds in taken.items()}
@@ -439,7 +445,13 @@ def measure(
     step = {who: Timing([s / per_turn for s in timings[who].seconds]) for who in field}
     contestants = figures(field, found, step, flops, model, batch)
     rates = {precision: rate / 1e9 for precision, rate in flops.items()}
-    return {**result, "matmul_gflop_per_s": rates, "contestants": contestants, "left_out": left_out}
+    return {
+        **result,
+        "steps_per_turn": per_turn,
+        "matmul_gflop_per_s": rates,
+        "contestants": contestants,
+        "left_out": left_out,
+    }
 
 
 def table(results: list[dict]) -> None:

@@ -73,7 +73,9 @@ def test_all_contestants_agree_and_are_measured(measure, capsys):
     unfit = {"the limit in bfloat16", "diffusers, bfloat16 channels_last", "OpenVINO bfloat16"}
     assert set(result["left_out"]) <= unfit, result["left_out"]
     assert {"fastddpm reference", _bars.F32, _bars.BF16, _bars.DEFAULTS} <= set(result["contestants"])
-    assert set(result["contestants"]) | set(result["left_out"]) >= unfit - {"the limit in bfloat16"}
+    theirs = result["contestants"].get("OpenVINO float32")
+    if theirs is not None and torch.cpu._is_avx2_supported():
+        assert theirs["isa"].get("avx2" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "avx512", 0) > 10
     ours, theirs = result["contestants"][_bars.BF16], result["contestants"][_bars.DEFAULTS]
     assert 3 <= ours["rounds"] == theirs["rounds"] <= 4
     assert ours["times_faster_than_diffusers"] == pytest.approx(theirs["ms"] / ours["ms"])
@@ -166,9 +168,9 @@ def test_what_a_dtype_would_take(model, measure, monkeypatch):
 
 
 def test_the_probe_measures_each_dtype():
-    threads = torch.get_num_threads()
-    rates = {precision: _contestants.rates(precision) for precision in _contestants.DTYPES}
-    assert torch.get_num_threads() == threads
+    torch.set_num_threads(2)
+    rates = {precision: _contestants.rates.__wrapped__(precision) for precision in _contestants.DTYPES}
+    assert torch.get_num_threads() == 2  # and not the probe's one
     assert all(1e7 < rate < 1e14 for pair in rates.values() for rate in pair)
 
 
