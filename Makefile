@@ -23,17 +23,33 @@ FASTDDPM_CUDA_ARCHS := $(if $(shell command -v nvcc 2>/dev/null),$(if $(GPUS),na
 endif
 export FASTDDPM_CUDA_ARCHS
 
-.PHONY: sample test slow bench docs ptxas gpu lint format oldest newest clean
+# Every op has a file of tests by its name.
+OPS := $(patsubst fastddpm/ops/%.py,%,$(filter-out fastddpm/ops/_%,$(wildcard fastddpm/ops/*.py)))
+PYTEST := $(BIN)/pytest -n auto --dist loadfile
+ONE_SHAPE := -m "not slow and not thorough"
+# Where a processor has more, what torch, oneDNN and our kernels may use of it.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FASTDDPM_CPU_VARIANT=avx2
+
+.PHONY: sample test quick slow capped bench docs ptxas gpu lint format oldest newest clean
 
 sample: $(VENV)/installed
 	$(BIN)/fastddpm sample -n 16 -o samples.png
 
 # A file's tests share what they set up, so a worker takes whole files.
 test: $(VENV)/test
-	$(BIN)/pytest -n auto --dist loadfile
+	$(PYTEST)
 
 slow: $(VENV)/test
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
+
+# To work with: references, tables, the chain, the network, and one shape of each kernel.
+quick: $(VENV)/test
+	$(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS) winograd schedule samplers sampling unet)
+
+# What hangs on the processor, once more as if it were a lesser one.
+capped: $(VENV)/test
+	$(AVX2) $(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS) winograd engine sampling fused_norms checkpoints)
+	FASTDDPM_CPU_VARIANT=generic $(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS))
 
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/steps_per_sec.py

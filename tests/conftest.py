@@ -3,6 +3,7 @@
 Tolerances have one home, fastddpm/parity.py, as they are promises to users.
 """
 
+import inspect
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import threading
 from collections import Counter
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Before torch's threads start: one that waits has to leave its core to the other workers, or all take ten times as long.
+    # Before torch's threads start. There is a worker for each core, so that more threads are slower: a training test takes
+    # four times as long. What depends on threads asks for them; one that waits has to leave its core to the other workers.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
@@ -20,11 +23,31 @@ import torch
 
 from fastddpm import UNet, UNetConfig, backend
 
+
+def patched_once(patch):
+    """triton's interpreter searches its whole language for what to replace whenever a kernel calls a function, a third of
+    its time, though it finds nothing after the first: this searches where there is something."""
+    first = {}
+
+    def patch_builtin(language, *rest):
+        from triton.language.core import is_builtin
+
+        if language not in first:
+            names = (name for name, member in inspect.getmembers(language) if is_builtin(member))
+            first[language] = next(names, None)
+        if first[language] is not None and is_builtin(getattr(language, first[language])):
+            patch(language, *rest)
+
+    return patch_builtin
+
+
 os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported: here, before a test takes it away
 if torch.cuda.is_available() or backend.unavailable("triton"):
     del os.environ["TRITON_INTERPRET"]  # there is a GPU to run the kernels, or no triton that can
 else:
-    import triton  # noqa: F401
+    from triton.runtime import interpreter
+
+    interpreter._patch_builtin = patched_once(interpreter._patch_builtin)
 
 # Kernels take float16 too: it differs in how elements are loaded and stored, which test_ddpm_step.py shows for each value.
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,11 +58,21 @@ hypothesis.settings.register_profile("fastddpm", deadline=None, derandomize=True
 hypothesis.settings.load_profile("fastddpm")
 
 
+def over_shapes(names, cases):
+    """pytest.mark.parametrize, where `make quick` and `make capped` take the first case alone."""
+    first, *others = cases
+    marked = (
+        pytest.param(*([case] if isinstance(names, str) else case), marks=pytest.mark.thorough) for case in others
+    )
+    return pytest.mark.parametrize(names, [first, *marked])
+
+
 def _server(device, name):
     reason = simulated.missing() if name == SIMULATED else backend.unavailable(name)
     if device == "cuda" and not torch.cuda.is_available():
         reason = "no CUDA device"
     marks = [pytest.mark.skip(reason=f"{name} on {device}: {reason}")] if reason else []
+    marks += [pytest.mark.thorough] if name == SIMULATED else []  # which has to be built
     return pytest.param((device, name), id=f"{device}-{name}", marks=marks)
 
 

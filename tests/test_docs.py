@@ -90,6 +90,7 @@ REPLACED = {
     ],
     "docs/measuring.md": [
         ("[:64, None]", "[:1, None]"),
+        ("(model, images)  # uint8", "(model, images, subsample=20)  # uint8"),
         (
             "evaluate runs/mine --data cifar10.npz --out evaluations/mine",
             "evaluate runs/mine --data cifar10.npz --out evaluations/mine -n 4 --steps 3 --features mynet:features --subsample 2",

@@ -14,7 +14,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import python, randomised
+from conftest import randomised
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -581,7 +581,7 @@ def test_ctrl_c_says_how_to_go_on(here, capsys, monkeypatch):
 
 def test_a_killed_command_goes_on(here, capsys, monkeypatch):
     """The real process, really killed: the result is that of an unbroken one, and what was drawn is kept."""
-    options = ["--data", "x.npz", "-n", "60", "--shard", "2", "--features", "mine:Pooled", "--metrics", "fid,bpd"]
+    options = ["--data", "x.npz", "-n", "40", "--shard", "2", "--features", "mine:Pooled", "--metrics", "fid,bpd"]
     command = [sys.executable, "-m", "fastddpm", "evaluate", "model", "--out", "killed", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
@@ -591,10 +591,10 @@ def test_a_killed_command_goes_on(here, capsys, monkeypatch):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     kept = {path: path.stat().st_mtime_ns for path in kept}
-    assert len(kept) < 30 and not (here / "killed" / "result.json").exists()
+    assert len(kept) < 20 and not (here / "killed" / "result.json").exists()
     for out in ("killed", "unbroken"):
         assert run(capsys, monkeypatch, "model", "--out", out, *options)[0] == 0
-    assert torch.equal(samples(here / "killed", 60), samples(here / "unbroken", 60))
+    assert torch.equal(samples(here / "killed", 40), samples(here / "unbroken", 40))
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
     metrics = [json.loads((here / out / "result.json").read_text())["metrics"] for out in ("killed", "unbroken")]
     assert metrics[0] == metrics[1]
@@ -979,8 +979,3 @@ def test_the_librarys_inception(tmp_path, monkeypatch):
     p, q = features_like_a_network(90, 24, 24, 1), features_like_a_network(80, 24, 24, 2)
     theirs = fid_statistics_to_metric(fid_features_to_statistics(p), fid_features_to_statistics(q), False)
     assert frechet(statistics([p]), statistics([q])) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-8)
-
-
-def test_nothing_heavy_is_imported(tmp_path):
-    code = "import sys, fastddpm.evaluation; print(*sys.modules)"
-    assert not {"torchmetrics", "torch_fidelity", "torchvision", "scipy"} & set(python(code, tmp_path).stdout.split())

@@ -5,7 +5,7 @@ import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, LAYOUTS, like_on, misaligned, same_bits
+from conftest import DTYPES, LAYOUTS, like_on, misaligned, over_shapes, same_bits
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
@@ -134,8 +134,8 @@ def test_naive_variance_exceeds_the_bound(mean):
 # ----------------------------------------------------------------------------------------------- backends
 
 SHAPES = [  # shape, groups
-    ((1, 4, 8, 8), 2),  # batch 1
     ((3, 12, 5, 7), 3),  # odd sizes, groups of 4 channels
+    ((1, 4, 8, 8), 2),  # batch 1
     ((2, 10, 9, 9), 1),  # one group
     ((2, 37, 11, 3), 37),  # group = channel, and no whole number of vectors in either layout
     ((2, 6, 1, 1), 3),  # one pixel: both layouts at once
@@ -152,7 +152,7 @@ SHAPES = [  # shape, groups
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+@over_shapes(("shape", "groups"), SHAPES)
 def test_close_to_float64(device, shape, groups, dtype, layout):
     x, weight, bias, optional = inputs(shape, dtype=dtype, device=device, layout=layout)
     for names in ((), ("add", "scale", "shift")):
@@ -288,7 +288,7 @@ def test_any_arguments(n, groups, width, spatial, dtype, layout, names, per_samp
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("per_sample", [True, False])
-@pytest.mark.parametrize(("shape", "groups"), [((3, 12, 5, 7), 3), ((2, 37, 11, 3), 37), ((2, 64, 40, 40), 32)])
+@over_shapes(("shape", "groups"), [((3, 12, 5, 7), 3), ((2, 37, 11, 3), 37), ((2, 64, 40, 40), 32)])
 def test_gradients(device, shape, groups, per_sample, dtype, layout):
     """Of every input through autograd, against torch's composition in float64."""
     x, weight, bias, optional = inputs(shape, dtype=dtype, device=device, layout=layout, per_sample=per_sample)
@@ -428,14 +428,18 @@ def everything(x, groups, weight, bias, optional, dy):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spatial", [(5, 7), (37, 41)])  # on one thread, and on all
-def test_the_batch_split_does_not_matter(kernels, spatial, dtype, layout):
+def test_the_batch_split_does_not_matter(kernels, with_threads, spatial, dtype, layout):
     shape = (5, 24, *spatial)
     x, weight, bias, optional = inputs(shape, dtype=dtype, layout=layout)
     dy = torch.randn_like(x)
-    whole = everything(x, 4, weight, bias, optional, dy)
+
+    def on_all(part):
+        given = x[part], 4, weight, bias, {k: v[part] for k, v in optional.items()}, dy[part]
+        return with_threads(3, lambda: everything(*given))
+
+    whole = on_all(slice(None))
     for part in (slice(0, 1), slice(1, 3), slice(3, 5)):
-        got = everything(x[part], 4, weight, bias, {k: v[part] for k, v in optional.items()}, dy[part])
-        for a, b in zip(got, whole, strict=True):
+        for a, b in zip(on_all(part), whole, strict=True):
             assert same_bits(a, b[part])
 
 

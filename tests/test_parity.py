@@ -38,19 +38,32 @@ def test_on_a_gpu():
 
 
 VARIANT = """
-import json, torch
-from fastddpm import backend, parity
+import json, torch, torch.nn.functional as F
+from fastddpm import backend, parity, winograd
 torch.use_deterministic_algorithms(True)  # poisons new memory
-print(json.dumps([backend.describe()["cpu_variant"], parity.run(backends=["cpu"])]))
+
+def error_of_winograd(upsample):
+    s = 2 if upsample else 1
+    x, residual = (torch.randn(shape).to(memory_format=torch.channels_last) for shape in ((2, 32, 8, 6), (2, 64, 8 * s, 6 * s)))
+    weight, bias = torch.randn(64, 32, 3, 3), torch.randn(64)
+    got = winograd.convolve(x, winograd.pack(weight, x.dtype, upsample), bias, residual, upsample=upsample)
+    truth = F.conv2d(F.interpolate(x.double(), scale_factor=s), weight.double(), bias.double(), padding=1) + residual
+    return float((got - truth).norm() / truth.norm())
+
+print(json.dumps([backend.describe()["cpu_variant"], parity.run(backends=["cpu"]),
+                  max(map(error_of_winograd, (False, True))), backend.native.winograd_serves("bfloat16")]))
 """
 
 
 @pytest.mark.parametrize("variant", ["generic", "avx2", "avx512"])
 def test_every_cpu_variant(kernels, tmp_path, variant):
-    used, rows = json.loads(on_variant(variant, VARIANT, tmp_path))
+    """In a process of its own each: the ops, and Winograd's convolution within test_winograd.py's bound."""
+    used, rows, error, bfloat16 = json.loads(on_variant(variant, VARIANT, tmp_path))
     assert used == variant
     assert len(rows) >= 18
     assert [row for row in map(parity.Row._make, rows) if not row.share <= 1] == []
+    assert error <= 1e-6
+    assert not bfloat16 or variant == "avx512"
 
 
 def test_an_error_shows(monkeypatch):

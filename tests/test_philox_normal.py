@@ -4,7 +4,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import same_bits
+from conftest import over_shapes, same_bits
 from hypothesis import strategies as st
 
 from fastddpm import ops, parity
@@ -100,13 +100,13 @@ def test_known_normals(device, seed, t, sample, element, stream, normals):
     assert parity.share(got[0, element:], torch.tensor(normals, dtype=torch.float64), parity.NOISE) <= 1
 
 
-@pytest.mark.parametrize(
+@over_shapes(
     "shape",
     [
+        (1, 2, 64, 65),  # more than one chunk, more than one vector
         (5,),  # no dimension but the samples'
         (2, 1),  # one element of a quad
         (3, 3, 5, 7),  # odd sizes: the last quad is cut
-        (1, 2, 64, 65),  # more than one chunk, more than one vector
         (64, 3),  # many small samples
     ],
 )

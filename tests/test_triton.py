@@ -394,7 +394,8 @@ report("large")
 """
 
 
-@pytest.fixture(scope="module", params=[80, 90])
+# Each takes twenty seconds, and what is wrong with a kernel is mostly wrong on both.
+@pytest.fixture(scope="module", params=[pytest.param(80, marks=pytest.mark.slow), 90])
 def compiled(request, tmp_path_factory):
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
         pytest.skip("triton is older than 3.6")

@@ -1,11 +1,9 @@
-"""Winograd's convolution against float64, on every CPU variant; where it is used; what it refuses."""
-
-import json
+"""Winograd's convolution against float64; where it is used; what it refuses. test_parity.py has it on every CPU variant."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import on_variant, randomised, same_bits
+from conftest import randomised, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -246,23 +244,6 @@ def test_weights_grow_where_they_gain_most_and_no_further(network):
         complete = [all(m.fast for m in level) for level in able]
         assert all(complete[i] or not started[i + 1] for i in range(2)), allowance
         assert all(complete) == (allowance == 2 * plain)
-
-
-SCRIPT = """
-import json, torch
-from fastddpm import backend
-from test_winograd import error, problem
-x, weight, bias, residual = problem()
-print(json.dumps([backend.describe()["cpu_variant"], max(error(x, weight, bias, residual), error(x, weight, bias, None, True)),
-                  backend.native.winograd_serves("bfloat16")]))
-"""
-
-
-@pytest.mark.parametrize("variant", ["generic", "avx2", "avx512"])
-def test_every_cpu_variant(tmp_path, variant):
-    used, largest, bfloat16 = json.loads(on_variant(variant, SCRIPT, tmp_path))
-    assert used == variant and largest <= BOUNDS[torch.float32]
-    assert not bfloat16 or variant == "avx512"
 
 
 def test_the_bindings_check_sizes():
