@@ -47,7 +47,8 @@ if torch.cuda.is_available() or backend.unavailable("triton"):
 else:
     from triton.runtime import interpreter
 
-    interpreter._patch_builtin = patched_once(interpreter._patch_builtin)
+    if hasattr(interpreter, "_patch_builtin"):
+        interpreter._patch_builtin = patched_once(interpreter._patch_builtin)
 
 # Kernels take float16 too: it differs in how elements are loaded and stored, which test_ddpm_step.py shows for each value.
 DTYPES = (torch.float32, torch.bfloat16)

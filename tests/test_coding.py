@@ -352,7 +352,7 @@ def test_each_image_of_a_batch_may_have_its_own_timestep(kind, dtype):
     x, t = torch.randn(4, *SHAPE), torch.tensor([0, 49, 7, 7])
     labels = torch.tensor([1, 4, 0, 2]) if kind == "classes" else None
     with torch.no_grad(), network(model, torch.device("cpu"), dtype, x.shape) as net:
-        got = net.predict(x.to(dtype, memory_format=net.memory_format), net.at(t), labels)
+        got = net.predict(x.to(net.dtype, memory_format=net.memory_format), net.at(t), labels)
         reference = model.to(torch.float64)(x.double(), t, *([] if labels is None else [labels]))
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     assert got.dtype == dtype
