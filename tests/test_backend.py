@@ -203,7 +203,7 @@ backend.use("cpu")
 
 def test_without_the_compiled_module(tmp_path):
     """Everything works by the reference, and who asks for the kernels hears why there are none."""
-    result = python(WITHOUT_COMPILED_MODULE, tmp_path)
+    result = python(WITHOUT_COMPILED_MODULE, tmp_path, FASTDDPM_CPU_VARIANT="")
     assert result.stderr.splitlines()[-1].startswith(
         "fastddpm.backend.BackendError: backend 'cpu' was asked for, but the compiled module fastddpm._C does not import"
     )

@@ -355,7 +355,7 @@ def test_each_image_of_a_batch_may_have_its_own_timestep(kind, dtype):
         got = net.predict(x.to(net.dtype, memory_format=net.memory_format), net.at(t), labels)
         reference = model.to(torch.float64)(x.double(), t, *([] if labels is None else [labels]))
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    assert got.dtype == dtype
+    assert got.dtype == net.dtype
     assert (got.double() - reference).abs().max() <= tolerance * reference.abs().max()
 
 
