@@ -122,9 +122,7 @@ class Engine(Plain):
             left = merge(network)
             if device.type == "cpu":
                 weights = sum(p.numel() * max(p.element_size(), dtype.itemsize) for p in model.parameters())
-                places = {v.data_ptr() for v in shared if v.layout == torch.strided}
-                copied = [p for p in network.parameters() if p.layout == torch.strided and p.data_ptr() not in places]
-                spend(network, dtype, GROWTH * weights - sum(p.numel() * p.element_size() for p in copied))
+                spend(network, dtype, GROWTH * weights)
         _place(network, device, dtype, exact())
         super().__init__(network, device, dtype, *notices, *_notices(model, left or changed))
         self.captured = not changed
