@@ -14,6 +14,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import nn
@@ -158,43 +159,55 @@ def _no_products(dtype: torch.dtype) -> str:
     )
 
 
+def _replace(module: nn.Module, converted: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put converted(v) in place of each parameter and buffer v of the module itself.
+
+    module.to would write into parameters that are the caller's.
+    """
+    for name, v in module._parameters.items():
+        if v is not None:
+            module._parameters[name] = nn.Parameter(converted(v.detach()), requires_grad=False)
+    for name, v in module._buffers.items():
+        if v is not None:
+            module._buffers[name] = converted(v.detach())
+
+
+def _parts(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    return {part for module in modules for part in module.modules()}
+
+
 def _round(network: nn.Module, dtype: torch.dtype, exact: Iterable[nn.Module]) -> None:
-    """Give the network float32 copies of its weights, rounded to `dtype`; those of `exact` keep all of their bits."""
-    stays = {part for module in exact for part in module.modules()}
+    """Round the weights to `dtype`, and store them in float32. exact: modules whose weights keep all of their bits."""
+
+    def rounded(v: torch.Tensor, stays: bool) -> torch.Tensor:
+        if not v.is_floating_point():
+            return v
+        v = v if stays else v.to(dtype)
+        return v if v.dtype == torch.float64 else v.float()
+
+    stay = _parts(exact)
     for module in network.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, v in tensors.items():
-                if v is None or not v.is_floating_point():
-                    continue
-                v = v.detach() if module in stays else v.detach().to(dtype)
-                v = v if v.dtype == torch.float64 else v.float()
-                tensors[name] = nn.Parameter(v, requires_grad=False) if tensors is module._parameters else v
+        _replace(module, partial(rounded, stays=module in stay))
 
 
 def _place(network: nn.Module, device: torch.device, dtype: torch.dtype, exact: Iterable[nn.Module]) -> None:
-    """Convert tensor by tensor: module.to would write into parameters that are the caller's.
+    """Move and cast the weights, and make them channels_last.
 
     exact: modules whose dtype stays as it is; what they compute is needed once for a whole chain.
     """
-    stays = {part for module in exact for part in module.modules()}
 
-    def placed(v: torch.Tensor) -> torch.Tensor:
-        kind = dtype if v.is_floating_point() and module not in stays else v.dtype
-        v = v.detach().to(device, kind)
+    def placed(v: torch.Tensor, stays: bool) -> torch.Tensor:
+        v = v.to(device, dtype if v.is_floating_point() and not stays else v.dtype)
         if v.layout != torch.strided:
             return v
         return v.contiguous(memory_format=torch.channels_last if v.dim() == 4 else torch.contiguous_format)
 
+    stay = _parts(exact)
     for module in network.modules():
         if isinstance(module, Convolution):  # which knows when its weight is best rounded
             module.place(device, dtype)
-            continue
-        for name, v in module._parameters.items():
-            if v is not None:
-                module._parameters[name] = nn.Parameter(placed(v), requires_grad=False)
-        for name, v in module._buffers.items():
-            if v is not None:
-                module._buffers[name] = placed(v)
+        else:
+            _replace(module, partial(placed, stays=module in stay))
 
 
 # ------------------------------------------------------------------------------- what an engine is made from

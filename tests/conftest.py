@@ -3,7 +3,6 @@
 Tolerances have one home, fastddpm/parity.py, as they are promises to users.
 """
 
-import inspect
 import os
 import subprocess
 import sys
@@ -23,32 +22,11 @@ import torch
 
 from fastddpm import UNet, UNetConfig, backend
 
-
-def patched_once(patch):
-    """triton's interpreter searches its whole language for what to replace whenever a kernel calls a function, a third of
-    its time, though it finds nothing after the first: this searches where there is something."""
-    first = {}
-
-    def patch_builtin(language, *rest):
-        from triton.language.core import is_builtin
-
-        if language not in first:
-            names = (name for name, member in inspect.getmembers(language) if is_builtin(member))
-            first[language] = next(names, None)
-        if first[language] is not None and is_builtin(getattr(language, first[language])):
-            patch(language, *rest)
-
-    return patch_builtin
-
-
 os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported: here, before a test takes it away
 if torch.cuda.is_available() or backend.unavailable("triton"):
     del os.environ["TRITON_INTERPRET"]  # there is a GPU to run the kernels, or no triton that can
 else:
-    from triton.runtime import interpreter
-
-    if hasattr(interpreter, "_patch_builtin"):
-        interpreter._patch_builtin = patched_once(interpreter._patch_builtin)
+    import triton  # noqa: F401
 
 # Kernels take float16 too: it differs in how elements are loaded and stored, which test_ddpm_step.py shows for each value.
 DTYPES = (torch.float32, torch.bfloat16)
