@@ -155,6 +155,19 @@ def test_the_paper_s_network_at_twenty_timesteps(dtype, bound):
     assert max(ours) <= bound and sum(ours) <= sum(theirs), (max(ours), sum(ours) / 20, sum(theirs) / 20)
 
 
+@pytest.mark.parametrize("name", ["two levels", "guided diffusion's"])  # one head, and several
+def test_attention_on_one_image_stays_channels_last(name):
+    """Else torch.cat, and all that follows, works on the other layout at batch 1."""
+    engine, seen = Engine(randomised(CONFIGS[name]), CPU, torch.float32), []
+    for layer in engine.model.modules():
+        if isinstance(layer, (merged.MergedAttention, merged.MergedHeads)):
+            layer.register_forward_hook(lambda _, __, y: seen.append(torch.cat((y, y), dim=1)))
+    x = torch.randn(1, *engine.model.shape).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        engine(x, torch.tensor([5]), None)
+    assert seen and all(y.is_contiguous(memory_format=torch.channels_last) for y in seen)
+
+
 # ------------------------------------------------------------------------------------ dtypes without products
 
 
@@ -182,6 +195,15 @@ def test_a_dtype_without_products_is_float32_on_rounded_weights(float32_alone, n
     else:
         assert torch.equal(got, expected)
     assert next(model.parameters()).dtype == own
+
+
+def test_a_16_bit_model_keeps_as_many_transformed_weights(float32_alone):
+    model = randomised(UNetConfig(sample_size=16, channels=32, multipliers=(1, 2), attention=()))
+    kept = []
+    for kind in (torch.float32, torch.bfloat16):
+        engine = Engine(model.to(kind), CPU, kind)
+        kept.append([m.fast for m in engine.model.modules() if isinstance(m, merged.Convolution)])
+    assert any(kept[0]) and not all(kept[0]) and kept[0] == kept[1]
 
 
 def test_a_dtype_without_products_is_said_once(float32_alone):
@@ -259,15 +281,20 @@ def test_weights_are_packed_once():
 def test_large_images_go_winograds_way_with_weights_that_are_not_kept(monkeypatch, kernels):
     if backend.native.cpu_variant() == "generic":
         pytest.skip("Winograd's way is not the faster one there")
-    monkeypatch.setattr(engines, "GROWTH", 0)
     model = randomised(UNetConfig(sample_size=8, channels=32, multipliers=(1, 1), attention=()))
-    for n, some in ((1, False), (4, True)):  # 64 and 256 pixels
+    for n, growth, some in (
+        (1, 0, False),
+        (4, 0, True),
+        (4, 10, False),
+    ):  # 64 and 256 pixels; memory for none, and for all
+        monkeypatch.setattr(engines, "GROWTH", growth)
         engine = Engine(model, CPU, torch.float32)
         x, t = torch.randn(n, *model.shape), torch.arange(n)
         with torch.inference_mode():
             torch.testing.assert_close(engine(x, t, None), model(x, t), rtol=0, atol=2e-5)
         layers = [m for m in engine.model.modules() if isinstance(m, merged.Convolution) and m.winograd]
-        assert any(layer.packed is None and layer.weight is not None for layer in layers) == some
+        assert any(layer.packed is None for layer in layers) == some
+        assert all((layer.packed is None) == (layer.weight is not None) for layer in layers)
 
 
 def test_onednn_switched_off():

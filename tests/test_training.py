@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import signal
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, cli, data, ops, training
+from fastddpm import Schedule, UNet, UNetConfig, backend, cli, data, ops, training
 from fastddpm.diffusion import draw_timesteps
 from fastddpm.ops.philox_normal import Stream, philox_words_ref
 from fastddpm.training import Draws, Recipe, Trainer, TrainingError
@@ -46,6 +47,15 @@ def trainer(out, recipe=SHORT, dataset=None, config=TINY, **trained_for):
 def log(out):
     with (out / "log.csv").open() as file:
         return [(row["step"], row["loss"], row["grad_norm"]) for row in csv.DictReader(file)]
+
+
+def test_a_dtype_without_products_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "has_products", lambda device, dtype: dtype == torch.float32)
+    with pytest.warns(UserWarning, match="this CPU has no bfloat16 products, so training takes many times as long"):
+        trainer(tmp_path, dataclasses.replace(SHORT, dtype="bfloat16"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer(tmp_path)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "mean"])
