@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import importlib.util
@@ -302,6 +303,29 @@ def tuned(model: UNet, batch: int, precision: str, options: dict[str, object] | 
     yield in_their_loop(precision, call, model, batch)
 
 
+class _Stack(ctypes.Structure):
+    """stack_t of sigaltstack(2)."""
+
+    _fields_ = (("ss_sp", ctypes.c_void_p), ("ss_flags", ctypes.c_int), ("ss_size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Restore this thread's alternate signal stack on exit.
+
+    OpenVINO sets one when it compiles a model, and frees it: the next signal that Python handles would crash the process.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc, before = ctypes.CDLL(None), _Stack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
+
+
 class Weighed(nn.Module):
     """What OpenVINO can't do in bfloat16 on a processor that it has no kernels for."""
 
@@ -322,7 +346,8 @@ def openvino(model: UNet, batch: int, precision: str) -> Iterator[Contestant]:
     if precision == "bfloat16":  # on a processor without such products it computes in float32, or fails in the end
         small = ov.convert_model(Weighed(), example_input=torch.zeros(1, 4, 8, 8))
         try:
-            used = ov.compile_model(small, "CPU", options).get_property("INFERENCE_PRECISION_HINT").to_string()
+            with signal_stack_kept():
+                used = ov.compile_model(small, "CPU", options).get_property("INFERENCE_PRECISION_HINT").to_string()
         except RuntimeError as problem:
             raise LeftOut("OpenVINO can't compile a small model in bfloat16 for this processor") from problem
         if used != "bf16":
@@ -331,7 +356,8 @@ def openvino(model: UNet, batch: int, precision: str) -> Iterator[Contestant]:
     with warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning):  # shapes are what they are
         converted = ov.convert_model(Peer(model), example_input=(x, timesteps[0]))
     converted.reshape({converted.inputs[0]: list(x.shape), converted.inputs[1]: [batch]})
-    compiled = ov.compile_model(converted, "CPU", options)
+    with signal_stack_kept():
+        compiled = ov.compile_model(converted, "CPU", options)
     request = compiled.create_infer_request()
     del converted
 

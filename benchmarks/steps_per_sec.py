@@ -54,7 +54,18 @@ from _contestants import (
     the_network,
 )
 from _graphs import refuse_if_used
-from _harness import Clock, Load, Timing, arguments, bar_chart, check_outputs, print_table, provenance, write_json
+from _harness import (
+    Clock,
+    Load,
+    Timing,
+    arguments,
+    bar_chart,
+    check_outputs,
+    in_round,
+    print_table,
+    provenance,
+    write_json,
+)
 from _isa import CAP, capped, set_isa
 from torch import nn
 
@@ -197,7 +208,7 @@ class Late(BaseException):
 def within(seconds: float) -> Iterator[None]:
     """Raise Late inside the block when it has taken so long.
 
-    Not by a signal: OpenVINO leaves the process an alternate signal stack that it has freed.
+    Not by a signal: while OpenVINO compiles a model, this thread's signal stack may be one that OpenVINO has freed.
     """
     target = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(Late)
     timer = threading.Timer(seconds, ctypes.pythonapi.PyThreadState_SetAsyncExc, target)
@@ -307,12 +318,12 @@ def in_turn(
     calls: dict[str, Callable[[], float]], rounds: int, left: Callable[[], float], say: Callable[[str], None]
 ) -> dict[str, list[float]]:
     """What every call returns, once in each round, which each start with another call; fewer rounds where time runs out."""
-    names, taken, longest, said = list(calls), {who: [] for who in calls}, 0.0, time.monotonic()
+    taken, longest, said = {who: [] for who in calls}, 0.0, time.monotonic()
     for n in range(rounds):
         if n >= FEWEST_ROUNDS and left() < longest:
             break
-        start, first = time.monotonic(), n % len(names)
-        for who in names[first:] + names[:first]:
+        start = time.monotonic()
+        for who in in_round(calls, n):
             taken[who].append(calls[who]())
         longest = max(longest, time.monotonic() - start)
         if time.monotonic() - said > 15:

@@ -21,6 +21,7 @@ CONFIGS = {
         head_channels=4, scale_shift=True, resample="resnet", flip_sin_to_cos=True, freq_shift=0, time_scale=0.25,
     ),
 }  # fmt: skip
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)  # which compiles C++
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
@@ -39,32 +40,21 @@ def same(a, b, atol=0.0):
         torch.testing.assert_close(a(*inputs(b)), b(*inputs(b)), rtol=0, atol=atol)
 
 
-def same_with_gradients(compiled, model):
-    outputs, gradients = [], []
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
+def test_compiles_without_a_graph_break(model, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    same(compiled, model, 1e-5)
+    x, *rest = inputs(model)
+    gradients = []
     for network in (compiled, model):
         model.zero_grad()
-        outputs.append(network(*inputs(model)))
-        outputs[-1].square().mean().backward()
+        network(x, *rest).square().mean().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(
             gradients[0][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()) + 1e-7
         )
-
-
-def test_compiles_without_a_graph_break(model):
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    same(compiled, model, 1e-5)
-    same_with_gradients(compiled, model)
-
-
-@pytest.mark.slow  # compiles C++, a minute for each graph: so it is one, of the network with more kinds of layers
-def test_compiles_with_inductor():
-    torch._dynamo.reset()
-    model = randomised(CONFIGS["guided diffusion's"])
-    same_with_gradients(torch.compile(model, fullgraph=True), model)
 
 
 def test_a_compiled_one_samples(model):

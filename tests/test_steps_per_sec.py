@@ -1,6 +1,7 @@
 """benchmarks/steps_per_sec.py: its contestants on a small network, and what becomes of what they measured."""
 
 import contextlib
+import ctypes
 import json
 import os
 import subprocess
@@ -197,6 +198,22 @@ def test_the_step_in_a_graph_is_diffusers_step(model, monkeypatch, without_diffu
         assert steps_per_sec.error(contestant, x, steps_per_sec.exact(model, x)) < 0.03
         assert contestant.steps(4) > 0
         assert len(replayed) == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stack_t is laid out as on Linux")
+def test_openvino_leaves_the_signal_stack_alone(model):
+    """Else a worker of the suite crashes at the next Ctrl-C that a test sends to it."""
+    pytest.importorskip("openvino")
+
+    def stack():
+        found = _contestants._Stack()
+        assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
+        return found.ss_sp, found.ss_flags, found.ss_size
+
+    before = stack()
+    with _contestants.openvino(model, 2, "float32") as contestant:
+        contestant.steps(2)
+    assert stack() == before
 
 
 def test_a_cold_call_is_timed_in_a_process_of_its_own():
