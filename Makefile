@@ -27,7 +27,7 @@ export FASTDDPM_CUDA_ARCHS
 OPS := $(patsubst fastddpm/ops/%.py,%,$(filter-out fastddpm/ops/_%,$(wildcard fastddpm/ops/*.py)))
 PYTEST := $(BIN)/pytest -n auto --dist loadfile
 ONE_SHAPE := -m "not slow and not thorough"
-# Where a processor has more, what torch, oneDNN and our kernels may use of it.
+# Caps torch, oneDNN and our kernels on a processor that has more.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FASTDDPM_CPU_VARIANT=avx2
 
 .PHONY: sample test quick slow capped bench docs ptxas gpu lint format oldest newest clean
@@ -42,11 +42,11 @@ test: $(VENV)/test
 slow: $(VENV)/test
 	$(PYTEST) -m slow
 
-# To work with: references, tables, the chain, the network, and one shape of each kernel.
+# The fast tests: references, tables, the chain, the network, and one shape of each kernel.
 quick: $(VENV)/test
 	$(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS) winograd schedule samplers sampling unet)
 
-# What hangs on the processor, once more as if it were a lesser one.
+# The tests that depend on the processor, with everything capped to AVX2, then the ops' tests on the generic kernels.
 capped: $(VENV)/test
 	$(AVX2) $(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS) winograd engine sampling fused_norms checkpoints)
 	FASTDDPM_CPU_VARIANT=generic $(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS))

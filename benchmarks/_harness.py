@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -96,10 +97,14 @@ def alternate(
 
 def turns(names: Collection[str], rounds: int, label: str) -> Iterator[str]:
     """Everyone once in each round, which each starts with another one."""
-    names = list(names)
     for r in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=None):
-        first = r % len(names)
-        yield from names[first:] + names[:first]
+        yield from in_round(names, r)
+
+
+def in_round(names: Collection[str], r: int) -> list[str]:
+    """The order of round r, which starts with another one than the round before."""
+    names, first = list(names), r % len(names)
+    return names[first:] + names[:first]
 
 
 class Rotation:
@@ -198,8 +203,10 @@ class Load:
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        told = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines[: lines.index("")])
+        # A name such as "AMD EPYC" is that of several generations.
+        return f"{told['model name']}, family {told['cpu family']}, model {told['model']}"
+    except (OSError, KeyError, ValueError):
         return platform.processor() or platform.machine()
 
 

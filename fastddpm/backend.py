@@ -229,8 +229,10 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
 
 
 def has_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies tensors of `dtype` in hardware. Where a CPU does not, torch and oneDNN emulate it, 3 to 100
-    times slower than float32."""
+    """Whether the device multiplies tensors of `dtype` in hardware.
+
+    On a CPU that does not, torch and oneDNN emulate the products, 3 to 100 times slower than float32.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         return True
     if device.type == "cuda":
@@ -244,8 +246,8 @@ def has_products(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
-    # With AVX-512 alone oneDNN takes both dtypes and emulates their products; every x86 processor that has either's, AMX
-    # included, has AVX512_BF16. oneDNN's own limit hides it.
+    # oneDNN also accepts both dtypes on AVX-512 without such instructions, and emulates the products. Each x86 processor
+    # with instructions for either dtype, AMX included, has AVX512_BF16. A limit set for oneDNN can hide them from it.
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     within = limit in ("", "ALL", "DEFAULT") or any(name in limit for name in ("BF16", "FP16", "AMX", "AVX10"))
@@ -253,11 +255,11 @@ def has_products(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def slow_products(dtype: torch.dtype) -> str:
-    """What to tell the owner of a module of this dtype on a CPU that has no products of it."""
+    """The warning for a module of this dtype that runs unmodified on a CPU without such products."""
     name = str(dtype).removeprefix("torch.")
     return (
-        f"this processor has no {name} products, so the module's convolutions and matrix products take many times as long as in "
-        "float32; cast it to float32 where that is unwanted"
+        f"this processor does not multiply {name} in hardware, so the module's convolutions and matrix products are many times "
+        "slower than in float32; cast it to float32 to avoid that"
     )
 
 

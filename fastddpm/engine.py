@@ -93,8 +93,8 @@ class Engine(Plain):
     """A copy of a UNet with merged layers and channels_last weights, its timestep part computed outside the loop.
 
     Where all layers are this package's own, tensors that need no other layout, dtype or device are the model's own memory.
-    No module of the model is referred to. On a CPU without products of `dtype` it is the float32 engine of the network whose
-    weights are rounded to `dtype`. Raises CopyError.
+    No module of the model is referred to. On a CPU that does not multiply `dtype` in hardware, the weights are rounded to
+    `dtype` and the network runs in float32. Raises CopyError.
     """
 
     memory_format = torch.channels_last
@@ -153,9 +153,10 @@ class Engine(Plain):
 
 
 def _no_products(dtype: torch.dtype) -> str:
+    name = short(dtype)
     return (
-        f"this processor has no {short(dtype)} products, so they are formed in float32, with weights rounded to {short(dtype)}: "
-        "as fast as float32, and not faster"
+        f"this processor does not multiply {name} in hardware, so the network runs in float32, with weights rounded to {name}. "
+        "It is as fast as in float32, and not faster"
     )
 
 

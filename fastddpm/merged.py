@@ -31,7 +31,7 @@ ONEDNN = (
 )
 
 
-# Pixels of a batch from which on Winograd's way is the faster one even where each call transforms its weights.
+# Winograd's method is the faster one for batches of at least so many pixels, even if each call transforms the weights.
 REPACKED = 256
 
 
@@ -54,8 +54,8 @@ class Convolution(nn.Module):
 
     On a CPU the first call puts the weights into the layout that oneDNN wants, which would otherwise happen in every
     call, and keeps no others: x must then keep its height and width. There a residual is added before the one
-    rounding, without a pass of its own, and 3x3 convolutions go Winograd's way: with transformed weights that are kept
-    where `spend` let them be, with weights that each call transforms where x is large enough.
+    rounding, without a pass of its own. 3x3 convolutions use Winograd's method: their transformed weights are cached
+    where `spend` allows it, and otherwise each call transforms them, if x is large enough for that to pay.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Convolution(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.stride, self.padding, self.upsample = [stride, stride], [padding, padding], upsample
-        self.fast = False  # whether transformed weights may be kept
+        self.fast = False  # whether transformed weights may be cached
         self.prepared, self.packed, self.winograd = False, None, False
 
     @classmethod
@@ -135,7 +135,7 @@ class Convolution(nn.Module):
         return winograd.pack(self.weight, self.dtype, self.upsample) if self.packed is None else self.packed
 
     def _prepare(self, x: torch.Tensor) -> None:
-        """Before the first call, for this shape of x. Another batch size then works too, but may be slower than it could be."""
+        """Choose the method by the first x. Another batch size works too, but may be slower than with a choice of its own."""
         if self.prepared:
             return
         self.prepared = True

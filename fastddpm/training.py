@@ -194,8 +194,8 @@ class Trainer:
             )
         if recipe.dtype == "bfloat16" and not backend.has_products(device, torch.bfloat16):
             warnings.warn(
-                f"fastddpm: this {device.type.upper()} has no bfloat16 products, so training takes many times as long as with "
-                "dtype float32",
+                f"fastddpm: this {device.type.upper()} does not multiply bfloat16 in hardware, so training is many times slower "
+                "than with dtype float32",
                 stacklevel=2,
             )
         torch.manual_seed(recipe.seed)

@@ -348,7 +348,7 @@ def test_a_dtype_without_products_is_said_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)).bfloat16()
     with pytest.warns(
-        UserWarning, match="no bfloat16 products, so the module's convolutions .* cast it to float32"
+        UserWarning, match="not multiply bfloat16 in hardware, so the module's convolutions .* cast it to float32"
     ) as said:
         fuse_norms(model)
         fuse_norms(model)

@@ -51,7 +51,9 @@ def log(out):
 
 def test_a_dtype_without_products_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(backend, "has_products", lambda device, dtype: dtype == torch.float32)
-    with pytest.warns(UserWarning, match="this CPU has no bfloat16 products, so training takes many times as long"):
+    with pytest.warns(
+        UserWarning, match="this CPU does not multiply bfloat16 in hardware, so training is many times slower"
+    ):
         trainer(tmp_path, dataclasses.replace(SHORT, dtype="bfloat16"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

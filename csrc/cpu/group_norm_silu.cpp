@@ -302,7 +302,7 @@ void apply(const T* x, T* y, const Slice& at, const Scratch& k) {
         for_elements<kInner>(at, 0, at.pixels,
                              [&](int64_t i, int64_t c, int lanes) { store(y + i, value(i, c, lanes), lanes); });
     } else {
-        // Rounded in a loop of its own: behind SiLU's long chain of operations it takes eight times as long.
+        // Rounding has a loop of its own: after SiLU's long chain of dependent operations it takes eight times as long.
         constexpr int64_t kBuffer = 16 * kLanes;
         float buffer[kBuffer];
         const int64_t lines = kInner ? at.pixels : at.channels, length = kInner ? at.channels : at.pixels;
