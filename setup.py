@@ -39,7 +39,7 @@ class CMakeBuild(build_ext):
             shutil.copy2(self.build_native(module.name), staged)
             os.replace(staged, module)  # whole or not at all: a running process may have the old one mapped
         except Exception as error:
-            if os.environ.get("FASTDDPM_REQUIRE_NATIVE") == "1" or CUDA_ARCHS not in ("", "off"):
+            if os.environ.get("FASTDDPM_REQUIRE_NATIVE") == "1" or CUDA_ARCHS not in ("", "auto", "off"):
                 raise
             module.unlink(missing_ok=True)  # a module of an earlier build must not outlive a failed one
             reason = str(error)

@@ -11,14 +11,14 @@ import torch
 
 from fastddpm import backend
 
-# What caps each library to AVX2: torch, oneDNN (torch's and OpenVINO's), fastddpm, MKL (on Intel's processors), and the
-# compiler behind torch.compile. Each is read when its library loads.
+# What caps each library to AVX2: torch, oneDNN (torch's and OpenVINO's), MKL (on Intel's processors), the compiler behind
+# torch.compile, and fastddpm. Each is read when its library loads.
 CAP = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "FASTDDPM_CPU_VARIANT": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "TORCHINDUCTOR_CPP_MARCH": "x86-64-v3",
+    **({} if backend.native is None else {"FASTDDPM_CPU_VARIANT": "avx2"}),
 }
 
 
@@ -58,9 +58,8 @@ def capped(quick: bool) -> dict[str, str]:
         found = re.search(pattern, log)
         return found[1] if found else "nothing"
 
-    mkl = logged(r"MKL_VERBOSE (.*?),")  # which says most on Intel's processors
     said = {
-        "fastddpm's kernels": f"{backend.describe()['cpu_variant']}, as fastddpm.backend.describe() says",
+        "fastddpm's kernels": f"{backend.describe()['cpu_variant'] or 'none'}, as fastddpm.backend.describe() says",
         "torch's kernels": f"{torch.backends.cpu.get_cpu_capability()}, as torch.backends.cpu.get_cpu_capability() says",
         "torch's convolutions": f"{logged(r'cpu,isa:(.*)')}, {logged(r'convolution,([^,]*),')}, as oneDNN logs",
     }
@@ -70,11 +69,15 @@ def capped(quick: bool) -> dict[str, str]:
         march = getattr(config.cpp, "march", None)  # older torch compiles for whatever the processor has
         vectors = cpu_vec_isa.pick_vec_isa()
         said["torch.compile's kernels"] = f"{vectors}, -march={march or 'native'}, as torch._inductor's settings say"
-    disobeys = [f"{who}: {what}" for who, what in said.items() if "512" in what or "native" in what]
+    if torch.backends.mkl.is_available():  # which names its instructions on Intel's processors alone, see NOTES.md
+        version = logged(r"MKL_VERBOSE ([^,]*)")
+        said["torch's matrix products"] = (
+            f"{'AVX-512' if '512' in version else 'AVX2 or less'}, as MKL logs ({version})"
+        )
+    disobeys = [f"{who}: {what}" for who, what in said.items() if any(x in what for x in ("512", "native", "nothing"))]
     if disobeys:
         sys.exit(f"--isa avx2: not everything keeps to it: {'; '.join(disobeys)}")
     return {
         **said,
-        "torch's matrix products": f"MKL_ENABLE_INSTRUCTIONS is set, and MKL logs that it is {mkl}",
         "OpenVINO": "as its compiled model says of each layer, see its set-up; layers of MLAS can't be capped",
     }

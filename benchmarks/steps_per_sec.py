@@ -163,12 +163,15 @@ except First:
 def cold(name: str, batch: int, device: torch.device, seconds: float) -> dict[str, float]:
     """Seconds from a new process's first call of `fastddpm.sample` to the end of its first step, by dtype.
 
-    Medians of three, or of as many as fit into so many seconds, at least one.
+    Medians of three, or of as many as fit into so many seconds, at least one. The run ends
+    where a call takes a minute and ten times that.
     """
 
     def once(dtype: str) -> float:
         command = [sys.executable, "-P", "-c", COLD, name, str(batch), device.type, dtype]
-        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        return float(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=60 + 10 * seconds).stdout
+        )
 
     start, found = time.monotonic(), {dtype: [] for dtype in DTYPES}
     for n in (1, 2, 3):
@@ -562,8 +565,8 @@ def main() -> None:
         later = end + (clock.left() - end) * sum(weights[i + 1 :]) / sum(weights[i:])
         results.append(measure(model, settings.network, batch, settings.quick, clock, later, tried))
         table(results[-1:])
-    narrow = settings.device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    bars = engine_bars(results, "avx2" if narrow else settings.device)
+    device = torch.device(settings.device)
+    bars = engine_bars(results, "avx2" if backend.no_products(device, torch.bfloat16) else device.type)
     print_table(["bar", "wanted", "measured", "reached", "where"], cells(bars))
     loaded = load.report()
     if settings.json is not None:

@@ -167,7 +167,9 @@ def _read_environment() -> None:
         variant = os.environ.get("FASTDDPM_CPU_VARIANT")
         if variant:
             if native is None:
-                raise BackendError(f"FASTDDPM_CPU_VARIANT={variant}: {_missing_reason()}; or unset the variable")
+                raise BackendError(
+                    f"FASTDDPM_CPU_VARIANT={variant} asks for compiled kernels, but {_missing_reason()}; or unset the variable"
+                )
             try:
                 native.cpu_variant()
             except RuntimeError as error:
@@ -228,38 +230,47 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     return "reference"
 
 
-def has_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies tensors of `dtype` in hardware.
+def no_products(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the device multiplies tensors of `dtype` in hardware, else the reason why not.
 
-    On a CPU that does not, torch and oneDNN emulate the products, 3 to 100 times slower than float32.
+    Without them, torch and oneDNN emulate the products on a CPU, 3 to 100 times slower than those of float32.
     """
     if dtype not in (torch.bfloat16, torch.float16):
-        return True
+        return None
+    name = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
-        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+        there = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+        return None if there else f"this GPU does not multiply {name} in hardware"
     if device.type != "cpu":
-        return True
+        return None
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
+        return f"oneDNN, which multiplies {name}, is not built into PyTorch or switched off"
+    limits = {
+        key: value for key in _ONEDNN_LIMITS if (value := os.environ.get(key, "").upper()) not in ("", "ALL", "DEFAULT")
+    }
+    absent = f"this processor does not multiply {name} in hardware"
+    if limits:
+        absent += " under " + " ".join(f"{key}={value}" for key, value in limits.items())
     asked = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     if not (hasattr(torch.ops.mkldnn, asked) and getattr(torch.ops.mkldnn, asked)()):
-        return False
+        return absent
     if platform.machine() not in ("x86_64", "AMD64"):
-        return True
-    # oneDNN also accepts both dtypes on AVX-512 without such instructions, and emulates the products. Each x86 processor
-    # with instructions for either dtype, AMX included, has AVX512_BF16. A limit set for oneDNN can hide them from it.
+        return None
+    # oneDNN also accepts bfloat16 on AVX-512 without such instructions, and emulates the products. Each x86 processor with
+    # instructions for either dtype, AMX included, has AVX512_BF16. A limit set for oneDNN can hide them from it.
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    within = limit in ("", "ALL", "DEFAULT") or any(name in limit for name in ("BF16", "FP16", "AMX", "AVX10"))
-    return supported is not None and supported() and within
+    within = all(any(kind in value for kind in ("BF16", "FP16", "AMX", "AVX10")) for value in limits.values())
+    return None if supported is not None and supported() and within else absent
 
 
-def slow_products(dtype: torch.dtype) -> str:
-    """The warning for a module of this dtype that runs unmodified on a CPU without such products."""
-    name = str(dtype).removeprefix("torch.")
+_ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+
+
+def slow_module(reason: str) -> str:
+    """The warning for a module that runs as it is where `no_products` gives this reason."""
     return (
-        f"this processor does not multiply {name} in hardware, so the module's convolutions and matrix products are many times "
-        "slower than in float32; cast it to float32 to avoid that"
+        f"{reason}, so the module's convolutions and matrix products are many times slower than in float32; cast it to float32 "
+        "to avoid that"
     )
 
 

@@ -249,7 +249,7 @@ def train_command(source, out, preset, resume, labels, dtype, device, **options)
         preset = preset or "digits"
         config = training.network_for(preset, dataset, classes=classes)
         if dtype == "auto":
-            dtype = "bfloat16" if backend.has_products(device, torch.bfloat16) else "float32"
+            dtype = "bfloat16" if backend.no_products(device, torch.bfloat16) is None else "float32"
         trained_for = {name: changes.pop(name) for name in ("prediction", "variance") if name in changes}
         recipe = dataclasses.replace(training.RECIPES[preset], dtype=dtype, **changes)
         trainer = training.Trainer(dataset, out, config, recipe, device, **trained_for)

@@ -36,8 +36,8 @@ from .unet import (
     Upsample,
 )
 
-# Times the model's weights, in the wider of its dtype and the products', may an engine's own be on a CPU: with all its
-# buffers they stay below 1.2.
+# On a CPU an engine's weights take at most so many times the memory of the model's, both in the wider of the model's dtype and
+# that of the products. With all its buffers the engine then stays below 1.2.
 GROWTH = 1.12
 
 
@@ -115,8 +115,12 @@ class Engine(Plain):
         def exact() -> list[nn.Module]:  # merging makes other ones of them
             return network.embedding_layers() if self.whole else []
 
-        if device.type == "cpu" and not backend.has_products(device, dtype):
-            notices.append(_no_products(dtype))
+        if device.type == "cpu" and (reason := backend.no_products(device, dtype)):
+            name = short(dtype)
+            notices.append(
+                f"{reason}, so the network runs in float32, with weights rounded to {name}. It is as fast as in float32, and not "
+                "faster"
+            )
             _round(network, dtype, exact())
             dtype = torch.float32
         if self.whole:  # else another body may read what merged layers don't keep
@@ -150,14 +154,6 @@ class Engine(Plain):
         if self.whole:
             return self.model.body(x, [part.float() for part in self.model.embed(row, class_labels)])
         return super().predict(x, row, class_labels)
-
-
-def _no_products(dtype: torch.dtype) -> str:
-    name = short(dtype)
-    return (
-        f"this processor does not multiply {name} in hardware, so the network runs in float32, with weights rounded to {name}. "
-        "It is as fast as in float32, and not faster"
-    )
 
 
 def _replace(module: nn.Module, converted: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -373,8 +369,8 @@ def network(
         used.eval()
         try:
             plain = Plain(used, device, dtype, f"{why}, so it runs as it is. {SLOWER}")
-            if device.type == "cpu" and not backend.has_products(device, dtype):
-                plain.notices.append(backend.slow_products(dtype))
+            if device.type == "cpu" and (reason := backend.no_products(device, dtype)):
+                plain.notices.append(backend.slow_module(reason))
             plain.lock = kept.lock
             yield plain
         finally:

@@ -216,8 +216,8 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
             swap(layer, FusedGroupNorm)
     for p in module.parameters():
         stays = p.device.type == "cpu" and not torch.cuda.is_available()  # else it may be on its way to a GPU
-        if stays and not backend.has_products(p.device, p.dtype):
-            warn_once(module, backend.slow_products(p.dtype))
+        if stays and (reason := backend.no_products(p.device, p.dtype)):
+            warn_once(module, backend.slow_module(reason))
             break
     return FusedNorms({kind: count for kind, count in swapped.items() if count}, left, before, classes)
 

@@ -45,7 +45,7 @@ def _onednn_takes(x: torch.Tensor) -> bool:
         and x.shape[2:].numel() > 1  # torch 2.6 cannot add a residual to a single pixel
         and all(hasattr(torch.ops.mkldnn, name) for name in ONEDNN)
         and x.dtype in (torch.float32, torch.bfloat16)
-        and backend.has_products(x.device, x.dtype)
+        and backend.no_products(x.device, x.dtype) is None
     )
 
 
@@ -346,7 +346,7 @@ def merge(network: nn.Module, prefix: str = "") -> list[str]:
 
 
 def spend(network: UNet, dtype: torch.dtype, allowance: float) -> None:
-    """Let convolutions keep weights transformed for Winograd's way, those on the largest images first, while all weights
+    """Let convolutions keep weights transformed for Winograd's method, those on the largest images first, while all weights
     together stay below `allowance` bytes: transformed ones are larger."""
     last = len(network.down_blocks) - 1
     levels = [*enumerate(network.down_blocks), (last, network.mid_block)]

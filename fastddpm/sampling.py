@@ -249,7 +249,8 @@ def prepared(
             chain.capture(net)
         except graphs.CaptureError as error:
             notice = f"steps are launched kernel by kernel, as they could not be captured as a CUDA graph ({error}). {SLOWER}"
-            net.notices += [] if notice in net.notices else [notice]
+            if notice not in net.notices:
+                net.notices.append(notice)
             if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):  # another time there may be more
                 return chain
         net.chain = chain  # also after a failure: the next call needn't fail once more

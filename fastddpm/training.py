@@ -13,7 +13,6 @@ import math
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import backend, images
+from .arguments import warn_once
 from .checkpoints import native
 from .data import ArrayImages
 from .diffusion import OBJECTIVES, training_loss
@@ -192,12 +192,8 @@ class Trainer:
             raise TrainingError(
                 f"data: no labels in it, and the network has {config.classes} classes (--labels reads them)"
             )
-        if recipe.dtype == "bfloat16" and not backend.has_products(device, torch.bfloat16):
-            warnings.warn(
-                f"fastddpm: this {device.type.upper()} does not multiply bfloat16 in hardware, so training is many times slower "
-                "than with dtype float32",
-                stacklevel=2,
-            )
+        if recipe.dtype == "bfloat16" and (reason := backend.no_products(device, torch.bfloat16)):
+            warn_once(self, f"{reason}, so training is many times slower than with dtype float32")
         torch.manual_seed(recipe.seed)
         model = UNet(config, prediction=prediction, variance=variance)
         model = model.to(device, memory_format=torch.channels_last)

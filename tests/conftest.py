@@ -10,8 +10,8 @@ import threading
 from collections import Counter
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Before torch's threads start. There is a worker for each core, so that more threads are slower: a training test takes
-    # four times as long. What depends on threads asks for them; one that waits has to leave its core to the other workers.
+    # Before torch's threads start. Each worker has one core, so it gets one thread: with more, a training test takes four
+    # times as long. Tests about threads set their own number. PASSIVE: a waiting thread must not spin.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -78,6 +78,16 @@ def kernels():
         pytest.skip(backend.unavailable("cpu"))
     with backend.use("cpu"):
         yield
+
+
+@pytest.fixture
+def float32_alone(monkeypatch):
+    """As on a CPU that has products of float32 alone."""
+
+    def no_products(device, dtype):
+        return None if dtype in (torch.float32, torch.float64) else f"no products of {dtype}"
+
+    monkeypatch.setattr(backend, "no_products", no_products)
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +160,8 @@ def pytest_terminal_summary(terminalreporter):
     stats = terminalreporter.stats
     reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in stats.get("skipped", []))
     left_out = len(stats.get("deselected", [])) or terminalreporter.config.stash.get(LEFT_OUT, 0)
-    reasons.update({"left out by -m or -k (slow ones: make slow)": left_out} if left_out else {})
+    if left_out:
+        reasons["left out by -m or -k (make test runs the thorough ones, make slow the slow ones)"] = left_out
     for reason, count in sorted(reasons.items()):
         terminalreporter.write_line(f"not run: {count} x {reason}")
 

@@ -52,18 +52,26 @@ def configured(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("asked", "wrong"), [
-    ("sm90", "sm90"), ("banana", "banana"), ("9.0", "9.0"), ("90a", "90a"), ("35", "35"), ("80;35", "35"),
-    ("OFF", "OFF"), ("80,,90,", ""), (",", ""),
+    ("35", "35"), ("80;35", "35"), ("999", "999"),
 ])  # fmt: skip
-def test_what_no_compiler_knows_is_refused(configured, asked, wrong):
+def test_an_unknown_architecture_is_refused(configured, asked, wrong):
     said = configured(asked)
     assert f'FASTDDPM_CUDA_ARCHS is "{asked}", but this nvcc does not compile for "{wrong}". Expected is native' in said
     assert "of: 75, 80, 90, 100, 110, 103." in said
     assert "Compiling" not in said
 
 
+@pytest.mark.parametrize("nvcc", [True, False])
+@pytest.mark.parametrize("asked", ["OFF", "banana", "sm90", "9.0", "90a", ",", "80;90,", "80 native"])
+def test_a_malformed_value_is_refused(configured, asked, nvcc):
+    said = configured(asked, nvcc)
+    assert f'FASTDDPM_CUDA_ARCHS is "{asked}". Expected is native, off, auto, or a list such as 80;90.' in said
+    assert "Compiling" not in said
+
+
 @pytest.mark.parametrize(("asked", "gpus"), [
-    ("", "75 80 90 100"), ("90", "90"), ("80;90", "80 90"), ("80 90", "80 90"), ("90, 80", "80 90"), ("110;103;110", "103 110"),
+    ("", "75 80 90 100"), ("90", "90"), ("80;90", "80 90"), ("80 90", "80 90"),
+    ("90, 80", "80 90"), ("80,,90", "80 90"), ("110;103;110", "103 110"),
 ])  # fmt: skip
 def test_what_is_compiled(configured, asked, gpus):
     assert re.search(rf"Compiling for CPUs \(generic[^)]*\) and GPUs \({gpus}\): \d+ to \d+ seconds", configured(asked))
@@ -79,6 +87,17 @@ def test_native_is_the_gpus_that_are_here(configured):
     assert 'is "native", but nvidia-smi finds no GPU (6 No devices were found): name an architecture' in said
 
 
+def test_auto_is_the_gpus_that_are_here_and_never_an_error(configured):
+    configured.program("nvidia-smi", "echo 8.0")
+    assert "and GPUs (80)" in configured("auto")
+    configured.program("nvidia-smi", "echo 13.0")  # newer than nvcc: PTX serves it
+    assert "and GPUs (75 80 90 100)" in configured("auto")
+    configured.program("nvidia-smi", "exit 6")
+    assert "and GPUs (90)" in configured("auto")
+    assert "and GPUs (none)" in configured("auto", nvcc=False)
+    assert configured.module_knows("no working CUDA compiler was found when fastddpm was built")
+
+
 def test_a_build_without_cuda_kernels_knows_why(configured):
     assert "and GPUs (none)" in configured("off")
     assert configured.module_knows("built with FASTDDPM_CUDA_ARCHS=off (install again without it)")
@@ -87,7 +106,7 @@ def test_a_build_without_cuda_kernels_knows_why(configured):
     assert 'is "90", but no working CUDA compiler was found: put nvcc on the PATH' in configured("90", nvcc=False)
 
 
-@pytest.mark.parametrize("archs", [None, "off", "90"])
+@pytest.mark.parametrize("archs", [None, "auto", "off", "90"])
 def test_a_build_that_fails(tmp_path, archs):
     """Pure Python serves without CUDA kernels: who asks for some gets them or an error. There is no cmake on the PATH here."""
     pytest.importorskip("setuptools", minversion="77")
@@ -96,7 +115,7 @@ def test_a_build_that_fails(tmp_path, archs):
     environment |= {"PATH": str(tmp_path)} | ({} if archs is None else {"FASTDDPM_CUDA_ARCHS": archs})
     command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if archs in (None, "off"):
+    if archs != "90":
         assert done.returncode == 0, done.stderr
         assert "UserWarning: fastddpm installs without its compiled module: configuring" in done.stderr
         reason = json.loads((tmp_path / "lib" / "fastddpm" / "_build_info.json").read_text())["reason"]

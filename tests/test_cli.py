@@ -186,7 +186,7 @@ def test_a_forward_strip_of_a_diffusers_model(model, tmp_path, capsys, monkeypat
 
 
 def test_train_interrupt_and_resume(tmp_path, capsys, monkeypatch):
-    """The real process, a real Ctrl-C: it saves, says how to go on, and does."""
+    """Ctrl-C in a process of its own: it saves and says how to go on, and a resumed run does."""
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
     command = [sys.executable, "-m", "fastddpm", "train", "--data", "x.npz", "--out", "run"]
     options = ["--batch-size", "2", "--log-every", "1", "--save-every", "1", "--sample-every", "0", "--steps", "100000"]

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import itertools
 import math
+import platform
 import threading
 import time
 import types
@@ -124,7 +125,7 @@ def test_memory_is_the_weights_and_a_fifth(own, dtype):
     with torch.inference_mode():
         x = torch.randn(1, *model.shape).to(engine.dtype, memory_format=torch.channels_last)
         engine.predict(x, engine.at(torch.tensor([5])), None)
-    products = dtype if backend.has_products(CPU, dtype) else torch.float32
+    products = dtype if backend.no_products(CPU, dtype) is None else torch.float32
     weights = sum(p.numel() * max(own.itemsize, products.itemsize) for p in model.parameters())
     assert 0.3 * weights <= added_bytes(engine, model) <= 1.2 * weights
 
@@ -171,12 +172,6 @@ def test_attention_on_one_image_stays_channels_last(name):
 # ------------------------------------------------------------------------------------ dtypes without products
 
 
-@pytest.fixture
-def float32_alone(monkeypatch):
-    """As on a CPU that has products of float32 alone."""
-    monkeypatch.setattr(backend, "has_products", lambda device, dtype: dtype not in (torch.bfloat16, torch.float16))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["two levels", "classes"])
@@ -215,7 +210,7 @@ def test_a_dtype_without_products_is_said_once(float32_alone):
         lambda: fastddpm.encode(model, x / 127.5 - 1, steps=2, dtype=torch.bfloat16),
     )
     [message] = notices(lambda: [call() for call in calls])
-    assert "this processor does not multiply bfloat16 in hardware" in message
+    assert "no products of torch.bfloat16, so the network runs in float32" in message
     assert "float16" in notices(lambda: draw(model, dtype=torch.float16))[0]
     assert notices(lambda: draw(model)) == []
     foreign = nn.Conv2d(3, 3, 3, padding=1).bfloat16()
@@ -227,9 +222,31 @@ def test_a_dtype_without_products_is_said_once(float32_alone):
 @pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE"])
 def test_what_onednn_may_not_use_is_no_product(limit, tmp_path):
     """With AVX512_CORE it takes bfloat16, and is slower in it than in float32."""
-    code = "import torch; from fastddpm import backend as b; print(b.has_products(torch.device('cpu'), torch.bfloat16))"
+    code = "import torch; from fastddpm import backend as b; print(b.no_products(torch.device('cpu'), torch.bfloat16))"
     result = python(code, tmp_path, ONEDNN_MAX_CPU_ISA=limit)
-    assert result.stdout == "False\n", result.stderr
+    reason = "this processor does not multiply bfloat16 in hardware" if platform.machine() == "x86_64" else "None"
+    assert result.stdout.startswith(reason), result.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86's instructions")
+@pytest.mark.parametrize(("limits", "there"), [
+    ({}, True), ({"ONEDNN_MAX_CPU_ISA": "default"}, True), ({"DNNL_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True),
+    ({"ONEDNN_MAX_CPU_ISA": "avx512_core_bf16"}, True), ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, False),
+    ({"DNNL_MAX_CPU_ISA": "AVX2"}, False),
+])  # fmt: skip
+def test_limits_of_onednn_are_named(monkeypatch, limits, there):
+    """On any processor: torch's answers are those of one with AVX512_BF16."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in limits.items():
+        monkeypatch.setenv(name, value)
+    reason = backend.no_products(CPU, torch.bfloat16)
+    assert (reason is None) == there
+    assert there or reason.endswith(" under " + " ".join(f"{k}={v}" for k, v in limits.items()))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "oneDNN" in backend.no_products(CPU, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -280,7 +297,7 @@ def test_weights_are_packed_once():
 
 def test_large_images_go_winograds_way_with_weights_that_are_not_kept(monkeypatch, kernels):
     if backend.native.cpu_variant() == "generic":
-        pytest.skip("Winograd's way is not the faster one there")
+        pytest.skip("Winograd's method is not the faster one there")
     model = randomised(UNetConfig(sample_size=8, channels=32, multipliers=(1, 1), attention=()))
     for n, growth, some in (
         (1, 0, False),
@@ -1033,7 +1050,7 @@ def test_nothing_is_said_of_what_is_usual():
     labelled.schedule = model.schedule
     for call in (
         lambda: draw(model),
-        lambda: draw(model, dtype=torch.bfloat16 if backend.has_products(CPU, torch.bfloat16) else torch.float32),
+        lambda: draw(model, dtype=torch.float32 if backend.no_products(CPU, torch.bfloat16) else torch.bfloat16),
         lambda: draw(labelled, class_labels=1),
         lambda: draw(lambda x, t: x, shape=(1, 4, 4), schedule=model.schedule),
     ):

@@ -343,12 +343,11 @@ def test_inputs_of_any_kind(x, kernels):
             torch.testing.assert_close(got.double(), wanted, rtol=rounding, atol=1e-5)
 
 
-def test_a_dtype_without_products_is_said_once(monkeypatch):
-    monkeypatch.setattr(backend, "has_products", lambda device, dtype: dtype == torch.float32)
+def test_a_dtype_without_products_is_said_once(float32_alone, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)).bfloat16()
     with pytest.warns(
-        UserWarning, match="not multiply bfloat16 in hardware, so the module's convolutions .* cast it to float32"
+        UserWarning, match=r"no products of torch.bfloat16, so the module's convolutions .* cast it to float32"
     ) as said:
         fuse_norms(model)
         fuse_norms(model)

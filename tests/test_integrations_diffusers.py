@@ -352,6 +352,18 @@ def test_a_seeded_step_is_one_operation(scheduler):
     assert "aten._local_scalar_dense.default" in calls.names  # this is what a wait looks like here
 
 
+@pytest.mark.parametrize("parent", PAIRS)
+def test_a_dtype_without_products_is_said_once(parent, float32_alone):
+    scheduler = PAIRS[parent]()
+    scheduler.set_timesteps(10)
+    x = randn(*SHAPE, seed=0)
+    with pytest.warns(UserWarning, match=r"no products of torch.bfloat16, so the model's convolutions") as said:
+        for t in scheduler.timesteps[:3]:
+            scheduler.step(x.bfloat16(), t, x)
+            scheduler.step(x, t, x)
+    assert len(said) == 1
+
+
 def test_seeded_noise_is_that_of_the_sequence():
     """With x = o = 0 what is left of a step is sigma*z."""
     zero = torch.zeros(3, 3, 4, 5)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, backend, cli, data, ops, training
+from fastddpm import Schedule, UNet, UNetConfig, cli, data, ops, training
 from fastddpm.diffusion import draw_timesteps
 from fastddpm.ops.philox_normal import Stream, philox_words_ref
 from fastddpm.training import Draws, Recipe, Trainer, TrainingError
@@ -49,11 +49,8 @@ def log(out):
         return [(row["step"], row["loss"], row["grad_norm"]) for row in csv.DictReader(file)]
 
 
-def test_a_dtype_without_products_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(backend, "has_products", lambda device, dtype: dtype == torch.float32)
-    with pytest.warns(
-        UserWarning, match="this CPU does not multiply bfloat16 in hardware, so training is many times slower"
-    ):
+def test_a_dtype_without_products_is_said(tmp_path, float32_alone):
+    with pytest.warns(UserWarning, match=r"no products of torch.bfloat16, so training is many times slower"):
         trainer(tmp_path, dataclasses.replace(SHORT, dtype="bfloat16"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -42,9 +42,12 @@ struct float16 {
 // Calls f with a value of the type that `dtype` names.
 template <class F>
 inline void of_dtype(Dtype dtype, const F& f) {
-    if (dtype == Dtype::float32) f(float{});
-    if (dtype == Dtype::bfloat16) f(bfloat16{});
-    if (dtype == Dtype::float16) f(float16{});
+    if (dtype == Dtype::float32)
+        f(float{});
+    else if (dtype == Dtype::bfloat16)
+        f(bfloat16{});
+    else  // bindings.cpp lets no other through
+        f(float16{});
 }
 
 inline vfloat splat(float a) {
@@ -184,8 +187,9 @@ inline vfloat widen(vhalf h, float16) {
     return (vfloat)_mm256_cvtph_ps((__m128i)h);
 #else
     vuint u = widen_bits(h), sign = (u & 0x8000) << 16, magnitude = (u & 0x7fff) << 13;
-    // The bits moved into place are the value times 2^-112, for subnormals too.
-    vuint finite = (vuint)((vfloat)magnitude * splat(0x1p112f));
+    // A subnormal is what its bits add to 2^-14. Nothing here is subnormal in float32, which a process may flush to 0.
+    vuint subnormal = (vuint)((vfloat)(magnitude + (113u << 23)) - splat(0x1p-14f));
+    vuint finite = magnitude < 0x0400u << 13 ? subnormal : magnitude + (112u << 23);
     return (vfloat)(sign | (magnitude < 0x7c00u << 13 ? finite : magnitude | 0x7f800000));
 #endif
 }

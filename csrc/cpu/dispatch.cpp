@@ -8,6 +8,10 @@
 
 #include "kernels.h"
 
+#ifdef FASTDDPM_X86_VARIANTS
+#include <cpuid.h>
+#endif
+
 namespace fastddpm {
 
 #define FASTDDPM_DECLARE(variant)                                    \
@@ -61,7 +65,9 @@ const Kernels variants[] = {
 
 bool runs_here(const Kernels& variant) {
 #ifdef FASTDDPM_X86_VARIANTS
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned a, b, c = 0, d;
+    bool f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;  // older compilers don't know the name
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     if (!std::strcmp(variant.name, "avx2")) return avx2;
     if (!std::strcmp(variant.name, "avx512"))
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -165,9 +165,10 @@ FASTDDPM_DOT void transform_sums(const WinogradArgs& args, const Block& block, c
 
 // For weights that come from memory: the processor's own prefetching stops where a page ends.
 inline void prefetch_columns(const void* weights) {
-    const char* ahead = static_cast<const char*>(weights) + kAhead;
-    __builtin_prefetch(ahead);
-    if (kColumns * sizeof(float) > 64) __builtin_prefetch(ahead + 64);
+    const uintptr_t ahead =
+        reinterpret_cast<uintptr_t>(weights) + kAhead;  // no pointer: it may lie past the weights' end
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead));
+    if (kColumns * sizeof(float) > 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + 64));
 }
 
 // ---- float32 ----

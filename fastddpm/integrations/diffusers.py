@@ -39,6 +39,8 @@ from typing import NamedTuple
 
 import torch
 
+from .. import backend
+from ..arguments import warn_once
 from ..ops import ddpm_step
 from ..ops._library import check_first, check_seed, layout
 
@@ -177,6 +179,10 @@ class _Fused:
                 f"model_output: got shape {list(model_output.shape)}; expected {expected}"
                 + (", with the learned variance" if learned else ", as sample")
             )
+        if model_output.device.type == "cpu" and (
+            reason := backend.no_products(model_output.device, model_output.dtype)
+        ):
+            warn_once(self, backend.slow_module(reason).replace("the module", "the model"))
         dtype = sample.dtype
         if model_output.dtype != dtype:
             dtype = torch.promote_types(dtype, model_output.dtype)
