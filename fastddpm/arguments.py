@@ -176,6 +176,17 @@ def fitting_batch(n: int, shape: tuple[int, int, int], device: torch.device) -> 
     return max(1, min(n, memory // 4 // (shape[1] * shape[2] * 4096)))
 
 
+LEAST_BYTE = 16  # images in 0..255 have a larger pixel; images in [-1, 1], and standardised ones of both signs, don't
+
+
+def check_range(name: str, x: torch.Tensor) -> None:
+    """Raise ValueError where x cannot be images in [-1, 1] because they are in 0..255."""
+    if x.numel() and float(x.min()) >= 0 and float(x.max()) > LEAST_BYTE:
+        raise ValueError(
+            f"{name}: values from {float(x.min()):g} to {float(x.max()):g}; expected images in [-1, 1]: write x / 127.5 - 1"
+        )
+
+
 def output_fault(o: object, shape: list[int], learned: bool) -> str | None:
     """What is wrong with a model's output for x of `shape` [N, C, ...]; None: nothing. learned: it must hold a variance, which
     it may hold all the same where it needn't."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import __version__, backend, data, evaluation, images, samplers, training
+from . import __version__, backend, data, evaluation, images, pictures, samplers, training
 from .arguments import random_seed
 from .chains import Frames
 from .checkpoints import base, native, pretrained
@@ -109,7 +110,7 @@ def _sampler_options(command):
 @click.option("--batch-size", type=int, help="Images per forward pass; default what fits.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Arithmetic of the network; default the model's own.")
-@click.option("--label", type=int, help="Class to draw, for a network with classes.")
+@click.option("--label", help="Class to draw, for a network with classes: its number, or its name where it has one.")
 @click.option("--gif", type=click.Path(path_type=Path), help="Also write the denoising film to this .gif.")
 @click.option("--strip", type=click.Path(path_type=Path),
               help="Also write to this .png what the chain takes each image to be on its way, ten in a row.")  # fmt: skip
@@ -134,7 +135,12 @@ def sample_command(
         raise ValueError(f"n: got {n}; a picture needs at least 1 image")
     network = UNet.from_pretrained(model).to(_device(device))
     chain = {name: value for name, value in chain.items() if value is not None}
+    label = None if label is None else _class(label, network)
     steps = len(plan(network, **chain).table.timesteps)
+    if output.suffix.lower() not in RAW:
+        images.check_size("output", output, images.laid_out(n, network.shape))
+    if gif is not None:
+        images.check_size("gif", gif, images.laid_out(n, network.shape))
     film = Frames(steps, min(FILM_FRAMES, steps), lambda state: state.x.clamp(-1, 1).cpu())
     progress = Frames(steps, min(STRIP_COLUMNS, steps), lambda state: state.x0.cpu())
     wanted = [frames for frames, path in ((film, gif), (progress, strip)) if path is not None]
@@ -153,6 +159,18 @@ def sample_command(
         images.save(images.grid(torch.stack(columns, dim=1).flatten(0, 1), columns=len(columns)), strip)
     shape = "x".join(map(str, network.shape))
     click.echo(f"{output}: {n} images {shape}, {steps} steps in {seconds:.1f} s (seed {seed})")
+
+
+def _class(label: str, network: UNet) -> int:
+    """The number of the class that --label names."""
+    names = network.class_names or []
+    if label in names:
+        return names.index(label)
+    try:
+        return int(label)
+    except ValueError:
+        known = f"one of {', '.join(names)}" if names else "a number, as this network's classes have no names"
+        raise ValueError(f"label: got {label!r}; expected {known}") from None
 
 
 def _write(drawn: torch.Tensor, path: Path) -> None:
@@ -174,10 +192,10 @@ def _write_film(frames: list[Image.Image], path: Path) -> None:
 def _forward_strip(path: Path, schedule: Schedule, seed: int) -> Image.Image:
     """x_0 and x_t at evenly spaced t, the same picture with fresh noise of the forward stream."""
     try:
-        pixels = data.read_picture(path)
-    except OSError as error:
-        raise ValueError(f"forward: {path} is not a readable picture ({error})") from error
-    x0 = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        picture, _ = pictures.read(path)
+    except pictures.DataError as error:
+        raise ValueError(f"forward: {error}") from error
+    x0 = torch.from_numpy(pictures.channels_first(pictures.on_black(picture)))[None].float() / 127.5 - 1
     last = len(schedule) - 1
     steps = torch.linspace(0, last, FORWARD_COLUMNS).round().long()
     repeated = x0.expand(len(steps), *x0.shape[1:])
@@ -213,19 +231,36 @@ def _recipe_options(command):
     return command
 
 
+def _data_options(command):
+    """How data.load reads images, for every command that takes data."""
+    alpha = "Transparency: composed on black, or kept as a channel."
+    source = ".npz or .npy of images, or a folder of pictures."
+    for option in (
+        click.option("--skip-damaged", is_flag=True, help="Leave out pictures that cannot be read, and list them."),
+        click.option("--alpha", type=click.Choice(data.ALPHAS), default="black", show_default=True, help=alpha),
+        click.option("--size", type=int, help="Resize the smaller side to this, and cut out the middle as a square."),
+        click.option("--data", "source", type=click.Path(path_type=Path), required=True, help=source),
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command("train")
-@click.option("--data", "source", type=click.Path(path_type=Path), required=True,
-              help=".npz or .npy with uint8 images, or a folder of pictures.")  # fmt: skip
+@_data_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The run's folder.")
 @click.option("--preset", type=click.Choice(list(training.RECIPES)),
               help="Network and recipe: digits (the default), or cifar10, the paper's.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
-@click.option("--labels", is_flag=True, help="Train a class-conditional network on the data's labels.")
+@click.option(
+    "--labels",
+    is_flag=True,
+    help="Train a class-conditional network, on the labels of a .npz or on a folder's subfolders as classes.",
+)
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
               help="Arithmetic of the network; auto: bfloat16 where it is faster.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @_recipe_options
-def train_command(source, out, preset, resume, labels, dtype, device, **options) -> None:
+def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels, dtype, device, **options) -> None:
     """Train a network on images, by the paper's objective and recipe; Ctrl-C saves, --resume goes on."""
     device = _device(device)
     changes = {name: value for name, value in options.items() if value is not None}
@@ -233,7 +268,7 @@ def train_command(source, out, preset, resume, labels, dtype, device, **options)
         raise ValueError("steps, epochs: both given; expected one of them")
     if "steps" in changes or "epochs" in changes:
         changes = {"steps": None, "epochs": None, **changes}
-    dataset = data.load(source, labels=labels)
+    dataset = data.load(source, labels=labels, size=size, alpha=alpha, skip_damaged=skip_damaged)
     if resume:
         kept = {"preset": preset, "dtype": None if dtype == "auto" else dtype}
         foreign = {k for k, v in {**changes, **kept}.items() if v is not None} - {"steps", "epochs"}
@@ -245,7 +280,9 @@ def train_command(source, out, preset, resume, labels, dtype, device, **options)
     else:
         if (out / training.CHECKPOINT).exists():
             raise ValueError(f"out: {out} already holds a run; pass --resume to go on with it, or name another folder")
-        classes = int(dataset.labels.max()) + 1 if labels else None
+        classes = None
+        if labels:
+            classes = len(dataset.class_names or ()) or int(dataset.labels.max()) + 1
         preset = preset or "digits"
         config = training.network_for(preset, dataset, classes=classes)
         if dtype == "auto":
@@ -261,16 +298,18 @@ def train_command(source, out, preset, resume, labels, dtype, device, **options)
     if trainer.run():
         click.echo(f"{out}: trained; draw with  fastddpm sample {out}")
     else:
+        again = ["fastddpm", "train", "--data", str(source), "--out", str(out), "--resume"]
+        again += ["--labels"] * labels + ["--skip-damaged"] * skip_damaged
+        again += [] if size is None else ["--size", str(size)]
+        again += [] if alpha == "black" else ["--alpha", alpha]
         click.echo(
-            f"{out}: stopped and saved at step {trainer.step} of {trainer.total}; go on with  "
-            f"fastddpm train --data {source} --out {out} --resume"
+            f"{out}: stopped and saved at step {trainer.step} of {trainer.total}; go on with  {shlex.join(again)}"
         )
 
 
 @cli.command("evaluate")
 @click.argument("model")
-@click.option("--data", "source", type=click.Path(path_type=Path), required=True,
-              help=".npz or .npy with uint8 images, or a folder of pictures: what to compare with.")  # fmt: skip
+@_data_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the samples and the result.")
 @click.option("--metrics", default="fid,kid,bpd", show_default=True, help="Some of these, with commas between.")
 @click.option("-n", default=50_000, show_default=True, help="Samples for fid and kid.")

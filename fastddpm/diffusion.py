@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import ops
-from .arguments import choice, random_seed, trained_for
+from .arguments import check_range, choice, random_seed, trained_for
 from .foreign import tensor_of
 from .ops._library import check_first, check_seed
 from .ops.philox_normal import Stream, first_words
@@ -132,6 +134,9 @@ def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return values.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
+_looked_at: weakref.WeakSet[object] = weakref.WeakSet()  # models whose first x0 has been
+
+
 def training_loss(
     model: nn.Module,
     x0: torch.Tensor,
@@ -166,6 +171,10 @@ def training_loss(
         bound = Bound(schedule, variance, x0.device)
     if x0.dim() < 2 or not x0.is_floating_point():
         raise ValueError(f"x0: got {x0.dtype} {list(x0.shape)}; expected floating-point images [N, C, H, W] in [-1, 1]")
+    if x0.device.type == "cpu" or model not in _looked_at:  # a GPU would wait each time
+        check_range("x0", x0)
+        with contextlib.suppress(TypeError):  # some callables cannot be remembered
+            _looked_at.add(model)
     seed = random_seed() if seed is None else check_seed(seed)
     n, first = x0.shape[0], check_first(first)
     if t is None:

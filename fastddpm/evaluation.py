@@ -323,7 +323,7 @@ class _Kept:
 class _Comparison:
     """Distances between samples and a reference on some features."""
 
-    def __init__(self, features: Features, reference: data.ArrayImages, drawing: _Drawing, cache: Path) -> None:
+    def __init__(self, features: Features, reference: data.Images, drawing: _Drawing, cache: Path) -> None:
         self.features, self.reference, self.drawing = features, reference, drawing
         for what, count in (("samples", drawing.n), ("reference images", len(reference))):
             if count < 2:
@@ -332,7 +332,7 @@ class _Comparison:
         noise = torch.randint(0, 256, (NOISE, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         answer = features(noise).numpy()
         self.dim = answer.shape[1]
-        name = f"reference-{_digest(reference.pixels)[:12]}"
+        name = f"reference-{reference.digest()[:12]}"
         self.of_reference = _Kept(features, shape, answer, cache, name, "cache")
         name = f"{SAMPLES}-{_hash(_json(drawing.settings))[:12]}"
         self.of_samples = _Kept(features, shape, answer, drawing.folder / "features", name, "folder")
@@ -381,7 +381,7 @@ class _Comparison:
 
     def _reference(self, progress: bool | None) -> Shards:
         def pixels(span: range) -> np.ndarray:
-            return self.reference.pixels[span.start : span.stop].numpy()
+            return self.reference.read(span).numpy()
 
         return self.of_reference.fill(len(self.reference), pixels, progress, "features of the reference")
 
@@ -402,7 +402,7 @@ class _Bits:
     """The bound of given images, each image's own number kept."""
 
     def __init__(
-        self, model, images: data.ArrayImages, what: str, limit: int | None, folder: Path, device, **options
+        self, model, images: data.Images, what: str, limit: int | None, folder: Path, device, **options
     ) -> None:
         """what: which images they are. options: `likelihood`'s, but for the images and their labels."""
         if limit is not None:
@@ -417,8 +417,8 @@ class _Bits:
             check_count("subsample", options["subsample"], 1)
         self.settings = {
             **_told_by(model, options["dtype"]),
-            "images": _digest(images.pixels),
-            "labels": None if images.labels is None else _digest(images.labels),
+            "images": images.digest(),
+            "labels": None if images.labels is None else _hash(str(images.labels.tolist())),
             "schedule": _hash(_rounded(schedule.betas)),
             "prediction": prediction,
             "variance": variance,
@@ -427,7 +427,7 @@ class _Bits:
             "seed": check_seed(options["seed"]),
         }
         folder = folder / f"likelihood-{_hash(_json(self.settings))[:12]}"
-        answer = _answer(model, images.pixels.shape[1:], len(schedule), device, options["dtype"])
+        answer = _answer(model, images.shape, len(schedule), device, options["dtype"])
         said = f"{folder}: these are the bounds of another model; delete it, or name another folder"
         self.probe = _Probe(folder, answer, said)
         self.probe.check()
@@ -450,7 +450,7 @@ class _Bits:
         chosen = slice(span.start, span.stop)
         bounds = likelihood(
             self.model,
-            self.images.pixels[chosen],
+            self.images.read(span),
             class_labels=None if self.images.labels is None else self.images.labels[chosen],
             first=span.start,
             progress=None if progress else progress,
@@ -469,20 +469,14 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _digest(values: torch.Tensor) -> str:
-    total = hashlib.sha256(str(list(values.shape)).encode())
-    total.update(values.numpy())
-    return total.hexdigest()
-
-
-def _fitting(images: data.ArrayImages, shape: tuple[int, int, int]) -> data.ArrayImages:
+def _fitting(images: data.Images, shape: tuple[int, int, int]) -> data.Images:
     """The images, padded as for training, which their source then says; ValueError where they are not the model's."""
-    own = tuple(images.pixels.shape[1:])
+    own = images.shape
     padded = images.pad_to(shape[1]) if shape[1] == shape[2] else images
-    if tuple(padded.pixels.shape[1:]) != shape or not len(images):
+    if padded.shape != shape:
         raise ValueError(
             f"data: {images.source}: {len(images)} images of {'x'.join(map(str, own))}; "
-            f"expected the model's {'x'.join(map(str, shape))}, or smaller ones of as many channels"
+            f"expected the model's {'x'.join(map(str, shape))}, or smaller ones of as many channels; size (--size) resizes them"
         )
     if own != shape:
         padded.source += f", padded from {own[1]}x{own[2]} to {shape[1]}x{shape[2]}"
@@ -537,6 +531,9 @@ def evaluate(
     shard: int | None = None,
     subsample: int | None = None,
     likelihood_images: int | None = None,
+    size: int | None = None,
+    alpha: str = "black",
+    skip_damaged: bool = False,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -549,6 +546,7 @@ def evaluate(
         of the .npz's x_test, or where there is none of the training images.
     features: default `inception()`; FID and KID are called so on those alone.
     cache: folder for the reference's features and statistics; default evaluation-cache, beside `folder`.
+    size, alpha, skip_damaged: how the images are read, as in `fastddpm.data.load`.
     subsample: timesteps drawn for each image's bits per dimension; default all T. likelihood_images: how many of the images.
     shard, options: see `draw`. The other arguments are `fastddpm.sample`'s.
 
@@ -562,10 +560,13 @@ def evaluate(
     model, options = adopted(model), _given(options)
     folder, shape = Path(folder), shape_of(model, options.get("shape"))
     labels = "bpd" in metrics and isinstance(model, UNet) and model.config.classes is not None
-    held_out = data.load_test(source, labels=labels) if "bpd" in metrics else None
-    reference = _fitting(data.load(source, labels=labels and held_out is None), shape)
+    read_as = {"classes": (model.class_names or model.config.classes) if labels else None, "size": size}
+    held_out = data.load_test(source, labels=labels, **read_as) if "bpd" in metrics else None
+    of_reference = labels and held_out is None
+    reference = data.load(source, labels=of_reference, alpha=alpha, skip_damaged=skip_damaged, **read_as)
+    reference = _fitting(reference, shape)
     settings = {"versions": {name: version(name) for name in ("fastddpm", "torch", "numpy")}}
-    settings["reference"] = {"source": reference.source, "images": len(reference), "sha256": _digest(reference.pixels)}
+    settings["reference"] = {"source": reference.source, "images": len(reference), "sha256": reference.digest()}
 
     comparison = bits = None
     if "fid" in metrics or "kid" in metrics:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import math
 import signal
 import threading
@@ -18,15 +19,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from . import backend, images
-from .arguments import warn_once
+from .arguments import check_range, warn_once
 from .checkpoints import native
-from .data import ArrayImages
+from .data import Images, undisturbed, workers
 from .diffusion import OBJECTIVES, training_loss
 from .files import whole
 from .ops.philox_normal import Stream, first_words
+from .pictures import DataError
 from .progress import bar as progress_bar
 from .samplers import PREDICTIONS
 from .sampling import sample
@@ -34,6 +36,7 @@ from .unet import PRESETS, UNet, UNetConfig
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.csv"
 VARIANCES = ("fixed_large", "fixed_small")  # those that need no training
+GRID = 4, 10  # of a run's grids: images in a row, and rows at most where each is a class
 COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds")
 
 
@@ -155,6 +158,11 @@ def network_for(preset: str, dataset: Dataset, *, classes: int | None = None) ->
     )
 
 
+def _digest(dataset: Images) -> str:
+    labels = b"" if dataset.labels is None else dataset.labels.numpy().tobytes()
+    return hashlib.sha256(dataset.digest().encode() + labels).hexdigest()
+
+
 def _image_of(item: object) -> torch.Tensor:
     return item[0] if isinstance(item, (tuple, list)) else item
 
@@ -179,15 +187,22 @@ class Trainer:
     ) -> None:
         _check("prediction", prediction, PREDICTIONS)
         _check("variance", variance, VARIANCES)
+        if isinstance(dataset, IterableDataset):
+            raise TrainingError(
+                f"data: {type(dataset).__name__} is an IterableDataset; a run draws its images by number, in an order that "
+                "follows from the seed: expected a map-style Dataset, with __len__ and __getitem__"
+            )
         if len(dataset) == 0:
             raise TrainingError("data: the data set is empty")
-        if isinstance(dataset, ArrayImages):
+        if isinstance(dataset, Images):
             dataset = dataset.pad_to(config.sample_size)
         self.dataset, self.out, self.recipe, self.device = dataset, Path(out), recipe, device
         expected = [config.in_channels, config.sample_size, config.sample_size]
         got = list(_image_of(dataset[0]).shape)
         if got != expected:
             raise TrainingError(f"data: images of shape {got}; the network takes {expected}")
+        if not isinstance(dataset, Images):
+            check_range("data: image 0", _image_of(dataset[0]))
         if config.classes is not None and not isinstance(dataset[0], (tuple, list)):
             raise TrainingError(
                 f"data: no labels in it, and the network has {config.classes} classes (--labels reads them)"
@@ -195,11 +210,13 @@ class Trainer:
         if recipe.dtype == "bfloat16" and (reason := backend.no_products(device, torch.bfloat16)):
             warn_once(self, f"{reason}, so training is many times slower than with dtype float32")
         torch.manual_seed(recipe.seed)
-        model = UNet(config, prediction=prediction, variance=variance)
+        names = getattr(dataset, "class_names", None) if config.classes is not None else None
+        model = UNet(config, prediction=prediction, variance=variance, class_names=names)
         model = model.to(device, memory_format=torch.channels_last)
         self.model = model.train()
         self.ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, eps=1e-8)
+        self.digest = _digest(dataset) if isinstance(dataset, Images) else None
         self.step = 0
         self.total = recipe.total_steps(len(dataset))
         self.rows: list[dict[str, object]] = []
@@ -226,6 +243,12 @@ class Trainer:
         if saved["examples"] != len(dataset):
             raise TrainingError(f"data: {len(dataset)} images, but the run in {out} began with {saved['examples']}")
         self = cls(dataset, out, config, recipe, device, **trained_for)
+        # Runs of earlier versions have no digest, nor have data sets of other classes.
+        if None not in (self.digest, saved.get("digest")) and self.digest != saved["digest"]:
+            raise TrainingError(
+                f"data: {len(dataset)} images, as many as the run in {out} began with, but other ones, or other labels, or read "
+                "with other options; pass what it began with, or start another run"
+            )
         native.load_state(self.model, saved["model"], path)
         self.ema = saved["ema"]
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -241,6 +264,7 @@ class Trainer:
                 {
                     "step": self.step,
                     "examples": len(self.dataset),
+                    "digest": self.digest,
                     "unet": dataclasses.asdict(self.model.config),
                     "prediction": self.model.prediction,
                     "variance": self.model.variance,
@@ -268,16 +292,24 @@ class Trainer:
 
     def averaged(self) -> UNet:
         """A copy of the network with the EMA weights, in eval mode."""
-        model = UNet(self.model.config, prediction=self.model.prediction, variance=self.model.variance)
+        own = self.model
+        model = UNet(own.config, prediction=own.prediction, variance=own.variance, class_names=own.class_names)
         model = model.to(self.device, memory_format=torch.channels_last)
         model.load_state_dict(self.ema)
         return model.eval()
 
     def draw_grid(self, progress: bool | None) -> None:
-        drawn = sample(self.averaged(), 16, seed=0, progress=progress)
+        """Samples of the averaged network to samples/; of one with classes, each row is a class, of many a part of them."""
+        columns, most = GRID
+        classes = self.model.config.classes
+        shown = (
+            torch.arange(4) if classes is None else torch.linspace(0, classes - 1, min(classes, most)).round().long()
+        )
+        labels = None if classes is None else shown.repeat_interleave(columns)
+        drawn = sample(self.averaged(), len(shown) * columns, class_labels=labels, seed=0, progress=progress)
         folder = self.out / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        images.save(images.grid(drawn), folder / f"{self.step:07d}.png")
+        images.save(images.grid(drawn, columns), folder / f"{self.step:07d}.png")
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -285,7 +317,13 @@ class Trainer:
         """(x0, class labels, number of the first draw) from the next draw on, one item per forward pass."""
         part = self.recipe.batch_size // self.recipe.accumulate
         first = self.step * self.recipe.batch_size
-        loader = DataLoader(self.dataset, batch_sampler=Draws(len(self.dataset), part, self.recipe.seed, first))
+        on_disk = getattr(self.dataset, "on_disk", False)
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=Draws(len(self.dataset), part, self.recipe.seed, first),
+            num_workers=workers() if on_disk else 0,
+            worker_init_fn=undisturbed,
+        )
         for item in loader:
             x0, *labels = item if isinstance(item, (tuple, list)) else (item,)
             x0 = x0.to(self.device, torch.float32)
@@ -345,7 +383,18 @@ class Trainer:
         losses, norms, since = [], [], time.perf_counter()
         with _stop_signals(self), bar:
             while self.step < self.total and not self._interrupted:
-                loss, norm = self._optimize(batches)
+                try:
+                    loss, norm = self._optimize(batches)
+                except DataError as error:
+                    self.save()  # the step has changed nothing yet
+                    # What a worker process raises carries its traceback.
+                    raise DataError(
+                        f"{str(error).rpartition('DataError: ')[2].strip()} (saved at step {self.step})"
+                    ) from error
+                except RuntimeError:
+                    if self._interrupted:  # what stopped this process has ended its worker processes
+                        break
+                    raise
                 losses.append(loss)
                 norms.append(norm)
                 bar.update()
@@ -383,8 +432,15 @@ class Trainer:
 def _read_log(path: Path, step: int) -> list[dict[str, object]]:
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        faulty = next((i for i, row in enumerate(rows) if row.keys() != set(COLUMNS) or None in row.values()), None)
+        if faulty is not None:
+            raise ValueError(f"row {faulty + 1} does not have the columns {', '.join(COLUMNS)}")
+        return [row for row in rows if int(row["step"]) <= step]
+    except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+        raise TrainingError(f"out: {path} is damaged ({error}); move it away to go on with a new log") from error
 
 
 class _stop_signals:

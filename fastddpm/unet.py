@@ -10,7 +10,7 @@ The defaults are the paper's network. The options behind `classes` are what its 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -396,6 +396,7 @@ class UNet(nn.Module):
 
     schedule, prediction, variance, clip: what the network was trained for, taken by `fastddpm.sample` unless told otherwise;
     default the paper's linear schedule, "epsilon", "fixed_large" and True.
+    class_names: the names of the classes 0..K-1 of a network with classes, or None where they have none.
     """
 
     def __init__(
@@ -406,9 +407,15 @@ class UNet(nn.Module):
         prediction: str = "epsilon",
         variance: str = "fixed_large",
         clip: bool | float = True,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        if class_names is not None and len(class_names) != config.classes:
+            raise ValueError(
+                f"class_names: got {len(class_names)} names; the network has {config.classes or 'no'} classes"
+            )
         self.config = config
+        self.class_names = None if class_names is None else list(class_names)
         self.schedule = Schedule.linear() if schedule is None else schedule
         self.prediction, self.variance, self.clip = prediction, variance, clip
 

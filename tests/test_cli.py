@@ -1,6 +1,7 @@
 """The command line as a person meets it: what it writes, what it says, what it refuses."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -88,8 +89,16 @@ def test_samplers_and_the_progressive_strip(model, tmp_path, capsys, monkeypatch
         (("sample", "MODEL", "--first", "-1"), "first: got -1"),
         (("sample", "MODEL", "--batch-size", "0"), "batch_size: got 0"),
         (("sample", "MODEL", "--device", "abacus"), "device: got 'abacus'"),
-        (("sample", "MODEL", "--forward", "none.png"), "none.png is not a readable picture"),
+        (("sample", "MODEL", "--forward", "none.png"), "forward: none.png: not a readable picture"),
         (("sample", "MODEL", "--label", "1"), "no classes"),
+        (
+            ("sample", "MODEL", "--label", "cat"),
+            "label: got 'cat'; expected a number, as this network's classes have no names",
+        ),
+        (("sample", "MODEL", "-n", "1000000", "--gif", "s.gif"), "gif: s.gif would have 80016x80016 pixels"),
+        (("train", "--data", "x.npy", "--out", "o", "--size", "0"), "size: got 0"),
+        (("train", "--data", "x.npy", "--out", "o", "--alpha", "keep"), "alpha and skip_damaged are for folders"),
+        (("train", "--data", ".", "--out", "o", "--labels"), "no pictures in it"),
         (("sample", "MODEL", "--steps", "21"), "steps: got 21; expected an int in 1..20"),
         (("sample", "MODEL", "--sampler", "ddim", "--eta", "2"), "eta: got 2.0"),
         (("sample", "MODEL", "--sampler", "ddim", "--variance", "none"), "ddim's noise is eta"),
@@ -205,6 +214,61 @@ def test_train_interrupt_and_resume(tmp_path, capsys, monkeypatch):
     assert code == 1 and "already holds a run; pass --resume" in err
     code, out, err = run(capsys, monkeypatch, *command[3:], "--resume", "--steps", saved["step"] + 2)
     assert code == 0 and f"steps {saved['step']} to {saved['step'] + 2}" in out, err
+
+
+def test_class_folders_to_samples_of_a_class(tmp_path, capsys, monkeypatch):
+    """Pictures of several sizes and kinds, and a damaged one, in a folder for each class."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, shape in (
+        ("dog/a.png", (9, 12, 3)),
+        ("dog/b.jpg", (8, 8)),
+        ("cat/a.png", (10, 8, 4)),
+        ("cat/b.tiff", (16, 8)),
+    ):
+        (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / "pets" / name)
+    (tmp_path / "pets" / "cat" / "c.png").write_bytes(b"nonsense")
+    options = ["--size", "8", "--skip-damaged", "--labels"]
+    recipe = ["--steps", "2", "--batch-size", "2", "--sample-every", "2", "--dtype", "float32"]
+    code, out, err = run(capsys, monkeypatch, "train", "--data", "pets", "--out", "run", *options, *recipe)
+    assert code == 0 and "4 images of 3x8x8" in out, err
+    assert "cat/c.png" in err and "2 of 4 pictures are grey" in err and "1 of 4 pictures are transparent" in err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["class_names"] == ["cat", "dog"]
+    with Image.open(tmp_path / "run" / "samples" / "0000002.png") as grid:
+        assert grid.width * (2 * 10 + 2) == grid.height * (4 * 10 + 2)  # a row of four for each class
+    for label, same in (("dog", "1"), ("cat", "0")):
+        drawn = []
+        for value in (label, same):
+            code, _, err = run(
+                capsys,
+                monkeypatch,
+                "sample",
+                "run",
+                "-n",
+                1,
+                "--steps",
+                2,
+                "--label",
+                value,
+                "--seed",
+                0,
+                "-o",
+                "x.npy",
+            )
+            assert code == 0, err
+            drawn.append(np.load("x.npy"))
+        assert np.array_equal(*drawn)
+    code, _, err = run(capsys, monkeypatch, "sample", "run", "--label", "cow")
+    assert code == 1 and "label: got 'cow'; expected one of cat, dog" in err
+    again = ["train", "--data", "pets", "--out", "run", "--resume", "--steps", "3"]
+    code, _, err = run(capsys, monkeypatch, *again, *options)
+    assert code == 0, err
+    code, _, err = run(capsys, monkeypatch, *again, "--skip-damaged", "--size", "8")
+    assert code == 1 and "no labels in it" in err
+    measure = ["evaluate", "run", "--data", "pets", "--out", "e", "--metrics", "bpd", "--subsample", "2", "--size", "8"]
+    code, out, err = run(capsys, monkeypatch, *measure, "--skip-damaged")
+    assert code == 0 and "bits per dimension" in out, err
 
 
 def test_info_and_check(capsys, monkeypatch):

@@ -9,7 +9,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from PIL import Image
+from torch.utils.data import IterableDataset, TensorDataset
 
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, cli, data, ops, training
@@ -313,6 +314,100 @@ def test_any_dataset_and_labels(tmp_path):
     assert labels.dtype == torch.int64 and labels.shape == (2,)
     assert run.run(progress=False)
     trainer(tmp_path / "unlabelled", SHORT, dataset).run(progress=False)  # labels are left out
+
+
+def picture_folder(folder, n=10, size=8):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, pixels in enumerate(images(n).pixels[:, 0].numpy()):
+        Image.fromarray(np.resize(pixels, (size, size))).save(folder / f"{i:02}.png")
+    return folder
+
+
+def test_pictures_train_as_an_array_does(tmp_path):
+    """Decoded by worker processes, in the same order."""
+    pictures = data.load(picture_folder(tmp_path / "pictures"))
+    runs = [trainer(tmp_path / name, dataset=dataset) for name, dataset in (("a", pictures), ("b", images()))]
+    for run in runs:
+        run.run()
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+
+
+def test_a_picture_that_is_damaged_meanwhile_loses_nothing(tmp_path):
+    folder = picture_folder(tmp_path / "pictures")
+    run = trainer(tmp_path / "run", dataset=data.load(folder))
+    for file in folder.iterdir():
+        file.write_bytes(b"nonsense")
+    with pytest.raises(data.DataError, match=r"^/.*png: not a readable picture \(.*\) \(saved at step 0\)$"):
+        run.run()
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 0
+
+
+def test_a_run_goes_on_with_what_it_began_with(tmp_path):
+    folder = picture_folder(tmp_path / "pictures")
+    trainer(tmp_path / "run", dataset=data.load(folder)).run()
+    moved = folder.rename(tmp_path / "moved")
+    Trainer.resume(data.load(moved), tmp_path / "run", torch.device("cpu"))
+    Image.new("L", (8, 8)).save(moved / "03.png")
+    with pytest.raises(TrainingError, match="as many as the run in .* began with, but other ones"):
+        Trainer.resume(data.load(moved), tmp_path / "run", torch.device("cpu"))
+    with_labels = data.ArrayImages(images().pixels.numpy(), np.arange(10) % 2, "noise")
+    trainer(tmp_path / "two", dataset=with_labels, config=dataclasses.replace(TINY, classes=2)).run()
+    other = data.ArrayImages(images().pixels.numpy(), np.arange(10) % 2 == 0, "noise")
+    with pytest.raises(TrainingError, match="or other labels"):
+        Trainer.resume(other, tmp_path / "two", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    (b"step,loss\n1,2\n", "row 1 does not have the columns step, images"), (b"\xff\xfe\x00", "can't decode"),
+    (b"step,images,loss,grad_norm,lr,images_per_second,seconds\none,2,3,4,5,6,7\n", "invalid literal"),
+    (b"step,images,loss,grad_norm,lr,images_per_second,seconds\n1,2\n", "row 1 does not have"),
+])  # fmt: skip
+def test_a_damaged_log_is_told_of(tmp_path, content, says):
+    trainer(tmp_path).run()
+    (tmp_path / "log.csv").write_bytes(content)
+    with pytest.raises(TrainingError, match=rf"log.csv is damaged \(.*{says}.*\); move it away"):
+        Trainer.resume(images(), tmp_path, torch.device("cpu"))
+    (tmp_path / "log.csv").unlink()
+    assert Trainer.resume(images(), tmp_path, torch.device("cpu")).rows == []
+
+
+@pytest.mark.parametrize(("classes", "rows"), [(3, 3), (25, 10)])
+def test_grids_show_classes_in_rows(tmp_path, monkeypatch, classes, rows):
+    dataset = data.ArrayImages(images(classes).pixels.numpy(), np.arange(classes), "noise")
+    run = trainer(tmp_path, dataset=dataset, config=dataclasses.replace(TINY, classes=classes))
+    asked = []
+
+    def drawn(model, n, **options):
+        asked.append(options["class_labels"].reshape(rows, 4))
+        return torch.zeros(n, *model.shape)
+
+    monkeypatch.setattr(training, "sample", drawn)
+    run.draw_grid(None)
+    (labels,) = asked
+    assert (labels == labels[:, :1]).all() and labels[0, 0] == 0 and labels[-1, 0] == classes - 1
+    with Image.open(tmp_path / "samples" / "0000000.png") as grid:
+        assert grid.width * (10 * rows + 2) == grid.height * 42
+
+
+def test_bytes_are_not_trained_on(tmp_path):
+    """Floats in 0..255, which a loop of one's own gets from a decoder."""
+    with pytest.raises(
+        ValueError, match=r"x0: values from 0 to 255; expected images in \[-1, 1\]: write x / 127.5 - 1"
+    ):
+        fastddpm.training_loss(UNet(TINY), torch.linspace(0, 255, 64).reshape(1, 1, 8, 8))
+    dataset = TensorDataset(torch.linspace(0, 255, 640).reshape(10, 1, 8, 8))
+    with pytest.raises(ValueError, match="data: image 0: values from 0 to"):
+        trainer(tmp_path, dataset=dataset)
+    fastddpm.training_loss(UNet(TINY), torch.randn(1, 1, 8, 8) * 9)  # standardised numbers are nobody's bytes
+
+
+def test_an_iterable_dataset_is_refused(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield torch.zeros(1, 8, 8)
+
+    with pytest.raises(TrainingError, match="data: Stream is an IterableDataset; .* expected a map-style Dataset"):
+        trainer(tmp_path, dataset=Stream())
 
 
 def test_network_for_other_images():

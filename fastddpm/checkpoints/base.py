@@ -43,6 +43,7 @@ class Read:
     averaged: bool | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
     fill: Callable[[], None] | None = None
+    class_names: list[str] | None = None
 
 
 def build(read: Read) -> UNet:
@@ -55,8 +56,9 @@ def build(read: Read) -> UNet:
             state, filling = read.state, beside.submit(read.fill)
         with torch.device("meta"):
             model = UNet(
-                read.config, schedule=read.schedule, prediction=read.prediction, variance=read.variance, clip=read.clip
-            ).eval()
+                read.config, schedule=read.schedule, prediction=read.prediction, variance=read.variance, clip=read.clip,
+                class_names=read.class_names,
+            ).eval()  # fmt: skip
         check(dict(model.named_parameters()), state, read.path)
         assign(model, {name: nn.Parameter(value) for name, value in state.items()})
         if read.fill is not None:

@@ -52,6 +52,7 @@ def save(
         "prediction": choice("prediction", model.prediction, PREDICTIONS),
         "variance": choice("variance", model.variance, VARIANCES),
         "clip": model.clip,
+        **({} if model.class_names is None else {"class_names": model.class_names}),
         **(extra or {}),
     }
     bound_of(model.clip)
@@ -89,7 +90,20 @@ def read(folder: Path) -> Read:
         raise CheckpointError(f"{weights}: missing; a model folder holds {CONFIG} and {WEIGHTS}")
     averaged = config.get("averaged", True if "training" in config else None)  # a run saves the average as its model
     state, fill = tensors.begin([weights])
-    return Read("fastddpm", weights, network, state, schedule, prediction, variance, clip, averaged, fill=fill)
+    names = _class_names(config, network, path)
+    return Read(
+        "fastddpm",
+        weights,
+        network,
+        state,
+        schedule,
+        prediction,
+        variance,
+        clip,
+        averaged,
+        fill=fill,
+        class_names=names,
+    )
 
 
 def load_state(model: UNet, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -140,6 +154,15 @@ def _unet_config(config: dict, path: Path) -> UNetConfig:
         return UNetConfig(**config["unet"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: unet: {error}") from error
+
+
+def _class_names(config: dict, network: UNetConfig, path: Path) -> list[str] | None:
+    names = config.get("class_names")
+    if names is not None and not (
+        isinstance(names, list) and len(names) == network.classes and all(isinstance(name, str) for name in names)
+    ):
+        raise CheckpointError(f"{path}: class_names: got {names!r}; expected {network.classes or 'no'} names")
+    return names
 
 
 def _choice(config: dict, name: str, choices: tuple[str, ...], path: Path) -> str:

@@ -1,0 +1,167 @@
+"""Picture files as 8-bit images: one way to read them for training, measuring and the command line.
+
+Whatever a file stores, `read` gives one of four modes of Pillow: "L" (grey), "LA", "RGB" or "RGBA". Integers of more than 8 bits
+are scaled by their full range, or by the smaller maximum that the file states; floats in [0, 1] by 255. The EXIF orientation is
+applied. A file that cannot be read that way raises `DataError`, which names it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MODES = ("L", "LA", "RGB", "RGBA")
+# Pillow identifies these without decoding them, or runs another program to decode them.
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+BITS, MAXIMUM, SAMPLE_FORMAT = 258, 281, 339  # tags of TIFF: BitsPerSample, MaxSampleValue, SampleFormat
+SIGNED = 2  # a SampleFormat
+
+
+class DataError(ValueError):
+    """Training data that cannot be used: what is wrong, and with which file."""
+
+
+class Facts(NamedTuple):
+    """What `read` found in a picture besides its pixels."""
+
+    mode: str
+    width: int
+    height: int
+    transparent: bool  # whether a pixel is not opaque
+    largest: float  # the largest value as a share of the full range, for integers of more than 8 bits; else 1
+    several: bool  # whether the file holds more pictures, of which the first is taken
+    doubt: str  # what Pillow warned of, mostly damaged metadata; empty: of nothing
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of files that Pillow decodes, in lower case."""
+    Image.init()
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in _formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - NOT_DECODED))
+
+
+def read(path: str | Path, content: bytes | None = None) -> tuple[Image.Image, Facts]:
+    """The picture in the file `path`, in one of `MODES`, and what else was found.
+
+    Args:
+        path: the file.
+        content: the file's bytes, where they have been read already.
+
+    Raises:
+        DataError: the file is missing, damaged, too large, or holds values that cannot be scaled to 8 bits.
+    """
+    try:
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            Image.open(path if content is None else io.BytesIO(content), formats=_formats()) as image,
+        ):
+            warnings.simplefilter("always")
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # from twice as many pixels on it is an error
+            # An MPO file is a photograph of a phone; its further pictures are previews and depth maps.
+            several = image.format != "MPO" and getattr(image, "is_animated", False)
+            upright = ImageOps.exif_transpose(image)
+            converted, largest = _eight_bits(upright, image.format, getattr(image, "tag_v2", {}), path)
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: too large a picture ({error}); make it smaller first") from error
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        raise DataError(f"{path}: not a readable picture ({type(error).__name__}: {error})") from error
+    transparent = "A" in converted.mode and converted.getchannel("A").getextrema()[0] < 255
+    doubt = str(caught[0].message).strip() if caught else ""
+    return converted, Facts(converted.mode, *converted.size, transparent, largest, several, doubt)
+
+
+def _eight_bits(image: Image.Image, format: str, tags: dict, path: str | Path) -> tuple[Image.Image, float]:
+    """The image in one of `MODES`, and the largest value as a share of the full range. tags: a TIFF's."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode == "F":
+            scaled, largest = _floats(values, path), 1.0
+        else:
+            scaled, largest = _integers(values, _full_range(image.mode, format, tags), path)
+        grey = Image.fromarray(scaled)
+        if image.has_transparency_data:
+            opaque = (values != image.info["transparency"]).astype(np.uint8) * 255
+            grey = Image.merge("LA", (grey, Image.fromarray(opaque)))
+        return grey, largest
+    bits, stated = _most(tags, BITS, 8), _most(tags, MAXIMUM, None)
+    if bits > 8 and stated and stated < (1 << bits) - 1:
+        # Pillow has dropped the low bits, the only ones that such a file uses.
+        raise DataError(
+            f"{path}: {image.mode} of {bits} bits with a maximum of {stated}; expected colours that use all of their "
+            "bits: scale them, or store 8 bits"
+        )
+    grey = image.mode in ("1", "L", "LA", "La")
+    mode = ("LA" if grey else "RGBA") if image.has_transparency_data else ("L" if grey else "RGB")
+    return image.convert(mode), 1.0
+
+
+def _most(tags: dict, tag: int, default: int | None) -> int | None:
+    """The largest of a tag's numbers."""
+    found = tags.get(tag, default)
+    return max(found) if isinstance(found, tuple) else found
+
+
+def _full_range(mode: str, format: str, tags: dict) -> range:
+    """The values that a picture of this mode can hold: 0 to the maximum that the file states, or to what its bits allow."""
+    if tags:
+        signed = _most(tags, SAMPLE_FORMAT, 1) == SIGNED
+        bits = _most(tags, BITS, 16)
+        largest = (1 << bits - signed) - 1
+        return range(min(largest, _most(tags, MAXIMUM, None) or largest) + 1)
+    # Pillow scales a PGM by the maximum in its header, and any PNG, to 16 bits.
+    return range(1 << 16 if mode.startswith("I;16") or format in ("PNG", "PPM") else 1 << 31)
+
+
+def _floats(values: np.ndarray, path: str | Path) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high <= 1:  # also where there is a NaN
+        raise DataError(f"{path}: floats from {low:g} to {high:g}; expected floats in [0, 1], or 8-bit integers")
+    return (values * 255).round().astype(np.uint8)
+
+
+def _integers(values: np.ndarray, full: range, path: str | Path) -> tuple[np.ndarray, float]:
+    if len(full) == 1 << 32:  # Pillow has put the unsigned numbers into signed ones
+        values = values.view(np.uint32)
+    low, high = int(values.min()), int(values.max())
+    if low not in full or high not in full:
+        raise DataError(f"{path}: integers from {low} to {high}; expected 0 to {full[-1]}, the file's full range")
+    return (values * (255 / full[-1])).round().astype(np.uint8), high / full[-1]
+
+
+def on_black(image: Image.Image) -> Image.Image:
+    """The image without its alpha channel, composed on black; one without alpha as it is."""
+    if "A" not in image.mode:
+        return image
+    opaque = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA"))
+    return opaque.convert(image.mode.removesuffix("A"))
+
+
+def cropped(image: Image.Image, side: int) -> Image.Image:
+    """The middle of the image as a square, its smaller side resized to `side` with antialiasing."""
+    width, height = image.size
+    shorter = min(width, height)
+    left, top = (width - shorter) / 2, (height - shorter) / 2
+    box = left, top, left + shorter, top + shorter
+    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+
+
+def channels_first(image: Image.Image) -> np.ndarray:
+    """The image as uint8 [C, H, W]."""
+    values = np.array(image)
+    return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
