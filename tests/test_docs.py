@@ -1,5 +1,6 @@
 """The pages do what they say: every example of README.md and docs/ runs, as it stands but for what these tables say."""
 
+import dataclasses
 import functools
 import importlib
 import re
@@ -19,7 +20,7 @@ from pesser_unet import PesserUNet
 from PIL import Image
 
 import fastddpm
-from fastddpm import UNet, UNetConfig
+from fastddpm import UNet, UNetConfig, training, unet
 from fastddpm.cli import cli
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ HUB = "google/ddpm-cifar10-32"
 OPENAI = (
     "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 --learn_sigma True"
 )
-TRAIN = "--steps 2 --batch-size 2 --sample-every 0"
+TRAIN = "--steps 2 --batch-size 2 --sample-every 2"  # with a grid of samples at the end
 # By page: what is put in the place of what, so that an example takes no hours and no network. Each has to be there.
 REPLACED = {
     "README.md": [
@@ -74,6 +75,8 @@ REPLACED = {
         ("runs/digits -n 64", "runs/digits -n 2 --steps 3"),
         ("--resume", "--resume --steps 3"),
         ("--labels", f"--labels {TRAIN}"),
+        ("--size 64", "--size 8"),
+        ("runs/pets -n 16", "runs/pets -n 2 --steps 3"),
         ("runs/classes -n 16", "runs/classes -n 2 --steps 3"),
         ("sample(model, 20", "sample(model, 20, steps=3"),
         ("--preset cifar10", f"--preset digits {TRAIN}"),
@@ -123,8 +126,12 @@ def made(tmp_path_factory):
     )
     np.savez(folder / "cifar10.npz", x_train=pixels(4, 8, 8, 3), x_test=pixels(2, 8, 8, 3))
     (folder / "pictures").mkdir()
+    (folder / "pets").mkdir()
     for i in range(4):
         Image.fromarray(pixels(20, 24, 3)).save(folder / "pictures" / f"{i}.png")
+        place = folder / "pets" / ("cat", "dog")[i % 2] / f"{i}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels(20 + i, 24, 3)).save(place)
     (folder / "mynet.py").write_text("def features(x):\n    return x.float().flatten(2).mean(2)\n")
 
     torch.manual_seed(0)
@@ -175,6 +182,9 @@ def test_examples_run(page, made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))  # where fastddpm evaluate puts the reader's folder
     monkeypatch.delitem(sys.modules, "mynet", raising=False)
+    smaller = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4}
+    monkeypatch.setitem(unet.PRESETS, "digits", dataclasses.replace(unet.PRESETS["digits"], **smaller))
+    monkeypatch.setattr(training, "GRID", (1, 2))
     names = dict(GIVEN.get(page, {}))
     for language, line, text in blocks(page):
         if language == "python":
