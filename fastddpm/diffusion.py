@@ -158,6 +158,7 @@ def training_loss(
     schedule, prediction: as for `sample`, default the model's own, else the paper's linear schedule and "epsilon".
     t (int64 [N]) and noise (like x0) replace what would be drawn for (seed, first + i); give `first` the running count of drawn
     examples, so that no example meets the same noise twice.
+    class_labels: an int, or N integers (a tensor, a list, an array), for a network with classes.
     seed: in [0, 2^64); None draws one from torch's default generator. Raises ValueError on what does not fit.
     """
     choice("objective", objective, OBJECTIVES)

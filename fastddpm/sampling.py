@@ -84,7 +84,8 @@ def sample(
 
     model: a `UNet`; a diffusers UNet2DModel, which runs as the `UNet` with its parameters; or any callable
         model(x, t) -> prediction with x [B, C, H, W] and t int64 [B] in 0..T-1. A bare callable needs `shape` and gets
-        float32 x; a module gets x in its parameters' dtype.
+        float32 x; a module gets x in its parameters' dtype. A module, an object, a functools.partial or a bound method that
+        holds a model with settings of its own has the model's, where it has none itself.
     shape: (C, H, W); default the model's own.
     schedule: a `Schedule`, or a diffusers scheduler, whose betas, prediction_type, variance_type and clip range are then
         the defaults; default the model's own, else the paper's linear one. prediction: "epsilon", "sample",

@@ -134,6 +134,16 @@ def test_every_function_reads_through_one(call):
     torch.testing.assert_close(CALLS[call](Owner(model).predict), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:fastddpm")
+def test_an_evaluation_draws_through_one(tmp_path):
+    model = unet()
+    drawn = [
+        evaluation.draw(m, tmp_path / name, 2).rows(range(2)).astype(int)
+        for name, m in (("a", model), ("b", Average(model)), ("c", functools.partial(model)))
+    ]
+    assert all(abs(images - drawn[0]).max() <= 1 for images in drawn)  # of a grey level
+
+
 def test_what_is_taken_from_inside_is_said_once_where_it_is_not_the_papers():
     model = Average(unet())
     said = "schedule, prediction, variance, clip: the Average is taken to answer as the UNet in it does, with schedule="
