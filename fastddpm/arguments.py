@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import types
 import warnings
 import weakref
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .checkpoints import scheduler
-from .foreign import is_diffusers, unwrapped
-from .ops._library import check_seed
-from .samplers import PREDICTIONS
+from .foreign import as_made, called, inside, is_diffusers
+from .ops._library import check_seed, plain
+from .samplers import PREDICTIONS, VARIANCES
 from .schedule import Schedule
 from .unet import UNet
 
 
-def check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: object, least: int) -> int:
+    value = plain(value)
+    if not is_int(value) or value < least:
         raise ValueError(f"{name}: got {value!r}; expected an int >= {least}")
+    return value
+
+
+def check_callable(model: object) -> None:
+    if not callable(model):
+        raise ValueError(f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)")
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
@@ -48,49 +62,132 @@ PAPER = {
 }
 
 
+def _said(owner: object, name: str) -> object:
+    """What the owner's attribute says; None where it has none, or one of another meaning: somebody's may be anything."""
+    value = getattr(owner, name, None)
+    return value if isinstance(value, PAPER[name][0]) else None
+
+
+def _speaks(owner: object) -> bool:
+    """Whether it says what it was trained for. A `clip` alone doesn't: many a layer has one."""
+    return (
+        _said(owner, "schedule") is not None
+        or _said(owner, "prediction") in PREDICTIONS
+        or _said(owner, "variance") in VARIANCES
+    )
+
+
+def _name(model: object) -> str:
+    if isinstance(model, (types.FunctionType, types.MethodType)):
+        kind = "method" if isinstance(model, types.MethodType) else "function"
+        return f"{kind} {model.__qualname__}"
+    return type(model).__name__
+
+
 def trained_for(
     model: object,
     schedule: object = None,
     prediction: str | None = None,
     variance: str | None = None,
     clip: bool | float | None = None,
+    *,
+    needs: Sequence[str] = Trained._fields,
+    silent: bool = False,
 ) -> Trained:
-    """Each as given; else as a diffusers scheduler given as the schedule has it; else the model's own; else the paper's."""
-    bare = unwrapped(model)
-    if is_diffusers(schedule, "SchedulerMixin"):
-        kind = type(schedule).__name__
-        own = Trained(*scheduler.read({**schedule.config, "_class_name": kind}, f"schedule: the {kind}'s"))
-        betas = getattr(schedule, "betas", own.schedule.betas)
-        if betas.shape != own.schedule.betas.shape or not torch.allclose(
-            betas.double().cpu(), own.schedule.betas, rtol=1e-3
-        ):
-            raise ValueError(
-                f"schedule: the {kind}'s betas are not those of its config; pass schedule=fastddpm.Schedule(betas) and what else "
-                "it was trained for"
-            )
-    elif schedule is None or isinstance(schedule, Schedule):
-        own = bare
-    else:
+    """Each as given; else as a diffusers scheduler given as the schedule has it; else the model's own; else that of the model
+    inside of it; else the paper's.
+
+    needs: which of them the caller takes: only these are looked for inside, and warned of. silent: don't warn, and take the
+    first of several models inside, as another call for the same model refuses or warns.
+    """
+    check_callable(model)
+    bare = called(model)
+    scheduled = is_diffusers(schedule, "SchedulerMixin")
+    if not scheduled and not (schedule is None or isinstance(schedule, Schedule)):
         raise ValueError(
             f"schedule: got {type(schedule).__name__}; expected a fastddpm.Schedule or one of diffusers' schedulers"
         )
-    table = schedule if isinstance(schedule, Schedule) else None
-    given = dict(zip(Trained._fields, (table, prediction, variance, clip), strict=True))
-    found = []
-    for name, (kind, paper) in PAPER.items():
-        said = getattr(own, name, None)  # of somebody's module it may be anything
-        found.append(next(v for v in (given[name], said if isinstance(said, kind) else None, paper) if v is not None))
-    found = Trained(*found)
-    choice("prediction", found.prediction, PREDICTIONS)
-    silent = is_diffusers(bare, "UNet2DModel") or (isinstance(bare, UNet) and bare.schedule is None)
-    if schedule is None and silent:
-        rest = "".join(f", {getattr(found, name)}" for name in ("prediction", "variance") if given[name] is None)
+    own = _scheduler_says(schedule) if scheduled else bare
+    given = dict(
+        zip(Trained._fields, (None if scheduled else schedule, prediction, variance, plain(clip)), strict=True)
+    )
+    found = {name: _said(own, name) if given[name] is None else given[name] for name in PAPER}
+    missing = [name for name in needs if found[name] is None]
+    held = inside(bare, lambda v: v is not bare and _speaks(v)) if missing else []
+    for name in missing:
+        values = []
+        for value in (_said(v, name) for v in held):
+            if value is not None and value not in values:
+                values.append(value)
+        if len(values) > 1 and not silent:
+            raise ValueError(
+                f"{name}: the {_name(bare)} holds models that were trained for different ones "
+                f"({', '.join(map(repr, values))}); pass {name}="
+            )
+        found[name] = values[0] if values else None
+    taken = {name: found[name] for name in missing if found[name] is not None}
+    # A UNet2DModel, and the UNet made of one, says nothing: what that has beside a schedule are defaults.
+    mute = is_diffusers(bare, "UNet2DModel") or (isinstance(bare, UNet) and bare.schedule is None)
+    unsaid = [name for name in needs if found[name] is None or (mute and not scheduled and given[name] is None)]
+    trained = Trained(*(paper if found[name] is None else found[name] for name, (_, paper) in PAPER.items()))
+    choice("prediction", trained.prediction, PREDICTIONS)
+    if not silent:
+        _tell_taken(model, held, taken)
+        if "schedule" in unsaid:
+            _tell_assumed(model, mute, {name: getattr(trained, name) for name in unsaid if name != "schedule"})
+    return trained
+
+
+def _scheduler_says(schedule: Any) -> Trained:
+    kind = type(schedule).__name__
+    own = Trained(*scheduler.read({**schedule.config, "_class_name": kind}, f"schedule: the {kind}'s"))
+    betas = getattr(schedule, "betas", own.schedule.betas)
+    if betas.shape != own.schedule.betas.shape or not torch.allclose(
+        betas.double().cpu(), own.schedule.betas, rtol=1e-3
+    ):
+        raise ValueError(
+            f"schedule: the {kind}'s betas are not those of its config; pass schedule=fastddpm.Schedule(betas) and what else "
+            "it was trained for"
+        )
+    return own
+
+
+def _listed(values: dict[str, object]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+def _tell_taken(model: object, held: list[object], taken: dict[str, object]) -> None:
+    """Name what is not the paper's, as a wrapper may answer otherwise than the model in it."""
+    differing = {name: value for name, value in taken.items() if value != PAPER[name][1]}
+    if differing:
+        inner = ", ".join(dict.fromkeys(map(_name, held)))
         warn_once(
             model,
-            "schedule: a UNet2DModel doesn't say what it was trained for; assumed the paper's linear schedule of 1000 steps"
-            f"{rest}; pass its scheduler, e.g. schedule=pipeline.scheduler",
+            f"{', '.join(differing)}: the {_name(called(model))} is taken to answer as the {inner} in it does, with "
+            f"{_listed(differing)}; pass what is different",
         )
-    return found
+
+
+def _tell_assumed(model: object, mute: bool, assumed: dict[str, object]) -> None:
+    bare = called(model)
+    if mute:
+        who, way = "a UNet2DModel doesn't say what it was", "its scheduler, e.g. schedule=pipeline.scheduler"
+    elif isinstance(bare, (types.FunctionType, types.BuiltinFunctionType)):
+        who = "a function doesn't say what its network was"
+        way = "schedule= and what else differs, e.g. schedule=model.schedule, prediction=model.prediction"
+    else:
+        who = f"the {_name(bare)} doesn't say what it was"
+        way = "schedule= and what else differs, or give it attributes of these names"
+    rest = f", {_listed(assumed)}" if assumed else ""
+    warn_once(
+        model,
+        f"schedule: {who} trained for; assumed the paper's linear schedule of 1000 steps{rest}; pass {way}",
+    )
+
+
+def schedule_of(model: object, schedule: object) -> Schedule:
+    """What `trained_for` finds, without its warnings: for who makes a `sampling.plan` of the same arguments, too."""
+    return trained_for(model, schedule, needs=("schedule",), silent=True).schedule
 
 
 def random_seed() -> int:
@@ -100,6 +197,7 @@ def random_seed() -> int:
 
 
 def bound_of(clip: bool | float) -> float | None:
+    clip = plain(clip)
     if clip is True:
         return 1.0
     if clip is False:
@@ -118,24 +216,87 @@ def seed_of(seed: int | torch.Generator | None) -> int:
     return check_seed(seed)
 
 
-def shape_of(model: object, shape: tuple[int, int, int] | None) -> tuple[int, int, int]:
-    if not callable(model):
-        raise ValueError(f"model: got {type(model).__name__}; expected a fastddpm.UNet or a callable model(x, t)")
+def shape_of(model: object, shape: Sequence[int] | None) -> tuple[int, int, int]:
+    """The shape as given, else the model's own, else that of the model inside of it; ValueError where it can't be drawn."""
+    check_callable(model)
     if shape is None:
-        model = unwrapped(model)
-        own = getattr(model, "shape", None)
-        if isinstance(own, tuple) and len(own) == 3 and all(isinstance(v, int) and v > 0 for v in own):
-            return own
-        side = model.config.sample_size if is_diffusers(model, "UNet2DModel") else None
-        if side is None:
-            raise ValueError("shape: missing; a model that is not a fastddpm.UNet needs shape=(C, H, W)")
-        return (model.config.in_channels, *((side, side) if isinstance(side, int) else side))
-    shape = tuple(shape)
-    if len(shape) != 3 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in shape):
-        raise ValueError(f"shape: got {shape}; expected (C, H, W), each an int >= 1")
-    if isinstance(model, UNet) and shape[0] != model.config.in_channels:
-        raise ValueError(f"shape: got {shape}; the network takes {model.config.in_channels} channels")
+        shape = _shape_inside(model)
+        check_fits("shape", model, shape)
+        return shape
+    try:
+        shape = tuple(plain(side) for side in shape)
+    except TypeError:
+        raise ValueError(f"shape: got {shape!r}; expected (C, H, W), each an int >= 1") from None
+    if len(shape) != 3 or not all(is_int(side) and side >= 1 for side in shape):
+        said = f"shape: got {shape}; expected (C, H, W), each an int >= 1"
+        if shape and all(is_int(side) and side >= 1 for side in shape):
+            flat = shape[0], 1, math.prod(shape[1:])
+            within = ", ".join(map(str, shape))
+            said += (
+                f". Data of other dimensions can be drawn as images of as many elements: shape={flat} and "
+                f"lambda x, t: model(x.reshape(-1, {within}), t).reshape(x.shape)"
+            )
+        raise ValueError(said)
+    check_fits("shape", model, shape)
     return shape
+
+
+def _own_shape(model: object) -> tuple[int, int, int] | None:
+    own = getattr(model, "shape", None)
+    if isinstance(own, tuple) and len(own) == 3 and all(isinstance(v, int) and v > 0 for v in own):
+        return own
+    side = model.config.sample_size if is_diffusers(model, "UNet2DModel") else None
+    return None if side is None else (model.config.in_channels, *((side, side) if isinstance(side, int) else side))
+
+
+def _shape_inside(model: object) -> tuple[int, int, int]:
+    bare = called(model)
+    own = _own_shape(bare)
+    if own is not None:
+        return own
+    held = inside(bare, lambda v: is_diffusers(v, "UNet2DModel") or (_speaks(v) and _own_shape(v) is not None))
+    shapes = list(dict.fromkeys(_own_shape(v) for v in held))
+    why = "a model that is not a fastddpm.UNet needs shape=(C, H, W)"
+    if len(shapes) > 1:
+        why = f"the {_name(bare)} holds models of different ones ({', '.join(map(str, shapes))}): pass shape=(C, H, W)"
+    elif shapes and shapes[0] is not None:
+        lacking = [v.config for v in held if as_made(v) is not None and v.config.in_channels > v.config.out_channels]
+        if not lacking:
+            return shapes[0]
+        why = (
+            f"the network in the {_name(bare)} takes {lacking[0].in_channels} channels and answers with "
+            f"{lacking[0].out_channels}, so that not all of them are x: pass shape=(C, H, W) of x"
+        )
+    raise ValueError(f"shape: missing; {why}")
+
+
+def check_fits(name: str, model: object, shape: Sequence[int]) -> None:
+    """Raise ValueError, naming the argument, where images of `shape` (C, H, W) are none for a UNet or UNet2DModel."""
+    network = as_made(model)
+    if network is None:
+        return
+    config, (channels, height, width) = network.config, shape
+    if config.in_channels > config.out_channels:
+        theirs = ".sample" if not isinstance(network, UNet) or network.schedule is None else ""
+        raise ValueError(
+            f"model: the network takes {config.in_channels} channels and answers with {config.out_channels}: it wants a "
+            f"condition of {config.in_channels - config.out_channels} channels beside x. Pass a callable that appends it, e.g. "
+            f"lambda x, t: unet(torch.cat((x, condition), 1), t){theirs}, with shape=({config.out_channels}, {height}, {width})"
+        )
+    if channels != config.in_channels:
+        raise ValueError(f"{name}: {channels} channels; the network takes {config.in_channels}")
+    halvings = len(config.multipliers if isinstance(network, UNet) else config.block_out_channels) - 1
+    if height % (1 << halvings) == 0 == width % (1 << halvings):
+        return
+    floor, ceiling = (
+        [(side + add) >> halvings << halvings for side in (height, width)] for add in (0, (1 << halvings) - 1)
+    )
+    fitting = " and ".join(f"{h}x{w}" for h, w in (floor, ceiling) if h and w)
+    made = None if name == "shape" else _own_shape(network)
+    way = "" if made is None else f"; it was made for {made[1]}x{made[2]}: pad them, as for its training"
+    raise ValueError(
+        f"{name}: {height}x{width} cannot be halved {halvings} times, as the network does; the nearest that can: {fitting}{way}"
+    )
 
 
 def device_of(model: object, device: torch.device | str | None) -> torch.device:
@@ -148,7 +309,7 @@ def device_of(model: object, device: torch.device | str | None) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def labels_of(labels: torch.Tensor | int | None, n: int, model: object) -> torch.Tensor | None:
+def labels_of(labels: Any, n: int, model: object) -> torch.Tensor | None:
     classes = model.config.classes if isinstance(model, UNet) else None
     if labels is None:
         if classes is not None:
@@ -156,15 +317,29 @@ def labels_of(labels: torch.Tensor | int | None, n: int, model: object) -> torch
         return None
     if isinstance(model, UNet) and classes is None:
         raise ValueError("class_labels: given, but the network has no classes")
-    if isinstance(labels, int):
-        labels = torch.full((n,), labels)
-    if labels.dtype != torch.int64 or tuple(labels.shape) != (n,):
-        raise ValueError(f"class_labels: got {labels.dtype} {list(labels.shape)}; expected an int or int64 [{n}]")
+    labels = as_labels(labels, n)
     if classes is not None and n and not (0 <= int(labels.min()) and int(labels.max()) < classes):
         raise ValueError(
             f"class_labels: got values from {int(labels.min())} to {int(labels.max())}; expected 0..{classes - 1}"
         )
     return labels
+
+
+def as_labels(labels: Any, n: int) -> torch.Tensor:
+    """int64 [n] of an int, or of n integers of any kind: a list, an array, a tensor."""
+    labels = plain(labels)
+    if is_int(labels):
+        return torch.full((n,), labels)
+    try:
+        given = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"class_labels: got {labels!r}; expected an int or int64 [{n}]") from None
+    if isinstance(labels, (list, tuple)) and not labels:
+        given = given.long()
+    no_integers = given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
+    if no_integers or tuple(given.shape) != (n,):
+        raise ValueError(f"class_labels: got {given.dtype} {list(given.shape)}; expected an int or int64 [{n}]")
+    return given.long()
 
 
 def fitting_batch(n: int, shape: tuple[int, int, int], device: torch.device) -> int:
@@ -197,7 +372,13 @@ def output_fault(o: object, shape: list[int], learned: bool) -> str | None:
     if list(o.shape) == doubled or (not learned and list(o.shape) == shape):
         return None
     expected = f"{doubled}, with the learned variance" if learned else shape
-    return f"its output has shape {list(o.shape)}; expected {expected}"
+    said = f"its output has shape {list(o.shape)}; expected {expected}"
+    if list(o.shape[1:]) in (shape[1:], doubled[1:]):
+        said += (
+            f". It was called with {n} images; if it holds a condition for each image, pass class_labels=torch.arange(n): it is "
+            "then called as model(x, t, index), with the index of each image in x"
+        )
+    return said
 
 
 _notices: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()

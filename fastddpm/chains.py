@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from . import ops, samplers
-from .arguments import check_count, device_of, labels_of, seed_of, trained_for
+from .arguments import check_count, check_fits, device_of, is_int, labels_of, schedule_of, seed_of
 from .foreign import adopted
-from .ops._library import check_first
+from .ops._library import check_first, plain
 from .ops.philox_normal import Stream
 from .sampling import PLANNED, StepState, plan, run
 from .schedule import Schedule
-from .unet import UNet
 
 __all__ = ["encode", "interpolate", "progressive"]
 
@@ -29,7 +28,7 @@ def encode(
     prediction: str | None = None,
     steps: int | None = None,
     spacing: str | None = None,
-    class_labels: torch.Tensor | int | None = None,
+    class_labels: torch.Tensor | Sequence[int] | int | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -47,9 +46,8 @@ def encode(
     model = adopted(model)
     images = _images("images", images, model)
     # The chain's own arguments are checked by sample's plan; its timesteps, upwards, are the ones to visit.
-    timesteps = plan(model, schedule, prediction, "ddim", steps, spacing).table.timesteps
-    trained = trained_for(model, schedule, prediction)
-    table = samplers.inversion(trained.schedule, prediction=trained.prediction, timesteps=timesteps)
+    chosen = plan(model, schedule, prediction, "ddim", steps, spacing, clip=False)
+    table = samplers.inversion(chosen.schedule, prediction=chosen.prediction, timesteps=chosen.table.timesteps)
     return run(
         model, len(images), table, shape=tuple(images.shape[1:]), clip=False, class_labels=class_labels, noise=images,
         seed=0, batch_size=batch_size, device=device, dtype=dtype, progress=progress,
@@ -71,7 +69,7 @@ def interpolate(
     eta: float = 0.0,
     variance: str | None = None,
     clip: bool | float | None = None,
-    class_labels: torch.Tensor | int | None = None,
+    class_labels: torch.Tensor | Sequence[int] | int | None = None,
     seed: int | torch.Generator | None = None,
     first: int = 0,
     batch_size: int | None = None,
@@ -95,15 +93,16 @@ def interpolate(
         raise ValueError(
             f"b: got {list(b.shape)} on {b.device}; expected a's shape and device, {list(a.shape)} on {a.device}"
         )
+    weights = plain(weights)
     if isinstance(weights, int):
-        check_count("weights", weights, 1)
+        weights = check_count("weights", weights, 1)
         weights = [(i + 1) / (weights + 1) for i in range(weights)]
-    weights = list(weights)
+    weights = [plain(w) for w in weights]
     if not weights or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
         raise ValueError(f"weights: got {weights}; expected a number of them, or finite numbers")
-    q = trained_for(model, schedule, prediction).schedule
-    t = max(len(q) // 2 - 1, 0) if t is None else t
-    if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < len(q):
+    q = schedule_of(model, schedule)
+    t = max(len(q) // 2 - 1, 0) if t is None else plain(t)
+    if not is_int(t) or not 0 <= t < len(q):
         raise ValueError(f"t: got {t!r}; expected an int in 0..{len(q) - 1}")
     chosen = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance, clip, start=t)
     seed, first, device = seed_of(seed), check_first(first), device_of(model, device)
@@ -138,7 +137,7 @@ def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = Non
     model = adopted(model)
     chosen = plan(model, **{name: options.pop(name) for name in PLANNED if name in options})
     steps = len(chosen.table.timesteps)
-    frames = min(10, steps) if frames is None else frames
+    frames = min(10, steps) if frames is None else plain(frames)
     kept = Frames(steps, frames, lambda state: state.x0)
     x = run(model, n, chosen.table, clip=chosen.clip, **{**options, "callback": kept})
     with torch.inference_mode(False):
@@ -151,7 +150,7 @@ class Frames:
     """A callback that keeps what `see` takes from the state after `count` of the steps, evenly, the last one among them."""
 
     def __init__(self, steps: int, count: int, see: Callable[[StepState], torch.Tensor]) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= steps:
+        if not is_int(count) or not 1 <= count <= steps:
             raise ValueError(f"frames: got {count!r}; expected an int in 1..{steps}, the number of steps")
         self.see, self.kept = see, {round(steps * (i + 1) / count) - 1: [] for i in range(count)}
 
@@ -171,6 +170,5 @@ def _images(name: str, images: torch.Tensor, model: object) -> torch.Tensor:
         raise ValueError(f"{name}: got {got}; expected floating-point images [N, C, H, W] in [-1, 1]")
     if images.numel() and not float(images.abs().max()) <= 1:
         raise ValueError(f"{name}: values reach {float(images.abs().max()):.4g}; expected images in [-1, 1]")
-    if isinstance(model, UNet) and images.shape[1] != model.config.in_channels:
-        raise ValueError(f"{name}: {images.shape[1]} channels; the network takes {model.config.in_channels}")
+    check_fits(name, model, images.shape[1:])
     return images.detach().float()

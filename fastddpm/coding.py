@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +20,13 @@ from . import memory, ops
 from .arguments import (
     bound_of,
     check_count,
+    check_fits,
     device_of,
     fitting_batch,
+    is_int,
     labels_of,
     output_fault,
     seed_of,
-    shape_of,
     trained_for,
     warn_once,
 )
@@ -33,12 +34,11 @@ from .diffusion import Bound
 from .engine import Plain, network
 from .files import whole
 from .foreign import adopted
-from .ops._library import check_first, short
+from .ops._library import check_first, plain, short
 from .ops.philox_normal import Stream, first_words
 from .progress import bar as progress_bar
 from .samplers import to_x0
 from .schedule import Schedule
-from .unet import UNet
 
 __all__ = ["Likelihood", "LikelihoodError", "RateDistortion", "likelihood", "rate_distortion"]
 
@@ -146,7 +146,7 @@ def likelihood(
     prediction: str | None = None,
     variance: str | None = None,
     clip: bool | float | None = None,
-    class_labels: torch.Tensor | int | None = None,
+    class_labels: torch.Tensor | Sequence[int] | int | None = None,
     subsample: int | None = None,
     quantize: bool = False,
     seed: int | torch.Generator | None = None,
@@ -165,7 +165,9 @@ def likelihood(
         channels); default the model's own, else "fixed_large". "none" is no density.
     clip: bound on x0_hat, True is 1.0, False none; default the model's own, else True; where the mean is predicted, it is
         taken as it is.
-    class_labels: an int, or int64 [N], for a network with classes.
+    class_labels: an int, or N integers (a tensor, a list, an array), for a network with classes. A forward takes any of the
+        (image, timestep) pairs, and a callable gets each one's as model(x, t, class_labels): torch.arange(N) tells one that
+        holds a condition for each image which these are.
     subsample: None evaluates all T timesteps of each image. K in 1..T-1: L_T and L_0 as they are, and the sum of the others
         estimated from K draws, one uniform t from each of K parts of 1..T-1 (`fastddpm.coding.strata`), weighted with
         the part's size. This is unbiased, and each image draws for itself, so that the standard error over images covers
@@ -194,7 +196,7 @@ def rate_distortion(
     prediction: str | None = None,
     variance: str | None = None,
     clip: bool | float | None = None,
-    class_labels: torch.Tensor | int | None = None,
+    class_labels: torch.Tensor | Sequence[int] | int | None = None,
     quantize: bool = False,
     seed: int | torch.Generator | None = None,
     first: int = 0,
@@ -236,14 +238,7 @@ def _measure(
     model = adopted(model)
     pixels = _pixels(images, quantize)
     n, *shape = pixels.shape
-    if isinstance(model, UNet) and shape[0] != model.config.in_channels:
-        raise ValueError(f"images: {shape[0]} channels; the network takes {model.config.in_channels}")
-    shape = shape_of(model, shape)
-    if isinstance(model, UNet) and any(side % (1 << len(model.config.multipliers) - 1) for side in shape[1:]):
-        raise ValueError(
-            f"images: {shape[1]}x{shape[2]} cannot be halved {len(model.config.multipliers) - 1} times, as the network does; "
-            f"it was made for {model.config.sample_size}x{model.config.sample_size}: pad them, as for its training"
-        )
+    check_fits("images", model, shape)
     schedule, prediction, variance, clip = trained_for(model, schedule, prediction, variance, clip)
     seed, first = seed_of(seed), check_first(first)
     device = device_of(model, device)
@@ -254,8 +249,7 @@ def _measure(
     pairs = timesteps.numel()
     if batch_size is None:
         batch_size = min(LARGEST, fitting_batch(pairs, shape, device))
-    check_count("batch_size", batch_size, 1)
-    batch_size = min(batch_size, pairs)
+    batch_size = min(check_count("batch_size", batch_size, 1), pairs)
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -382,7 +376,8 @@ def _timesteps(n: int, T: int, subsample: int | None, seed: int, first: int) -> 
     """(timesteps, sizes) as `_Measured` has them: t_j = lo_j + (w0 size_j >> 32), with stream 3's words."""
     if subsample is None:
         return torch.arange(T, device="cpu").expand(n, T), torch.ones(T, dtype=torch.float64, device="cpu")
-    if isinstance(subsample, bool) or not isinstance(subsample, int) or not 1 <= subsample < T:
+    subsample = plain(subsample)
+    if not is_int(subsample) or not 1 <= subsample < T:
         raise ValueError(
             f"subsample: got {subsample!r}; expected None or an int in 1..{T - 1}, as there are {T} timesteps"
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import ops
-from .arguments import check_range, choice, random_seed, trained_for
+from .arguments import as_labels, check_fits, check_range, choice, random_seed, trained_for
 from .foreign import tensor_of
 from .ops._library import check_first, check_seed
 from .ops.philox_normal import Stream, first_words
@@ -145,7 +146,7 @@ def training_loss(
     prediction: str | None = None,
     t: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
-    class_labels: torch.Tensor | None = None,
+    class_labels: torch.Tensor | Sequence[int] | int | None = None,
     seed: int | None = None,
     first: int = 0,
     objective: str = "simple",
@@ -162,10 +163,12 @@ def training_loss(
     schedule, prediction: as for `sample`, default the model's own, else the paper's linear schedule and "epsilon".
     t (int64 [N]) and noise (like x0) replace what would be drawn for (seed, first + i); give `first` the running count of drawn
     examples, so that no example meets the same noise twice.
+    class_labels: an int, or N integers (a tensor, a list, an array), for a network with classes.
     seed: in [0, 2^64); None draws one from torch's default generator. Raises ValueError on what does not fit.
     """
-    schedule, prediction, variance, _ = trained_for(model, schedule, prediction, variance)
     choice("objective", objective, OBJECTIVES)
+    needs = ("schedule", "prediction", *(["variance"] if objective == "bound" else []))
+    schedule, prediction, variance, _ = trained_for(model, schedule, prediction, variance, needs=needs)
     bound = None
     if objective == "bound":
         bound = Bound(schedule, variance, x0.device)
@@ -175,8 +178,12 @@ def training_loss(
         check_range("x0", x0)
         with contextlib.suppress(TypeError):  # some callables cannot be remembered
             _looked_at.add(model)
+    if x0.dim() == 4:
+        check_fits("x0", model, x0.shape[1:])
     seed = random_seed() if seed is None else check_seed(seed)
     n, first = x0.shape[0], check_first(first)
+    if class_labels is not None:
+        class_labels = as_labels(class_labels, n).to(x0.device)
     if t is None:
         t = draw_timesteps(n, len(schedule), seed=seed, first=first, device=x0.device)
     if noise is None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from . import backend, graphs
-from .foreign import tensor_of, why_not
+from .foreign import tensor_of, unwrapped, why_not
 from .merged import Convolution, merge, spend, untouched
 from .ops._library import short
 from .unet import (
@@ -368,7 +368,13 @@ def network(
         modes = [(module, module.training) for module in used.modules()]
         used.eval()
         try:
-            plain = Plain(used, device, dtype, f"{why}, so it runs as it is. {SLOWER}")
+            if why is None:  # there is nothing that its results could be the same as
+                said = (
+                    f"{type(unwrapped(model)).__name__} is not a fastddpm.UNet, so it runs as it is, without the engine"
+                )
+            else:
+                said = f"{why}, so it runs as it is. {SLOWER}"
+            plain = Plain(used, device, dtype, said)
             if device.type == "cpu" and (reason := backend.no_products(device, dtype)):
                 plain.notices.append(backend.slow_module(reason))
             plain.lock = kept.lock

@@ -32,6 +32,7 @@ from .arguments import (
     device_of,
     labels_of,
     output_fault,
+    schedule_of,
     shape_of,
     trained_for,
 )
@@ -98,17 +99,17 @@ class _Drawing:
     """`draw` in two parts: made, everything is checked and nothing written; run, it draws."""
 
     def __init__(self, model, folder, n, seed, shard, batch_size, device, dtype, options) -> None:
-        check_count("n", n, 1)
-        self.model, self.folder, self.n = model, Path(folder), n
+        self.model, self.folder, self.n = model, Path(folder), check_count("n", n, 1)
         self.label = options.get("class_labels")
+        if self.label is not None:
+            self.label = check_count("class_labels", self.label, 0)
         self.settings = drawn(model, seed, dtype, options)
-        self.shard = lot_on(device_of(model, device)) if shard is None else shard
-        check_count("shard", self.shard, 1)
+        self.shard = check_count("shard", lot_on(device_of(model, device)) if shard is None else shard, 1)
         if batch_size is not None:
-            check_count("batch_size", batch_size, 1)
+            batch_size = check_count("batch_size", batch_size, 1)
         self.options = {"seed": seed, "batch_size": batch_size, "device": device, "dtype": dtype, **options}
         self.options.pop("class_labels", None)
-        schedule = trained_for(model, options.get("schedule")).schedule
+        schedule = schedule_of(model, options.get("schedule"))
         self.probe = _Probe(
             self.folder,
             _answer(model, self.settings["shape"], len(schedule), device, dtype, self.label),
@@ -158,7 +159,7 @@ def drawn(model: object, seed: int, dtype: torch.dtype | None, options: dict) ->
     """What settings.json says: all that the images depend on, for JSON."""
     label = options.get("class_labels")
     if label is not None:
-        check_count("class_labels", label, 0)
+        label = check_count("class_labels", label, 0)
     turn = _labels(model, label, range(1))
     chosen = plan(model, **{name: options[name] for name in PLANNED if name in options})
     table = chosen.table
@@ -406,7 +407,7 @@ class _Bits:
     ) -> None:
         """what: which images they are. options: `likelihood`'s, but for the images and their labels."""
         if limit is not None:
-            check_count("likelihood_images", limit, 1)
+            limit = check_count("likelihood_images", limit, 1)
         self.model, self.images, self.what, self.options = model, images, what, {"device": device, **options}
         self.n = min(limit or len(images), len(images))
         self.shard = lot_on(device_of(model, device))
@@ -414,7 +415,7 @@ class _Bits:
             model, *(options[name] for name in ("schedule", "prediction", "variance", "clip"))
         )
         if options["subsample"] is not None:
-            check_count("subsample", options["subsample"], 1)
+            self.options["subsample"] = options["subsample"] = check_count("subsample", options["subsample"], 1)
         self.settings = {
             **_told_by(model, options["dtype"]),
             "images": images.digest(),
@@ -574,7 +575,7 @@ def evaluate(
         if features is None:
             features = inception(device=device_of(model, device))
         comparison = _Comparison(features, reference, drawing, Path(cache or folder.parent / CACHE))
-        settings["samples"] = {"n": n, **drawing.settings}
+        settings["samples"] = {"n": drawing.n, **drawing.settings}
         settings["features"] = {"name": features.name, "dim": comparison.dim, "sha256": features.checksum}
     if "bpd" in metrics:
         images = reference if held_out is None else _fitting(held_out, shape)

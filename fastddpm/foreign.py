@@ -1,12 +1,15 @@
 """Others' live objects in this package's terms: diffusers' UNet2DModel as a `UNet` with the same parameters, its output as a
-tensor, and what is inside of torch's wrappers.
+tensor, and what is inside of torch's wrappers and of people's own.
 
 diffusers itself is not imported: whoever has such an object has done so.
 """
 
 from __future__ import annotations
 
+import functools
+import types
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -55,6 +58,58 @@ def unwrapped(model: object) -> object:
     return model
 
 
+def called(model: object) -> object:
+    """What a call of the model comes to: the module of a functools.partial, of a bound `forward`, of torch's wrappers."""
+    while True:
+        model = unwrapped(model)
+        if isinstance(model, functools.partial):
+            model = model.func
+        elif isinstance(model, types.MethodType) and model.__name__ in ("forward", "__call__"):
+            model = model.__self__
+        else:
+            return model
+
+
+def inside(model: object, wanted: Callable[[object], bool]) -> list[object]:
+    """The objects in a callable that are `wanted`, each once, but none that another of them holds.
+
+    They are looked for in modules, in the modules that an object of somebody's class has as attributes, and in the owner of a
+    bound method. Nobody can look into a function.
+    """
+    found, seen = [], set()
+
+    def look(value: object) -> None:
+        value = called(value)
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if wanted(value):
+            found.append(value)
+        elif isinstance(value, types.MethodType):
+            look(value.__self__)
+        elif isinstance(value, nn.Module):
+            for child in value.children():
+                look(child)
+        elif not isinstance(value, (types.FunctionType, type)):
+            for held in getattr(value, "__dict__", {}).values():
+                if isinstance(held, nn.Module):
+                    look(held)
+
+    look(model)
+    return found
+
+
+def as_made(model: object) -> object | None:
+    """The UNet or UNet2DModel that a call comes to, as long as nothing stands between it and what its class computes."""
+    network = called(model)
+    for kind in type(network).__mro__:
+        if kind is UNet or (kind.__name__ == "UNet2DModel" and kind.__module__.partition(".")[0] == "diffusers"):
+            same = all(getattr(type(network), f, None) is getattr(kind, f, None) for f in ("forward", "body"))
+            own = same and "forward" not in vars(network) and not network._forward_hooks
+            return network if own and not network._forward_pre_hooks else None
+    return None
+
+
 def adopted(model: object) -> object:
     """A `UNet` with the parameters, not copies, of a diffusers UNet2DModel that is as diffusers makes it; else model itself.
 
@@ -76,15 +131,13 @@ def adopted(model: object) -> object:
 
 
 def why_not(model: object) -> str | None:
-    """Why `adopted` leaves a model as it is; None where it doesn't."""
+    """Why `adopted` leaves a UNet2DModel as it is; None where it doesn't, and for anything else."""
     model = unwrapped(model)
-    name = type(model).__name__
-    if not is_diffusers(model, "UNet2DModel"):
-        return f"{name} is not a fastddpm.UNet"
     try:
-        _twin(model)
+        if is_diffusers(model, "UNet2DModel"):
+            _twin(model)
     except UnlikeError as error:
-        return f"the {name} is not one that fastddpm has a network for ({error})"
+        return f"the {type(model).__name__} is not one that fastddpm has a network for ({error})"
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +12,13 @@ from torch import nn
 
 from . import graphs, memory, ops, samplers
 from .arguments import (
+    Trained,
     bound_of,
     check_count,
     choice,
     device_of,
     fitting_batch,
+    is_int,
     labels_of,
     output_fault,
     seed_of,
@@ -26,7 +28,7 @@ from .arguments import (
 )
 from .engine import SLOWER, Plain, network
 from .foreign import adopted
-from .ops._library import as_int64_bits, check_first
+from .ops._library import as_int64_bits, check_first, plain
 from .ops.philox_normal import Stream
 from .progress import bar as progress_bar
 from .schedule import Schedule
@@ -68,7 +70,7 @@ def sample(
     eta: float = 0.0,
     variance: str | None = None,
     clip: bool | float | None = None,
-    class_labels: torch.Tensor | int | None = None,
+    class_labels: torch.Tensor | Sequence[int] | int | None = None,
     noise: torch.Tensor | None = None,
     seed: int | torch.Generator | None = None,
     first: int = 0,
@@ -82,7 +84,8 @@ def sample(
 
     model: a `UNet`; a diffusers UNet2DModel, which runs as the `UNet` with its parameters; or any callable
         model(x, t) -> prediction with x [B, C, H, W] and t int64 [B] in 0..T-1. A bare callable needs `shape` and gets
-        float32 x; a module gets x in its parameters' dtype.
+        float32 x; a module gets x in its parameters' dtype. A module, an object, a functools.partial or a bound method that
+        holds a model with settings of its own has the model's, where it has none itself.
     shape: (C, H, W); default the model's own.
     schedule: a `Schedule`, or a diffusers scheduler, whose betas, prediction_type, variance_type and clip range are then
         the defaults; default the model's own, else the paper's linear one. prediction: "epsilon", "sample",
@@ -97,7 +100,8 @@ def sample(
     clip: bound on each step's x0; True is 1.0, False none; default the model's own, else True. A predicted mean is taken as it
         is, unless steps are left out: then it goes through x0, which costs precision, so that the network should answer in
         float32.
-    class_labels: an int, or int64 [n], for a network with classes.
+    class_labels: an int, or n integers (a tensor, a list, an array), for a network with classes. A callable gets each image's as
+        model(x, t, class_labels), int64 [B]: torch.arange(n) tells one that holds a condition for each image which these are.
     noise: x_T, float32 [n, C, H, W], in place of the seed's.
     seed: an int in [0, 2^64), a torch.Generator, or None: 64 bits from torch's default generator. Image i is image
         first + i of the seed's endless sequence: its noise depends on (seed, first + i, timestep) alone.
@@ -121,6 +125,8 @@ class Plan(NamedTuple):
     """What a chain takes, its defaults filled in. variance: of ddpm, else None."""
 
     table: samplers.Table
+    schedule: Schedule
+    prediction: str
     sampler: str
     spacing: str
     eta: float
@@ -143,12 +149,14 @@ def plan(
     """The chain that `sample`'s arguments ask for. start: the timestep of the noise that it begins with, default T - 1."""
     choice("sampler", sampler, tuple(samplers.STEPS))
     asked = variance
-    schedule, prediction, variance, clip = trained_for(model, schedule, prediction, variance, clip)
+    needs = [name for name in Trained._fields if name != "variance" or sampler == "ddpm"]
+    schedule, prediction, variance, clip = trained_for(model, schedule, prediction, variance, clip, needs=needs)
     choice("variance", variance, samplers.VARIANCES)
     most = len(schedule) if start is None else start + 1
     if steps is None:
         steps = min(samplers.STEPS[sampler] or most, most)
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
+    steps, eta = plain(steps), plain(eta)
+    if not is_int(steps) or not 1 <= steps <= most:
         raise ValueError(f"steps: got {steps!r}; expected an int in 1..{most}, as the chain has {most} timesteps")
     spacing = choice("spacing", samplers.SPACING[sampler] if spacing is None else spacing, samplers.SPACINGS)
     if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
@@ -176,7 +184,7 @@ def plan(
             f"variance: learned_range needs a network with {2 * model.config.in_channels} output channels; "
             f"this one has {model.config.out_channels}"
         )
-    return Plan(table, sampler, spacing, eta, variance if sampler == "ddpm" else None, clip)
+    return Plan(table, schedule, prediction, sampler, spacing, eta, variance if sampler == "ddpm" else None, clip)
 
 
 def run(
@@ -186,7 +194,7 @@ def run(
     *,
     shape: tuple[int, int, int] | None = None,
     clip: bool | float = True,
-    class_labels: torch.Tensor | int | None = None,
+    class_labels: torch.Tensor | Sequence[int] | int | None = None,
     noise: torch.Tensor | None = None,
     seed: int | torch.Generator | None = None,
     first: int = 0,
@@ -197,7 +205,7 @@ def run(
     callback: Callable[[StepState], None] | None = None,
 ) -> torch.Tensor:
     """Where the table takes n images. model: none of diffusers' that `foreign.adopted` takes. All else as in `sample`."""
-    check_count("n", n, 0)
+    n = check_count("n", n, 0)
     shape = shape_of(model, shape)
     bound = bound_of(clip)
     seed, first = seed_of(seed), check_first(first)
@@ -209,7 +217,14 @@ def run(
         raise ValueError(f"noise: got {noise.dtype} {list(noise.shape)}; expected float32 {[n, *shape]}")
     if batch_size is None:
         batch_size = fitting_batch(n, shape, device)
-    check_count("batch_size", batch_size, 1)
+        if batch_size < n and class_labels is None and not isinstance(model, nn.Module):
+            warn_once(
+                model,
+                f"batch_size: the {n} images are drawn {batch_size} at a time, as many as fit. If the function holds a condition "
+                f"for each image, pass class_labels=torch.arange({n}): it is then called as model(x, t, index), with the index "
+                "of each image in x",
+            )
+    batch_size = check_count("batch_size", batch_size, 1)
     if n == 0:
         with torch.inference_mode(False):
             return torch.empty(0, *shape, dtype=torch.float32, device=device)

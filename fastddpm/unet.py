@@ -79,6 +79,11 @@ class UNetConfig:
             ("out_channels", self.in_channels if self.out_channels is None else self.out_channels),
         ):
             object.__setattr__(self, name, value)
+        if not isinstance(self.sample_size, int):
+            raise ValueError(
+                f"sample_size: got {self.sample_size!r}; expected an int, the side of a square image. The same network draws "
+                "other ones, of sides that its levels can halve, with sample(model, n, shape=(C, H, W))"
+            )
         for name in ("sample_size", "in_channels", "out_channels", "channels", "blocks", "groups"):
             _check_int(name, getattr(self, name), 1)
         for name in ("classes", "stem", "heads", "head_channels", "middle_groups"):

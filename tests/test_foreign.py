@@ -160,7 +160,8 @@ def test_classes(quiet):
 def test_one_warning_names_what_is_assumed():
     model = unet2d()
     with pytest.warns(
-        UserWarning, match="assumed the paper's linear schedule of 1000 steps, epsilon; pass its"
+        UserWarning,
+        match="assumed the paper's linear schedule of 1000 steps, prediction='epsilon', clip=True; pass its",
     ) as caught:
         for _ in range(2):
             fastddpm.sample(model, 1, steps=1, variance="none")

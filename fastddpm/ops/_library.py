@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch.autograd import forward_ad
 
@@ -50,13 +51,22 @@ def as_int64_bits(seed: int) -> int:
     return seed - UINT64 if seed >= UINT64 // 2 else seed
 
 
+def plain(value: object) -> object:
+    """A number of NumPy's, or a tensor or array of no dimensions, as Python's own number; anything else as it is."""
+    if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0):
+        return value.item()
+    return value
+
+
 def check_seed(seed: object, name: str = "seed") -> int:
+    seed = plain(seed)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < UINT64:
         raise ValueError(f"{name}: got {seed!r}; expected an int in [0, 2^64)")
     return seed
 
 
 def check_first(first: object, name: str = "first") -> int:
+    first = plain(first)
     if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < 1 << 56:
         raise ValueError(f"{name}: got {first!r}; expected an int in [0, 2^56)")
     return first

@@ -127,8 +127,7 @@ def _checked(shape, seed, t, stream, first, sample, device):
     shape = tuple(shape)
     if not shape or any(size < 0 for size in shape):
         raise ValueError(f"shape: got {shape}; expected [N, ...] with sizes >= 0")
-    check_seed(seed)
-    check_first(first)
+    seed, first = check_seed(seed), check_first(first)
     if not 0 <= int(stream) < 256:
         raise ValueError(f"stream: got {stream!r}; expected an int in [0, 256)")
     if device is None:
@@ -145,7 +144,7 @@ def _checked(shape, seed, t, stream, first, sample, device):
                 raise ValueError(f"{name}: is on {value.device}, the noise is wanted on {device}")
     if not isinstance(t, torch.Tensor) and not 0 <= t < 1 << 20:
         raise ValueError(f"t: got {t}; expected an int in [0, 2^20)")
-    return shape, device
+    return shape, seed, first, device
 
 
 def philox_normal(
@@ -164,7 +163,7 @@ def philox_normal(
     first: row i is sample first + i, in [0, 2^56); `sample` int64 [N] replaces first + arange(N).
     device: where the noise is wanted; default that of t or sample, else the CPU. Raises ValueError on values out of range.
     """
-    shape, device = _checked(shape, seed, t, stream, first, sample, device)
+    shape, seed, first, device = _checked(shape, seed, t, stream, first, sample, device)
     per_sample = t.contiguous() if isinstance(t, torch.Tensor) else None
     return torch.ops.fastddpm.philox_normal(
         shape,
@@ -189,7 +188,7 @@ def philox_normal_ref(
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """`philox_normal` in plain PyTorch: float64 arithmetic, rounded once to float32."""
-    shape, device = _checked(shape, seed, t, stream, first, sample, device)
+    shape, seed, first, device = _checked(shape, seed, t, stream, first, sample, device)
     t = t if isinstance(t, torch.Tensor) else torch.tensor([t], device=device)
     z = normals_float64(
         math.prod(shape[1:]), _samples(shape[0], first, sample, device), t, as_int64_bits(seed), int(stream)
