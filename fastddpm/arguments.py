@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import warnings
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -13,8 +10,9 @@ from torch import nn
 
 from .checkpoints import scheduler
 from .foreign import is_diffusers, unwrapped
+from .notices import warn_once
 from .ops._library import check_seed
-from .samplers import PREDICTIONS
+from .samplers import PREDICTIONS, check_prediction
 from .schedule import Schedule
 from .unet import UNet
 
@@ -47,6 +45,8 @@ PAPER = {
     "clip": ((bool, int, float), True),
 }
 
+MOST_LEFT = 0.01  # of a picture's variance in x_T; the paper's schedule leaves 4e-5, diffusers' scaled_linear 0.005
+
 
 def trained_for(
     model: object,
@@ -61,8 +61,9 @@ def trained_for(
         kind = type(schedule).__name__
         own = Trained(*scheduler.read({**schedule.config, "_class_name": kind}, f"schedule: the {kind}'s"))
         betas = getattr(schedule, "betas", own.schedule.betas)
+        rounding = 1e-5 if schedule.config.get("rescale_betas_zero_snr") else 1e-8  # differences, taken in float32
         if betas.shape != own.schedule.betas.shape or not torch.allclose(
-            betas.double().cpu(), own.schedule.betas, rtol=1e-3
+            betas.double().cpu(), own.schedule.betas, rtol=1e-3, atol=rounding
         ):
             raise ValueError(
                 f"schedule: the {kind}'s betas are not those of its config; pass schedule=fastddpm.Schedule(betas) and what else "
@@ -82,6 +83,15 @@ def trained_for(
         found.append(next(v for v in (given[name], said if isinstance(said, kind) else None, paper) if v is not None))
     found = Trained(*found)
     choice("prediction", found.prediction, PREDICTIONS)
+    check_prediction(found.schedule, found.prediction)
+    left = float(found.schedule.alphas_cumprod[-1])
+    if left > MOST_LEFT:
+        warn_once(
+            model,
+            f"schedule: {found.schedule!r} ends at alphas_cumprod {left:.2g}, so that x_T keeps {left**0.5:.0%} of the picture, "
+            f"and chains begin with noise alone: expect images that are off in brightness and contrast. Up to {MOST_LEFT} is "
+            "little enough; Schedule.linear(T) without start and end has betas for its T",
+        )
     silent = is_diffusers(bare, "UNet2DModel") or (isinstance(bare, UNet) and bare.schedule is None)
     if schedule is None and silent:
         rest = "".join(f", {getattr(found, name)}" for name in ("prediction", "variance") if given[name] is None)
@@ -187,20 +197,3 @@ def output_fault(o: object, shape: list[int], learned: bool) -> str | None:
         return None
     expected = f"{doubled}, with the learned variance" if learned else shape
     return f"its output has shape {list(o.shape)}; expected {expected}"
-
-
-_notices: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
-
-
-def warn_once(model: object, notice: str) -> None:
-    """To who called this package, once for each model and notice."""
-    try:
-        told = _notices.setdefault(model, set())
-    except TypeError:  # some callables cannot be remembered
-        told = set()
-    if notice not in told:
-        told.add(notice)
-        frame, level = sys._getframe(1), 2
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastddpm."):
-            frame, level = frame.f_back, level + 1
-        warnings.warn(f"fastddpm: {notice}", stacklevel=level)
