@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import types
-import warnings
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +13,9 @@ from torch import nn
 
 from .checkpoints import scheduler
 from .foreign import as_made, called, inside, is_diffusers
+from .notices import warn_once
 from .ops._library import check_seed, plain
-from .samplers import PREDICTIONS, VARIANCES
+from .samplers import PREDICTIONS, VARIANCES, check_prediction
 from .schedule import Schedule
 from .unet import UNet
 
@@ -60,6 +58,8 @@ PAPER = {
     "variance": (str, "fixed_large"),
     "clip": ((bool, int, float), True),
 }
+
+MOST_LEFT = 0.01  # of a picture's variance in x_T; the paper's schedule leaves 4e-5, diffusers' scaled_linear 0.005
 
 
 def _said(owner: object, name: str) -> object:
@@ -131,7 +131,9 @@ def trained_for(
     unsaid = [name for name in needs if found[name] is None or (mute and not scheduled and given[name] is None)]
     trained = Trained(*(paper if found[name] is None else found[name] for name, (_, paper) in PAPER.items()))
     choice("prediction", trained.prediction, PREDICTIONS)
+    check_prediction(trained.schedule, trained.prediction)
     if not silent:
+        _tell_left(model, trained.schedule)
         _tell_taken(model, held, taken)
         if "schedule" in unsaid:
             _tell_assumed(model, mute, {name: getattr(trained, name) for name in unsaid if name != "schedule"})
@@ -142,14 +144,26 @@ def _scheduler_says(schedule: Any) -> Trained:
     kind = type(schedule).__name__
     own = Trained(*scheduler.read({**schedule.config, "_class_name": kind}, f"schedule: the {kind}'s"))
     betas = getattr(schedule, "betas", own.schedule.betas)
+    rounding = 1e-5 if schedule.config.get("rescale_betas_zero_snr") else 1e-8  # differences, taken in float32
     if betas.shape != own.schedule.betas.shape or not torch.allclose(
-        betas.double().cpu(), own.schedule.betas, rtol=1e-3
+        betas.double().cpu(), own.schedule.betas, rtol=1e-3, atol=rounding
     ):
         raise ValueError(
             f"schedule: the {kind}'s betas are not those of its config; pass schedule=fastddpm.Schedule(betas) and what else "
             "it was trained for"
         )
     return own
+
+
+def _tell_left(model: object, schedule: Schedule) -> None:
+    left = float(schedule.alphas_cumprod[-1])
+    if left > MOST_LEFT:
+        warn_once(
+            model,
+            f"schedule: {schedule!r} ends at alphas_cumprod {left:.2g}, so that x_T keeps {left**0.5:.0%} of the picture, "
+            f"and chains begin with noise alone: expect images that are off in brightness and contrast. Up to {MOST_LEFT} is "
+            "little enough; Schedule.linear(T) without start and end has betas for its T",
+        )
 
 
 def _listed(values: dict[str, object]) -> str:
@@ -379,20 +393,3 @@ def output_fault(o: object, shape: list[int], learned: bool) -> str | None:
             "then called as model(x, t, index), with the index of each image in x"
         )
     return said
-
-
-_notices: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
-
-
-def warn_once(model: object, notice: str) -> None:
-    """To who called this package, once for each model and notice."""
-    try:
-        told = _notices.setdefault(model, set())
-    except TypeError:  # some callables cannot be remembered
-        told = set()
-    if notice not in told:
-        told.add(notice)
-        frame, level = sys._getframe(1), 2
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastddpm."):
-            frame, level = frame.f_back, level + 1
-        warnings.warn(f"fastddpm: {notice}", stacklevel=level)

@@ -28,12 +28,12 @@ from .arguments import (
     output_fault,
     seed_of,
     trained_for,
-    warn_once,
 )
 from .diffusion import Bound
 from .engine import Plain, network
 from .files import whole
 from .foreign import adopted
+from .notices import warn_once
 from .ops._library import check_first, plain, short
 from .ops.philox_normal import Stream, first_words
 from .progress import bar as progress_bar

@@ -19,8 +19,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from . import pictures
-from .arguments import check_count, choice, warn_once
+from .arguments import check_count, choice
 from .files import whole
+from .notices import warn_once
 from .pictures import DataError
 from .progress import bar as progress_bar
 

@@ -61,6 +61,7 @@ class Bound:
 
     log_variance: float64 [T], the model's log sigma^2 if it is fixed; None for "learned_range". The posterior's variance is 0
     at t = 0; there that of t = 1 takes its place, and beta's (as in the paper's code for CIFAR-10). With T = 1 beta stays.
+    At alphas_cumprod = 0 "fixed_large" is the posterior's too, as the chain's step is; L_T is 0 then.
     """
 
     def __init__(self, schedule: Schedule, variance: str, device: torch.device | str = "cpu") -> None:
@@ -73,7 +74,8 @@ class Bound:
         self.last = float(schedule.alphas_cumprod[-1])
         log_beta, log_posterior = schedule.betas.log(), schedule.posterior_variance.log()
         log_posterior[0] = log_posterior[1] if len(schedule) > 1 else log_beta[0]
-        fixed = {"fixed_large": torch.cat((log_posterior[:1], log_beta[1:])), "fixed_small": log_posterior}
+        large = torch.where(schedule.alphas_cumprod > 0, log_beta, log_posterior)
+        fixed = {"fixed_large": torch.cat((log_posterior[:1], large[1:])), "fixed_small": log_posterior}
         self.log_beta, self.log_posterior = log_beta.to(device), log_posterior.to(device)
         self.log_variance = fixed[variance].to(device) if variance in fixed else None
         self.coefficient = schedule.posterior_mean_coef1.to(device)

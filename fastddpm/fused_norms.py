@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import backend, ops
-from .arguments import warn_once
+from .notices import warn_once
 
 __all__ = ["FusedNorms", "fuse_norms"]
 

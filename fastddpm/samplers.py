@@ -7,6 +7,8 @@ With abar the schedule's alphas_cumprod at a row's timestep and abar_prev that o
     ddim     sqrt(abar_prev) x0 + sqrt(1 - abar_prev - sigma^2) eps + sigma z (Song et al. 2021, eq. 12), eps being that of the
              clipped x0
     dpm++2m  the second-order multistep solver of Lu et al. 2022, algorithm 2, in lambda = log sqrt(abar/(1 - abar))
+
+Where the last beta is 1, abar is 0 on the row of T - 1, which is the first, and every coefficient is the limit for abar -> 0.
 """
 
 from __future__ import annotations
@@ -42,6 +44,16 @@ class Table(NamedTuple):
         return bool((self.rows[:, LV_HI] != 0).any())
 
 
+def check_prediction(schedule: Schedule, prediction: str) -> None:
+    """Raise ValueError where x0 does not follow from the output: from eps it is (x_t - sqrt(1 - abar) eps) / sqrt(abar)."""
+    if prediction == "epsilon" and float(schedule.alphas_cumprod[-1]) == 0:
+        raise ValueError(
+            "prediction: got 'epsilon' with a schedule whose alphas_cumprod is 0 at its last timestep (zero terminal SNR): x_t "
+            "is noise alone there, and x0 cannot be recovered from eps, as it would be (x_t - eps) / 0; expected "
+            "v_prediction, sample or mean, for a network that predicts this, or a schedule whose last beta is below 1"
+        )
+
+
 def to_x0(schedule: Schedule, prediction: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(a, b), float64 [T], with x0 = a*x_t + b*o for an output o of this kind.
 
@@ -74,7 +86,7 @@ def spaced(schedule: Schedule, steps: int, spacing: str, start: int | None = Non
     elif spacing == "trailing":
         t = [round(i * T / steps) - 1 for i in range(1, steps + 1)]
     else:
-        lam = _lambda(schedule.alphas_cumprod[:T])
+        lam = _lambda(schedule.alphas_cumprod[:T]).clamp(min=-1e3)  # of abar > 0 it is above -373
         last = max(float(lam[-1]), min(LEAST_LAMBDA, float(lam[0])))
         wanted = torch.linspace(float(lam[0]), last, steps + 1, dtype=torch.float64, device="cpu")[1:]
         above = torch.searchsorted(-lam, -wanted).clamp(1, max(T - 1, 1)).clamp(max=T - 1)  # lambda falls with t
@@ -132,7 +144,10 @@ def table(
             lv_lo[-1] = lv_lo[-2] if len(t) > 1 else lv_hi[-1]  # log 0: of a row that adds no noise
             sigma = torch.ones_like(beta)
         elif variance != "none":
-            sigma = (beta if variance == "fixed_large" else posterior).sqrt()
+            # At abar = 0 beta is 1 however long the step, and nothing of x_t goes into x_prev: the posterior's 1 - prev is all
+            # the noise that x_prev has.
+            large = torch.where(abar > 0, beta, posterior)
+            sigma = (large if variance == "fixed_large" else posterior).sqrt()
         sigma = torch.cat((sigma[:-1], zero[:1]))
     return Table(t, torch.stack([a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi], dim=1))
 
@@ -142,6 +157,7 @@ def inversion(schedule: Schedule, *, prediction: str = "epsilon", timesteps: tor
 
     The step from abar to abar_next takes the eps that the network gives for this x at the timestep it goes to, which is the
     one that the step down came from: it undoes that better than the timestep of x, which a clean image doesn't have.
+    Raises ValueError for a single step to abar = 0, which would have nothing of the image.
     """
     t = timesteps.flip(0)
     above = schedule.alphas_cumprod[t]
@@ -157,13 +173,25 @@ def inversion(schedule: Schedule, *, prediction: str = "epsilon", timesteps: tor
         (1 - noise * of_x) / abar.sqrt(), -noise * of_o / abar.sqrt(), above.sqrt(), (1 - above).sqrt() * of_x, zero,
         (1 - above).sqrt() * of_o, zero, zero, zero,
     ]  # fmt: skip
-    return Table(t, torch.stack(rows, dim=1))
+    rows = torch.stack(rows, dim=1)
+    if float(above[-1]) == 0:
+        if len(t) == 1:
+            raise ValueError(
+                "steps: got 1; expected at least 2: the schedule's alphas_cumprod is 0 at its last timestep, and a single step "
+                "from an image to there leaves nothing of it"
+            )
+        # There x is its own eps, whatever the network says. The step down, x = sqrt(abar) x0 + sqrt(1 - abar) x_T, takes the
+        # network's x0 and is solved for x_T.
+        signal, noise = abar[-1].sqrt(), (1 - abar[-1]).sqrt()
+        rows[-1] = torch.stack([a[-1], b[-1], -signal / noise, 1 / noise, *zero[-1].expand(5)])
+    return Table(t, rows)
 
 
 def _multistep(abar: torch.Tensor, prev: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(c0, c1, c2) of DPM-Solver++(2M): x_prev = (sigma_prev/sigma) x - sqrt(abar_prev) (e^-h - 1) D, where
     D = x0 + (x0 - x0_last) / (2 r), h = lambda_prev - lambda and r = h_last / h. Without D's difference on the first
-    row, which has none, and on the last, where h is infinite and x_prev = x0."""
+    row, which has none, and on the last, where h is infinite and x_prev = x0. From abar = 0 h is infinite too: x_prev is then
+    ddim's, and the row behind has r = infinity, which takes the difference away."""
     lam = torch.cat((_lambda(abar), abar.new_full((1,), math.inf)))
     h = lam.diff()
     c0 = -prev.sqrt() * torch.expm1(-h)

@@ -24,10 +24,10 @@ from .arguments import (
     seed_of,
     shape_of,
     trained_for,
-    warn_once,
 )
 from .engine import SLOWER, Plain, network
 from .foreign import adopted
+from .notices import warn_once
 from .ops._library import as_int64_bits, check_first, plain
 from .ops.philox_normal import Stream
 from .progress import bar as progress_bar

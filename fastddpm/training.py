@@ -22,11 +22,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from . import backend, images
-from .arguments import check_range, warn_once
+from .arguments import check_range
 from .checkpoints import native
 from .data import Images, undisturbed, workers
 from .diffusion import OBJECTIVES, training_loss
 from .files import whole
+from .notices import warn_once
 from .ops.philox_normal import Stream, first_words
 from .pictures import DataError
 from .progress import bar as progress_bar

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from test_sampling import MEAN, SHAPE, SHORT, STD, ideal, small_unet
 
 import fastddpm
@@ -142,6 +143,33 @@ def test_encode_a_network_with_classes():
     torch.testing.assert_close(x_T, plain, rtol=0, atol=1e-4)
     assert x_T.shape == x.shape and x_T.dtype == torch.float32
     assert fastddpm.encode(model, x[:0], class_labels=labels[:0]).shape == (0, 1, 8, 8)
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction", "mean"])
+def test_there_and_back_with_zero_snr(prediction):
+    """To noise of variance 1 for Gaussian data, and back, with errors that halve; a single step there would lose the image."""
+    zero = Schedule(rescale_zero_terminal_snr(LINEAR.betas))
+    x = (MEAN + STD * torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    model, errors = ideal(zero, prediction), []
+    for steps in (25, 50, 100):
+        options = {"schedule": zero, "prediction": prediction, "steps": steps}
+        x_T = fastddpm.encode(model, x, **options)
+        again = fastddpm.sample(model, 4, shape=x.shape[1:], sampler="ddim", clip=False, noise=x_T, **options)
+        errors.append((again - x).square().mean().sqrt().item())
+    assert x_T.std().item() == pytest.approx(x.std().item() / STD, rel=0.05) and abs(x_T.mean().item()) < 0.1
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.2) and errors[1] / errors[2] == pytest.approx(2, rel=0.2)
+    assert fastddpm.interpolate(model, x, x, t=998, schedule=zero, prediction=prediction, seed=0).isfinite().all()
+    few = Schedule(
+        [0.05, 0.3, 1.0]
+    )  # whose last step loses much: up it undoes the step down, where they see the same x0
+    t = torch.tensor([2, 1])
+    up = samplers.inversion(few, prediction=prediction, timesteps=t).rows[-1]
+    down = samplers.table(few, sampler="ddim", prediction=prediction, timesteps=t).rows[0]
+    o, begin = (torch.randn(1, 1, 4, 4, dtype=torch.float64) for _ in range(2))
+    there = ops.ddpm_step_ref(begin, o, up, clip=None)[0]
+    torch.testing.assert_close(ops.ddpm_step_ref(there, o, down, clip=None)[0], begin, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="steps: got 1; expected at least 2: the schedule's alphas_cumprod is 0"):
+        fastddpm.encode(model, x, schedule=zero, prediction=prediction, steps=1)
 
 
 # --------------------------------------------------------------------------------------------- interpolate

@@ -701,6 +701,64 @@ def test_betas_are_diffusers(kind, T, tmp_path):
     assert (again.betas - theirs.betas).abs().max() <= 2e-7
 
 
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
+@pytest.mark.parametrize("T", [1000, 37, 2])
+def test_zero_snr_is_diffusers(kind, T):
+    """Rescaled in float64 by diffusers' own function to the last digit; written so that both read it back."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    config = {"num_train_timesteps": T, "beta_schedule": kind}
+    plain = scheduler.read(config, "it:")[0]
+    read = scheduler.read({**config, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, "it:")
+    assert (read[0].betas - rescale_zero_terminal_snr(plain.betas)).abs().max() <= 1e-12
+    assert read[0].betas[-1] == 1 and read[0].betas[0] == plain.betas[0]
+    written = json.loads(json.dumps(scheduler.write(*read)))
+    assert scheduler.read(written, "it:") == read
+    for cls in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
+        theirs = cls.from_config(written)
+        assert theirs.alphas_cumprod[-1] == 0
+        assert (theirs.alphas_cumprod - read[0].alphas_cumprod).abs().max() <= 2e-6
+    solver = diffusers.DPMSolverMultistepScheduler.from_config(written)
+    assert solver.lambda_t.isfinite().all()
+    given = diffusers.DDPMScheduler(**config, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    fastddpm.sample(
+        lambda x, t: 0 * x, 1, shape=(1, 2, 2), schedule=given, steps=1
+    )  # its float32 betas are its config's
+
+
+@pytest.mark.parametrize("format", ["fastddpm", "diffusers"])
+def test_networks_with_zero_snr(format, tmp_path):
+    """Are saved and read with their schedule, and not with epsilon, which x0 does not follow from."""
+    diffusers = pytest.importorskip("diffusers")
+    model = randomised(SMALL)
+    model.schedule, model.prediction = Schedule([0.1, 0.3, 0.6, 1.0]), "v_prediction"
+    model.save_pretrained(tmp_path / "v", format=format)
+    same_network(quietly(tmp_path / "v"), model)
+    assert fastddpm.sample(quietly(tmp_path / "v"), 1, seed=0).isfinite().all()
+    model.prediction = "epsilon"
+    with pytest.raises(ValueError, match="prediction: got 'epsilon' .* x0 cannot be recovered from eps"):
+        model.save_pretrained(tmp_path / "eps", format=format)
+    assert not (tmp_path / "eps").exists()
+    if format == "diffusers":
+        pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "v")
+        pipeline.set_progress_bar_config(disable=True)
+        assert torch.from_numpy(pipeline(num_inference_steps=4, output_type="np").images).isfinite().all()
+        edit(tmp_path / "v" / "scheduler" / "scheduler_config.json", lambda c: c.update(prediction_type="epsilon"))
+    else:
+        edit(tmp_path / "v" / "config.json", lambda c: c.update(prediction="epsilon"))
+    with pytest.raises(CheckpointError, match="prediction: got 'epsilon' .* x0 cannot be recovered from eps"):
+        UNet.from_pretrained(tmp_path / "v")
+
+
+@pytest.mark.parametrize("start", [None, "low"])
+def test_a_linear_schedule_without_its_ends_is_not_read_as_another(start, tmp_path):
+    UNet(SMALL).save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", lambda c: c["schedule"].update(start=start, T=10))
+    with pytest.raises(CheckpointError, match="config.json: schedule: "):
+        UNet.from_pretrained(tmp_path)
+
+
 def test_any_betas_survive(tmp_path):
     schedule = Schedule(torch.rand(50, dtype=torch.float64) * 0.1 + 1e-5)
     written = json.loads(json.dumps(scheduler.write(schedule, "sample", "fixed_small", 0.5)))
@@ -749,13 +807,13 @@ def test_scheduler_options(change, reads):
         ({"variance_type": "fixed_large_log"}, "variance_type: got 'fixed_large_log'"),
         ({"variance_type": "none"}, "variance_type: got 'none'"),
         ({"thresholding": True}, "thresholding: got True"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: got True"),
+        ({"rescale_betas_zero_snr": True, "num_train_timesteps": 1}, "the last be 1; expected at least 2 timesteps"),
         ({"clip_sample_range": 0}, "clip_sample_range: got 0"),
         ({"clip_sample_range": None}, "clip_sample_range: got None"),
         ({"beta_end": 1.5}, r"beta_end: betas: betas\[\d+\] = "),
         ({"beta_start": None}, "num_train_timesteps, beta_start, beta_end: "),
-        ({"num_train_timesteps": 0}, "T: got 0"),
-        ({"trained_betas": [0.1, 1.0]}, r"trained_betas: betas: betas\[1\] = 1.0"),
+        ({"num_train_timesteps": 0}, r"num_train_timesteps, .*: betas: got shape \[0\]"),
+        ({"trained_betas": [1.0, 0.1]}, r"trained_betas: betas: betas\[0\] = 1.0"),
         ({"trained_betas": "many"}, "trained_betas: "),
         (
             {"_class_name": "FlowMatchEulerDiscreteScheduler"},
@@ -1489,7 +1547,7 @@ def test_a_variance_that_the_network_does_not_have_is_told(tmp_path):
     edit(tmp_path / "ema" / "scheduler" / "scheduler_config.json", lambda c: c.update(variance_type="learned_range"))
     with pytest.warns(UserWarning, match="learned_range, .*takes 6 output channels, and it has 3; pass sample another"):
         loaded = UNet.from_pretrained(tmp_path / "ema")
-    fastddpm.sample(loaded, 1, schedule=Schedule.linear(2), variance="fixed_large")
+    fastddpm.sample(loaded, 1, schedule=Schedule.linear(2, 0.1, 0.99), variance="fixed_large")
 
 
 def test_the_silent_default_of_heads_is_told(tmp_path):

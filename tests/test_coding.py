@@ -24,6 +24,7 @@ from fastddpm.ops.philox_normal import Stream, first_words
 
 SHAPE = (3, 8, 8)
 SHORT = Schedule.linear(50, 1e-3, 0.2)
+ZERO = Schedule([*SHORT.betas[:-1], 1.0])  # zero terminal SNR
 MEAN, STD = 0.1, 0.15  # both ends of the grid are six standard deviations away, and a step of it is a nineteenth of one
 VAR = STD**2 + (2 / 255) ** 2 / 12  # of the rounded pixels
 GRID = torch.arange(256, dtype=torch.float64) / 127.5 - 1
@@ -63,6 +64,7 @@ def log_variance(schedule, variance, v=None):
     low[0] = low[1]
     if variance == "learned_range":
         return (v + 1) / 2 * high + (1 - v) / 2 * low
+    high = torch.where(schedule.alphas_cumprod > 0, high, low)  # as the chain's first step
     return low if variance == "fixed_small" else torch.cat((low[:1], high[1:]))
 
 
@@ -103,10 +105,12 @@ def known_v(schedule):
 
 CASES = [
     (Schedule.linear(), "fixed_large"),
-    (Schedule.linear(200), "fixed_small"),
+    (Schedule.linear(200, 5e-4, 0.1), "fixed_small"),
     (Schedule.cosine(100), "fixed_small"),
     (SHORT, "fixed_large"),
     (SHORT, "learned_range"),
+    (ZERO, "fixed_large"),
+    (ZERO, "learned_range"),
 ]
 
 
@@ -115,7 +119,10 @@ def test_every_term_has_its_closed_form(schedule, variance):
     """5 standard errors of a mean of squares of normals; with the few hundred rounding errors of the network behind them."""
     v = known_v(schedule) if variance == "learned_range" else None
     n, T = 40, len(schedule)
-    result = likelihood(ideal(schedule, v=v), gaussian(n), schedule=schedule, variance=variance, seed=1)
+    prediction = "v_prediction" if schedule is ZERO else "epsilon"
+    result = likelihood(
+        ideal(schedule, prediction, v), gaussian(n), schedule=schedule, prediction=prediction, variance=variance, seed=1
+    )
     prior, terms = expected(schedule, variance, v)
     elements = n * math.prod(SHAPE)
     assert result.evaluations == n * T and result.terms.shape == result.mse.shape == result.terms_error.shape == (T,)
@@ -577,7 +584,7 @@ def test_an_output_that_is_not_finite_is_an_error(value):
             LikelihoodError, match="model: its output for image 0 at timestep 7 holds a NaN or an infinity"
         ):
             likelihood(model, gaussian(2), schedule=SHORT, batch_size=batch_size)
-    likelihood(model, gaussian(2), schedule=Schedule.linear(7))  # never asked for
+    likelihood(model, gaussian(2), schedule=Schedule.cosine(7))  # never asked for
 
 
 def test_an_output_of_another_kind_is_an_error():

@@ -44,7 +44,7 @@ def log_mass(x0, mean, std):
 @pytest.mark.parametrize("T", [2, 1000])
 def test_decoder_is_exact_in_both_tails(T):
     """Against 60 digits: from the middle of the mode to where the mass is exp(-10^8), inside and at both open ends."""
-    schedule = Schedule.linear(T)
+    schedule = Schedule.linear(T, 1e-4, 0.02)
     bound = Bound(schedule, "fixed_large")
     std = math.exp(float(bound.log_variance[0]) / 2)
     assert std == pytest.approx(float(schedule.posterior_variance[1].sqrt()), rel=1e-14)
@@ -113,6 +113,32 @@ def test_bound_is_the_definition(prediction, variance):
     )
     assert loss.dtype == torch.float64 and loss.dim() == 0
     assert float(loss) == pytest.approx(float(nats.mean()) / math.log(2), rel=1e-9)
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction", "mean"])
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_losses_with_zero_snr(prediction, variance):
+    """The network that is right has none; L_T is 0, L_{T-1} a KL of two normals, and gradients are finite."""
+    s, x0, t = Schedule([*SHORT.betas[:-1], 1.0]), on_grid(4, 1, 3, 3), TIMES
+    eps, error = torch.randn_like(x0), 0.1 * torch.randn_like(x0)
+    x_t, options = s.add_noise(x0, eps, t), {"schedule": s, "prediction": prediction, "t": t, "noise": eps}
+    assert torch.equal(x_t[3], eps[3])
+    right = output(prediction, s, x0, x_t, t, torch.zeros_like(x0))
+    assert float(fastddpm.training_loss(lambda x, t: right, x0, **options)) == pytest.approx(0, abs=1e-12)
+    bound, v = Bound(s, variance), torch.rand_like(x0) * 2 - 1 if variance == "learned_range" else None
+    assert (bound.prior(x0) == 0).all()
+    prev = s.alphas_cumprod[-2]
+    log_variance = (1 - prev).log() * (
+        1 if v is None else (1 - v[3:]) / 2
+    )  # of 1 and 1 - prev; fixed_large has 1 - prev
+    q = Normal(prev.sqrt() * x0[3:], (1 - prev).sqrt())
+    exact = kl_divergence(q, Normal(prev.sqrt() * (x0 - error)[3:], (log_variance / 2).exp())).mean() / math.log(2)
+    got = bound.kl(t[3:], error[3:], None if v is None else v[3:])
+    assert float(got) == pytest.approx(float(exact), rel=1e-9)
+    o = output(prediction, s, x0, x_t, t, error)
+    o = (o if v is None else torch.cat((o, v), dim=1)).requires_grad_()
+    fastddpm.training_loss(lambda x, t: o, x0, objective="bound", variance=variance, **options).backward()
+    assert o.grad.isfinite().all() and (o.grad[3] != 0).any()
 
 
 def test_prior_is_the_definition():

@@ -101,9 +101,11 @@ def test_a_float64_model_in_float32():
         model = randomised(config).double()
         labels = None if config.classes is None else 1
         images = fastddpm.sample(
-            model, 2, schedule=Schedule.linear(3), seed=0, dtype=torch.float32, class_labels=labels
+            model, 2, schedule=Schedule.linear(3, 0.5, 0.99), seed=0, dtype=torch.float32, class_labels=labels
         )
-        expected = fastddpm.sample(model.float(), 2, schedule=Schedule.linear(3), seed=0, class_labels=labels)
+        expected = fastddpm.sample(
+            model.float(), 2, schedule=Schedule.linear(3, 0.5, 0.99), seed=0, class_labels=labels
+        )
         torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
 
@@ -183,7 +185,7 @@ def test_a_dtype_without_products_is_float32_on_rounded_weights(float32_alone, n
         for p in rounded.parameters():
             if p not in embedding:  # which is computed once for a chain, and stays as it is
                 p.copy_(p.to(dtype))
-    options = {"schedule": Schedule.linear(3, 0.1, 0.6), "class_labels": 1 if name == "classes" else None}
+    options = {"schedule": Schedule.linear(3, 0.5, 0.99), "class_labels": 1 if name == "classes" else None}
     got, expected = draw(model, dtype=dtype, **options), draw(rounded, **options)
     if own == torch.float64:  # whose embeddings are float64, too
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
@@ -215,7 +217,7 @@ def test_a_dtype_without_products_is_said_once(float32_alone):
     assert notices(lambda: draw(model)) == []
     foreign = nn.Conv2d(3, 3, 3, padding=1).bfloat16()
     foreign.forward = lambda x, t: x
-    messages = notices(lambda: draw(foreign, shape=(3, 8, 8), schedule=Schedule.linear(3, 0.1, 0.6)))
+    messages = notices(lambda: draw(foreign, shape=(3, 8, 8), schedule=Schedule.linear(3, 0.5, 0.99)))
     assert any("the module's convolutions and matrix products are many times slower" in m for m in messages)
 
 
@@ -257,7 +259,7 @@ def test_no_dtype_is_slow(dtype):
     for _ in range(4):
         for kind in best:
             start = time.perf_counter()
-            draw(model, n=4, dtype=kind, schedule=Schedule.linear(3, 0.1, 0.6))
+            draw(model, n=4, dtype=kind, schedule=Schedule.linear(3, 0.5, 0.99))
             best[kind] = min(best[kind], time.perf_counter() - start)
     assert best[dtype] <= 2 * best[torch.float32], best
 
@@ -459,7 +461,7 @@ def test_under_autocast():
 def small(seed=0):
     config = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4, blocks=1)
     model = randomised(config, seed)
-    model.schedule = Schedule.linear(3, 0.1, 0.6)
+    model.schedule = Schedule.linear(3, 0.5, 0.99)
     return model
 
 
@@ -548,7 +550,7 @@ def test_tied_and_exchanged_parameters():
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_parameters_with_gaps(dtype):
     model = randomised(WIDE)
-    model.schedule = Schedule.linear(3, 0.1, 0.6)
+    model.schedule = Schedule.linear(3, 0.5, 0.99)
     expected = draw(model, dtype=dtype)
     for p in model.parameters():
         p.data = torch.stack((p.data, torch.full_like(p.data, torch.nan)), dim=-1)[..., 0]
@@ -562,7 +564,7 @@ def test_other_defaults():
         torch.set_default_dtype(torch.float64)
         assert torch.equal(draw(model), expected)
         wide = randomised(WIDE).float()
-        wide.schedule = Schedule.linear(3, 0.1, 0.6)
+        wide.schedule = Schedule.linear(3, 0.5, 0.99)
         images = draw(wide)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -847,7 +849,7 @@ def test_the_engine_goes_with_its_model(hooked):
 @pytest.mark.filterwarnings("ignore:fastddpm")
 def test_layers_that_are_kept_do_not_train():
     model = UNet(UNetConfig(sample_size=8, channels=8, multipliers=(1,), attention=(), groups=4, dropout=0.5))
-    model.schedule = Schedule.linear(3, 0.1, 0.6)
+    model.schedule = Schedule.linear(3, 0.5, 0.99)
     with torch.no_grad():
         for block in model.resblocks():
             block.conv2.weight.normal_()
@@ -959,7 +961,7 @@ def test_threads_take_turns_at_any_module():
     model = Dropping().train()
 
     def call():
-        return fastddpm.sample(model, 1, seed=0, shape=(1, 4, 4), schedule=Schedule.linear(30))
+        return fastddpm.sample(model, 1, seed=0, shape=(1, 4, 4), schedule=Schedule.cosine(30))
 
     expected = call()
     assert all(torch.equal(x, expected) for x in in_threads(*[call] * 4))
@@ -1023,7 +1025,7 @@ class Foreign(nn.Module):
     ],
 )
 def test_models_that_run_as_they_are_say_so_once(model, says):
-    options = {"shape": (3, 8, 8), "schedule": Schedule.linear(3, 0.1, 0.6)}
+    options = {"shape": (3, 8, 8), "schedule": Schedule.linear(3, 0.5, 0.99)}
     model.eval()
     [message] = notices(lambda: [draw(model, **options) for _ in range(2)])
     assert says in message and ("are the same, only slower" in message) == isinstance(model, UNet)

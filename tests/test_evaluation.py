@@ -72,7 +72,7 @@ def network(classes=None, seed=0):
         sample_size=8, in_channels=1, channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4, classes=classes
     )
     model = randomised(config, seed)
-    model.schedule = Schedule.linear(12, 1e-3, 0.4)
+    model.schedule = Schedule.linear(12, 1e-3, 0.8)
     return model
 
 
@@ -300,7 +300,7 @@ def test_a_folder_holds_one_set_of_samples(tmp_path):
         ({"variance": "fixed_small"}, "variance fixed_large, now fixed_small"),
         ({"clip": False}, "clip 1.0, now None"),
         ({"dtype": torch.bfloat16}, "dtype float32, now bfloat16"),
-        ({"schedule": Schedule.linear(12, 1e-3, 0.41)}, "chain "),
+        ({"schedule": Schedule.linear(12, 1e-3, 0.81)}, "chain "),
         ({"model": deeper}, r"config.attention \[\], now \[4\]"),
     ):
         with pytest.raises(EvaluationError, match=f"drawn otherwise .*{says}.*name another folder, or delete this"):

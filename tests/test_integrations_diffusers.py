@@ -622,6 +622,16 @@ def test_variances_that_are_refused():
     assert theirs.step(x, 500, x).prev_sample.isnan().all()  # why it is refused
 
 
+@pytest.mark.parametrize(
+    "scheduler", [FusedDDPMScheduler(), FusedDDPMScheduler(variance_type="learned_range"), FusedDDIMScheduler()]
+)
+def test_samples_without_channels_are_refused(scheduler):
+    scheduler.set_timesteps(10)
+    for x in (torch.zeros(4), torch.zeros(())):
+        with pytest.raises(ValueError, match=r"^sample: got shape \[4?\]; expected \[N, C, \*spatial\]"):
+            scheduler.step(x, 900, x)
+
+
 def test_outputs_that_do_not_fit():
     x, o = randn(*SHAPE, seed=1), randn(2, 6, 4, 4, seed=2)
     with pytest.raises(ValueError, match=r"model_output: got shape \[2, 6, 4, 4\]; expected \[2, 3, 4, 4\], as sample"):

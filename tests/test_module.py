@@ -59,7 +59,7 @@ def test_compiles_without_a_graph_break(model, backend):
 
 def test_a_compiled_one_samples(model):
     torch._dynamo.reset()
-    options = {"schedule": Schedule.linear(3), "seed": 0, "variance": "none"}
+    options = {"schedule": Schedule.linear(3, 0.5, 0.99), "seed": 0, "variance": "none"}
     if model.config.classes is not None:
         options["class_labels"] = 1
     expected = fastddpm.sample(model, 2, **options)
@@ -135,7 +135,10 @@ def patched(model):
 @pytest.mark.filterwarnings("ignore:fastddpm")
 def test_what_is_more_than_a_wrapper_runs_as_it_is(wrap):
     torch._dynamo.reset()
-    model, options = randomised(CONFIGS["the paper's"]), {"schedule": Schedule.linear(3), "seed": 0, "shape": (3, 8, 8)}
+    model, options = (
+        randomised(CONFIGS["the paper's"]),
+        {"schedule": Schedule.linear(3, 0.5, 0.99), "seed": 0, "shape": (3, 8, 8)},
+    )
     got = fastddpm.sample(wrap(model), 2, **options)
     torch.testing.assert_close(got, fastddpm.sample(lambda x, t: 0.5 * model(x, t), 2, **options), rtol=0, atol=1e-4)
     assert (got - fastddpm.sample(model, 2, **options)).abs().max() > 0.01

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.utils import logging
 from hypothesis import given
 from test_sampling import MEAN, SHAPE, SHORT, STD, ideal, small_unet
 
 import fastddpm
 from fastddpm import Schedule, ops, samplers
+from fastddpm.ops.philox_normal import Stream
 from fastddpm.sampling import SamplingError
 
 logging.set_verbosity_error()
@@ -23,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__"),  # diffusers with NumPy 2
 ]
 LINEAR = Schedule.linear()
+ZERO = Schedule(rescale_zero_terminal_snr(LINEAR.betas))
 SPACINGS = ("leading", "linspace", "trailing", "logsnr")
 KINDS = ("epsilon", "sample", "v_prediction")  # "mean" is not known to diffusers
 
@@ -31,9 +34,9 @@ def torch_double(*shape, seed=0, scale=1.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
-def exact(scheduler):
+def exact(scheduler, schedule=LINEAR):
     """Its float32 products, off by up to 5.5e-5, replaced by float64 ones, and its last alpha-bar by 1."""
-    scheduler.alphas_cumprod = LINEAR.alphas_cumprod
+    scheduler.alphas_cumprod = schedule.alphas_cumprod
     scheduler.one = scheduler.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
     return scheduler
 
@@ -243,13 +246,13 @@ def test_the_whole_chain_is_the_papers():
 # ------------------------------------------------------------------------------------------ Gaussian data
 
 
-def moments(sampler, timesteps, variance, eta, mean=MEAN, std=STD):
+def moments(sampler, timesteps, variance, eta, mean=MEAN, std=STD, schedule=LINEAR):
     """(mean, variance) of x_0 of the chain with the ideal network, carried through the papers' updates, no table in sight.
 
     Every update is x_prev = p x0_hat + q x + r x0_hat_last + sigma z, and x0_hat = gain x + offset.
     """
-    bar = [*LINEAR.alphas_cumprod[timesteps].tolist(), 1.0]
-    lam = [math.log(b / (1 - b)) / 2 if b < 1 else math.inf for b in bar]
+    bar = [*schedule.alphas_cumprod[timesteps].tolist(), 1.0]
+    lam = [math.log(b / (1 - b)) / 2 if 0 < b < 1 else math.copysign(math.inf, b - 0.5) for b in bar]
     m, cov = [0.0, 0.0], np.array([[1.0, 0.0], [0.0, 0.0]])  # of (x, x0_hat_last)
     for i, (ab, prev) in enumerate(itertools.pairwise(bar)):
         gain = math.sqrt(ab) * std**2 / (ab * std**2 + 1 - ab)
@@ -258,7 +261,8 @@ def moments(sampler, timesteps, variance, eta, mean=MEAN, std=STD):
         if sampler == "ddpm":
             beta = 1 - ab / prev
             p, q = math.sqrt(prev) * beta / (1 - ab), math.sqrt(ab / prev) * (1 - prev) / (1 - ab)
-            sigma = {"fixed_large": beta, "fixed_small": beta * (1 - prev) / (1 - ab), "none": 0}[variance] ** 0.5
+            small = beta * (1 - prev) / (1 - ab)
+            sigma = {"fixed_large": beta if ab else small, "fixed_small": small, "none": 0}[variance] ** 0.5
         elif sampler == "ddim":
             sigma = eta * math.sqrt((1 - prev) / (1 - ab) * (1 - ab / prev))
             q = math.sqrt(max(1 - prev - sigma**2, 0) / (1 - ab))
@@ -342,6 +346,157 @@ def test_prediction_types_give_the_same_images_with_every_sampler():
         ]
         for x in drawn[1:]:
             torch.testing.assert_close(x, drawn[0], rtol=0, atol=5e-5)
+
+
+# ------------------------------------------------------------------------------------ zero terminal SNR
+
+
+@given(data=st.data())
+def test_tables_of_zero_snr_are_finite(data):
+    T = data.draw(st.integers(1, 60))
+    betas = data.draw(st.lists(st.floats(1e-6, 0.9), min_size=T - 1, max_size=T - 1))
+    schedule = Schedule([*betas, 1.0])
+    assert all(v.isfinite().all() for v in vars(schedule).values())
+    sampler = data.draw(st.sampled_from(sorted(samplers.STEPS)))
+    options = {"prediction": data.draw(st.sampled_from(["sample", "v_prediction", "mean"]))}
+    if sampler == "ddpm":
+        options["variance"] = data.draw(st.sampled_from(samplers.VARIANCES))
+    elif sampler == "ddim":
+        options["eta"] = data.draw(st.floats(0, 1))
+    t = samplers.spaced(schedule, data.draw(st.integers(1, T)), data.draw(st.sampled_from(SPACINGS)))
+    assert (t.diff() < 0).all()
+    table = samplers.table(schedule, sampler=sampler, timesteps=t, **options)
+    assert table.rows.isfinite().all() and table.rows.float().isfinite().all()
+    if t[0] == T - 1:
+        assert table.rows[0, 0] == 0  # x_T says nothing of x_0
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+@pytest.mark.parametrize(("steps", "spacing"), [(50, "trailing"), (7, "linspace"), (2, "trailing"), (1, "trailing")])
+def test_ddpm_with_zero_snr_is_diffusers(variance, prediction, steps, spacing):
+    """But for the first step of fixed_large, whose noise is 1 with diffusers and the posterior's here, and the last's."""
+    table = samplers.table(
+        ZERO, prediction=prediction, variance=variance, timesteps=samplers.spaced(ZERO, steps, spacing)
+    )
+    theirs = exact(DDPMScheduler(variance_type=variance, prediction_type=prediction, rescale_betas_zero_snr=True), ZERO)
+    theirs.set_timesteps(timesteps=table.timesteps.tolist())
+    for i, t, x, o, z, x_prev, x0 in walk(table, 1.0, channels=6 if variance == "learned_range" else 3):
+        result = theirs.step(o, t, x, generator=torch.Generator().manual_seed(i))
+        close(x0, result.pred_original_sample, 1e-12)
+        if i + 1 == steps:
+            close(x_prev, x0 if t else result.prev_sample, 1e-12)
+        elif i == 0 and variance == "fixed_large":
+            prev = ZERO.alphas_cumprod[table.timesteps[1]]
+            close(x_prev, prev.sqrt() * x0 + (1 - prev).sqrt() * z, 1e-12)
+            close(result.prev_sample, prev.sqrt() * x0 + z, 1e-12)
+        else:
+            close(x_prev, result.prev_sample, 1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+@pytest.mark.parametrize("steps", [50, 10, 2, 1])
+def test_ddim_with_zero_snr_is_diffusers(eta, prediction, steps):
+    table = samplers.table(
+        ZERO, sampler="ddim", prediction=prediction, eta=eta, timesteps=samplers.spaced(ZERO, steps, "trailing")
+    )
+    theirs = exact(
+        DDIMScheduler(prediction_type=prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing"), ZERO
+    )
+    theirs.set_timesteps(steps)
+    assert torch.equal(theirs.timesteps, table.timesteps)
+    for _, t, x, o, z, x_prev, x0 in walk(table, 1.0):
+        result = theirs.step(o, t, x, eta=eta, use_clipped_model_output=True, variance_noise=z if eta else None)
+        close(x0, result.pred_original_sample, 1e-12)
+        close(x_prev, result.prev_sample, 1e-12)
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
+def test_sample_with_diffusers_zero_snr_scheduler(kind, prediction):
+    """Every step of the chain that `sample` runs, given the scheduler as it is, within 1e-5 of the scheduler's own."""
+    theirs = kind(rescale_betas_zero_snr=True, prediction_type=prediction, timestep_spacing="trailing")
+    theirs.set_timesteps(20)
+    outputs, states, options = [], [], {}
+    if kind is DDIMScheduler:
+        options["sampler"], arguments = "ddim", {"use_clipped_model_output": True}
+    else:
+        options["seed"], arguments = 3, {}
+
+    def model(x, t):
+        outputs.append(0.7 * x.roll(1, 3) + 0.1)
+        return outputs[-1]
+
+    noise = torch_double(2, *SHAPE).float()
+    fastddpm.sample(
+        model,
+        2,
+        shape=SHAPE,
+        schedule=theirs,
+        steps=20,
+        spacing="trailing",
+        noise=noise,
+        callback=states.append,
+        **options,
+    )
+    x = noise
+    for i, (o, state) in enumerate(zip(outputs, states, strict=True)):
+        expected = theirs.step(o, state.timestep, x, **arguments, generator=torch.Generator().manual_seed(0))
+        got = state.x
+        if kind is DDPMScheduler:
+            sigma = 0.0 if i == 19 else theirs._get_variance(state.timestep).sqrt()
+            z = ops.philox_normal(x.shape, seed=3, t=state.timestep, stream=Stream.REVERSE)
+            got = got - sigma * z
+            expected.prev_sample -= theirs._get_variance(state.timestep).sqrt() * torch.randn(
+                x.shape, generator=torch.Generator().manual_seed(0)
+            )
+        close(state.x0, expected.pred_original_sample, 1e-5)
+        close(got, expected.prev_sample, 1e-5)
+        x = state.x
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction", "mean"])
+@pytest.mark.parametrize(
+    ("sampler", "steps", "variance", "eta"),
+    [
+        ("ddpm", 1000, "fixed_large", 0.0),
+        ("ddpm", 50, "fixed_small", 0.0),
+        ("ddpm", 10, "fixed_large", 0.0),
+        ("ddim", 50, None, 0.0),
+        ("ddim", 10, None, 1.0),
+        ("dpm++2m", 20, None, 0.0),
+        ("dpm++2m", 2, None, 0.0),
+    ],
+)
+def test_gaussian_data_with_zero_snr(sampler, steps, variance, eta, prediction):
+    x = fastddpm.sample(
+        ideal(ZERO, prediction), 16, shape=(3, 32, 32), schedule=ZERO, sampler=sampler, prediction=prediction, steps=steps,
+        eta=eta, variance=variance, clip=False, seed=0, progress=False,
+    ).double()  # fmt: skip
+    timesteps = samplers.spaced(ZERO, steps, samplers.SPACING[sampler])
+    mean, var = moments(sampler, timesteps, variance, eta, schedule=ZERO)
+    assert abs(x.mean().item() - mean) <= 5 * math.sqrt(var / x.numel()) + 1e-5
+    assert abs(x.var().item() - var) <= 5 * var * math.sqrt(2 / x.numel()) + 1e-5
+    if steps >= 20:
+        assert mean == pytest.approx(MEAN, rel=0.01) and var == pytest.approx(STD**2, rel=0.25)
+
+
+def test_epsilon_with_zero_snr_is_refused():
+    """By everything that takes a model, with the reason; what the network is said to predict wins over the scheduler's word."""
+    model, x0 = (lambda x, t: pytest.fail("called")), torch.zeros(1, *SHAPE)
+    theirs = DDIMScheduler(rescale_betas_zero_snr=True)
+    for call in (
+        lambda: fastddpm.sample(model, 1, shape=SHAPE, schedule=ZERO),
+        lambda: fastddpm.sample(model, 1, shape=SHAPE, schedule=theirs),
+        lambda: fastddpm.training_loss(model, x0, schedule=ZERO),
+        lambda: fastddpm.encode(model, x0, schedule=ZERO),
+        lambda: fastddpm.likelihood(model, x0.byte(), schedule=ZERO),
+    ):
+        with pytest.raises(ValueError, match="prediction: got 'epsilon' .* x0 cannot be recovered from eps"):
+            call()
+    drawn = fastddpm.sample(lambda x, t: 0 * x, 1, shape=SHAPE, schedule=theirs, prediction="sample", seed=0)
+    assert (drawn == 0).all()
 
 
 # ------------------------------------------------------------------------------- through sample, as used
@@ -439,7 +594,7 @@ def test_default_steps():
 
     for sampler, steps in (("ddpm", 100), ("ddim", 50), ("dpm++2m", 20)):
         seen.clear()
-        fastddpm.sample(model, 1, shape=SHAPE, schedule=Schedule.linear(100), sampler=sampler)
+        fastddpm.sample(model, 1, shape=SHAPE, schedule=Schedule.cosine(100), sampler=sampler)
         assert len(seen) == steps and seen[0] == 99
     seen.clear()
     fastddpm.sample(model, 1, shape=SHAPE, schedule=SHORT, sampler="ddim")

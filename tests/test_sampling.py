@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -77,6 +78,48 @@ def test_prediction_types_give_the_same_chain(prediction):
         ideal(SHORT, prediction), 2, shape=SHAPE, schedule=SHORT, prediction=prediction, clip=False, seed=3
     )
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+def test_a_picture_in_x_T_is_said_once():
+    """By whatever takes a schedule, to the caller, for each model and schedule; not of what is left of usual schedules."""
+    short, x0 = Schedule.linear(10, 1e-4, 0.02), torch.zeros(1, *SHAPE)
+    options = {"shape": SHAPE, "seed": 0}
+    calls = [
+        lambda model, s: fastddpm.sample(model, 1, schedule=s, **options),
+        lambda model, s: fastddpm.training_loss(model, x0, schedule=s),
+        lambda model, s: fastddpm.encode(model, x0, schedule=s),
+        lambda model, s: fastddpm.likelihood(model, x0.byte(), schedule=s),
+    ]
+    for call in calls:
+        model = lambda x, t: 0 * x  # noqa: E731
+        with pytest.warns(
+            UserWarning, match="schedule: .*T=10.* ends at alphas_cumprod 0.9, so that x_T keeps 95%"
+        ) as caught:
+            call(model, short), call(model, Schedule(short.betas))
+        assert len(caught) == 1 and caught[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for again in calls:
+                again(model, short)
+            scaled = Schedule(
+                torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+            )  # Stable Diffusion's
+            for usual in (Schedule.cosine(10), Schedule.linear(10, 0.01, 0.999), scaled):
+                call(model, usual)
+        with pytest.warns(UserWarning, match="ends at alphas_cumprod 0.36"):
+            call(model, Schedule.linear(100, 1e-4, 0.02))
+
+
+@pytest.mark.filterwarnings("ignore:fastddpm. Schedule.linear")  # tests/test_schedule.py looks for it
+@pytest.mark.parametrize("T", [12, 120])
+def test_linear_schedules_of_any_length_draw_the_data(T):
+    """With the ideal network; with the paper's betas in 10 steps the mean was 0.1 and the spread 0.8."""
+    schedule = Schedule.linear(T)
+    x = fastddpm.sample(
+        ideal(schedule, "sample"), 16, shape=(3, 32, 32), schedule=schedule, prediction="sample", clip=False, seed=0,
+        variance="fixed_large",
+    )  # fmt: skip
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.02) and x.std().item() == pytest.approx(STD, abs=0.1)
 
 
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
@@ -400,7 +443,7 @@ def test_what_is_captured_serves_later_calls(by_hand):
         assert torch.equal(fastddpm.sample(model, 2, **options), eager(model, 2, **options))
     assert len(by_hand.captures) == 1
     anew = [
-        {"clip": False}, {"schedule": Schedule.linear(7)}, {"steps": 9, "sampler": "ddim"}, {"sampler": "dpm++2m"},
+        {"clip": False}, {"schedule": Schedule.cosine(7)}, {"steps": 9, "sampler": "ddim"}, {"sampler": "dpm++2m"},
         {"dtype": torch.bfloat16}, {"batch_size": 1},
     ]  # fmt: skip
     for count, options in enumerate(anew, 2):

@@ -1,5 +1,7 @@
 """The schedule against the paper's formulas in numpy, and its errors."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,64 @@ def test_linear_is_the_papers():
     ]:
         assert got.dtype == torch.float64
         np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("T", [2, 10, 19, 21, 100, 999, 1001, 2000])
+def test_linear_of_other_lengths_is_as_noisy(T):
+    """guided-diffusion's betas where they are below 1, and nothing to speak of is left in x_T; said once, to the caller."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        drawn = [Schedule.linear(T) for _ in range(2)]
+        half = Schedule.linear(T, end=0.5)
+        Schedule.linear(T, 1e-4, 0.02), Schedule.linear(), Schedule.linear(1000, end=0.03)
+    ends = min(0.1 / T, 0.999), min(20 / T, 0.999)
+    betas = np.linspace(*ends, T)
+    assert drawn[0] == drawn[1]
+    np.testing.assert_allclose(drawn[0].betas.numpy(), betas, rtol=1e-12)
+    np.testing.assert_allclose(half.betas.numpy(), np.linspace(ends[0], 0.5, T), rtol=1e-12)
+    assert drawn[0].alphas_cumprod[-1] < 1e-3
+    says = [f"fastddpm: Schedule.linear({T}): takes betas from {ends[0]:.4g} to {end:.4g}" for end in (ends[1], 0.5)]
+    assert [str(w.message).split(";")[0] for w in caught] == says
+    assert all(w.filename == __file__ for w in caught)
+
+
+def test_linear_of_1000_steps_is_what_it_was():
+    assert torch.equal(Schedule.linear().betas, torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+    assert Schedule.linear() == Schedule.linear(1000, 1e-4, 0.02)
+
+
+def test_numbers_of_timesteps_and_timesteps_are_of_any_kind():
+    x = torch.ones(2, 1, 2, 2)
+    for kind in (np.int64, np.int32, np.array, torch.tensor):
+        assert Schedule.cosine(kind(10)) == Schedule.cosine(10)
+        assert Schedule.linear(kind(10), 0.1, 0.5) == Schedule.linear(10, 0.1, 0.5)
+        assert torch.equal(Schedule.cosine(10).add_noise(x, x, kind(3)), Schedule.cosine(10).add_noise(x, x, 3))
+    for bad in (
+        True,
+        np.True_,
+        torch.tensor(True),
+        10.0,
+        np.float64(10),
+        torch.tensor(10.0),
+        torch.tensor([10]),
+        "10",
+        None,
+        1 << 20,
+    ):
+        for make in (Schedule.cosine, Schedule.linear):
+            with pytest.raises(ValueError, match="^T: got .*; expected a number of timesteps from 1 to"):
+                make(bad)
+
+
+def test_the_last_beta_may_be_1():
+    """Which leaves nothing of x_0 in x_T, and the posterior is that of x_{t-1} given x_0 alone."""
+    s = Schedule([0.1, 0.3, 1.0])
+    previous = 0.9 * 0.7
+    assert s.alphas_cumprod[-1] == 0 and s.posterior_mean_coef2[-1] == 0
+    assert float(s.posterior_variance[-1]) == pytest.approx(1 - previous, rel=1e-12)
+    assert float(s.posterior_mean_coef1[-1]) == pytest.approx(previous**0.5, rel=1e-12)
+    x0, noise = torch.full((1, 1, 2, 2), 1e30), torch.randn(1, 1, 2, 2)
+    assert torch.equal(s.add_noise(x0, noise, 2), noise)
 
 
 def test_cosine_follows_its_formula():
@@ -64,7 +124,9 @@ def test_posterior_is_bayes():
         ([], "shape"),
         ([[0.1]], "shape"),
         ([0.1, 0.0], r"betas\[1\] = 0.0"),
-        ([1.0], r"betas\[0\] = 1.0"),
+        ([1.0, 0.5], r"betas\[0\] = 1.0; expected every beta in \(0, 1\), of which the last may be 1"),
+        ([0.5, 1.0000001], r"betas\[1\] = 1.0000001"),
+        ([0.9] * 400, "alphas_cumprod is 0 from t = 32[0-9] on"),
         ([0.1, float("nan")], "nan"),
         ([0.5, -0.1], "-0.1"),
     ],
@@ -75,7 +137,7 @@ def test_bad_betas(betas, says):
 
 
 def test_bad_arguments():
-    s, x = Schedule.linear(10), torch.zeros(2, 1, 2, 2)
+    s, x = Schedule.cosine(10), torch.zeros(2, 1, 2, 2)
     with pytest.raises(ValueError, match="T: got 0"):
         Schedule.linear(0)
     with pytest.raises(ValueError, match="t: got 10; expected 0..9"):
@@ -84,5 +146,8 @@ def test_bad_arguments():
         s.add_noise(x, x, torch.tensor([0, 10]))
     with pytest.raises(ValueError, match=r"t: got float32 \[2\]; expected int64 \[2\]"):
         s.add_noise(x, x, torch.zeros(2))
+    for bad in (True, 1.5, None, [0, 1]):
+        with pytest.raises(ValueError, match=r"t: got .*; expected an int in 0\.\.9, or int64 \[2\]"):
+            s.add_noise(x, x, bad)
     with pytest.raises(ValueError, match="noise: got shape"):
         s.add_noise(x, x[:1], 0)

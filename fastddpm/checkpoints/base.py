@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..samplers import check_prediction
 from ..schedule import Schedule
 from ..unet import UNet, UNetConfig
 
@@ -48,6 +49,10 @@ class Read:
 
 def build(read: Read) -> UNet:
     """The network, in float32, in eval mode and on torch's default device, with tensors of its own: the file may change."""
+    try:
+        check_prediction(read.schedule, read.prediction)
+    except ValueError as error:
+        raise CheckpointError(f"{read.path}: {error}") from error
     device = torch.empty(0).device
     with ThreadPoolExecutor(1) as beside, _uncollected():
         if read.fill is None:

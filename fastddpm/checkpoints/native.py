@@ -130,7 +130,8 @@ def read_config(folder: Path) -> dict:
 def _describe(schedule: Schedule) -> dict:
     """The paper's schedule by its name, any other by its numbers."""
     linear = {"kind": "linear", "T": len(schedule), "start": float(schedule.betas[0]), "end": float(schedule.betas[-1])}
-    if Schedule.linear(linear["T"], linear["start"], linear["end"]) == schedule:
+    line = torch.linspace(linear["start"], linear["end"], linear["T"], dtype=torch.float64, device="cpu")
+    if torch.equal(line, schedule.betas):
         return linear
     return {"kind": "betas", "betas": schedule.betas.tolist()}
 
@@ -139,7 +140,8 @@ def _schedule(config: dict, path: Path) -> Schedule:
     try:
         kind, values = config["schedule"]["kind"], config["schedule"]
         if kind == "linear":
-            return Schedule.linear(values["T"], values["start"], values["end"])
+            start, end = float(values["start"]), float(values["end"])  # of None it would be another schedule
+            return Schedule.linear(values["T"], start, end)
         if kind == "betas":
             return Schedule(values["betas"])
         raise ValueError(f"unknown kind {kind!r}; expected linear or betas")

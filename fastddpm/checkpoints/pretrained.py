@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..samplers import check_prediction
 from ..unet import UNet
 from . import diffusers, hub, native, openai, pesser, tensors
 from .base import CheckpointError, Read, build
@@ -51,6 +52,7 @@ def save(model: UNet, folder: str | Path, format: str) -> None:
     for what, there in rivals.items():
         if there:
             raise ValueError(f"folder: {folder} already has {what}; name another folder")
+    check_prediction(model.schedule, model.prediction)
     FORMATS[format](model, folder)
 
 

@@ -21,13 +21,10 @@ DEFAULTS = {
     "variance_type": "fixed_small",
     "clip_sample": True,
     "clip_sample_range": 1.0,
+    "rescale_betas_zero_snr": False,
 }
 HAVE_DEFAULTS = (None, "DDPMScheduler", "DDIMScheduler")  # those of other classes differ
 NUMBERS = ("num_train_timesteps", "beta_start", "beta_end")
-REFUSED = {
-    "thresholding": "it bounds x0 by a quantile of each image, which no sampler here does",
-    "rescale_betas_zero_snr": "its last beta is 1, at which epsilon says nothing of x0",
-}
 # fixed_small_log is fixed_small computed through the logarithm.
 VARIANCE = {name: name for name in VARIANCES if name != "none"} | {"fixed_small_log": "fixed_small"}
 PREDICTION = tuple(name for name in PREDICTIONS if name != "mean")
@@ -41,9 +38,11 @@ def read(config: Mapping, whose: str) -> tuple[Schedule, str, str, bool | float]
     whose: begins the messages, f"{whose} beta_schedule: got ..."; they are ValueErrors.
     """
     found = DEFAULTS | config
-    for option, why in REFUSED.items():
-        if found.get(option):
-            raise ValueError(f"{whose} {option}: got {found[option]}; expected False: {why}")
+    if found.get("thresholding"):
+        raise ValueError(
+            f"{whose} thresholding: got {found['thresholding']}; expected False: it bounds x0 by a quantile of each image, which "
+            "no sampler here does"
+        )
     if config.get("_class_name") not in HAVE_DEFAULTS and config.get("trained_betas") is None:
         missing = [name for name in (*NUMBERS, "beta_schedule") if name not in config]
         if missing:
@@ -78,24 +77,24 @@ def write(schedule: Schedule, prediction: str, variance: str, clip: bool | float
     }
 
 
-def _scaled_linear(T: int, start: float, end: float) -> Schedule:
-    return Schedule(_line(T, math.sqrt(start), math.sqrt(end)).square())
-
-
-def _squaredcos(T: int, start: float, end: float) -> Schedule:
-    return Schedule.cosine(T)
-
-
-def _sigmoid(T: int, start: float, end: float) -> Schedule:
-    return Schedule(_line(T, -6, 6).sigmoid() * (end - start) + start)
-
-
 def _line(T: int, start: float, end: float) -> torch.Tensor:
     return torch.linspace(start, end, T, dtype=torch.float64, device="cpu")
 
 
-KINDS: dict[str, Callable[[int, float, float], Schedule]] = {
-    "linear": Schedule.linear,
+def _scaled_linear(T: int, start: float, end: float) -> torch.Tensor:
+    return _line(T, math.sqrt(start), math.sqrt(end)).square()
+
+
+def _squaredcos(T: int, start: float, end: float) -> torch.Tensor:
+    return Schedule.cosine(T).betas
+
+
+def _sigmoid(T: int, start: float, end: float) -> torch.Tensor:
+    return _line(T, -6, 6).sigmoid() * (end - start) + start
+
+
+KINDS: dict[str, Callable[[int, float, float], torch.Tensor]] = {
+    "linear": _line,
     "scaled_linear": _scaled_linear,
     "squaredcos_cap_v2": _squaredcos,
     "sigmoid": _sigmoid,
@@ -107,18 +106,39 @@ def _schedule(found: Mapping, whose: str) -> Schedule:
     if trained is None:
         kind, option = _one_of(found, "beta_schedule", KINDS, whose), ", ".join(NUMBERS)
     try:
-        if trained is not None:
-            return Schedule(torch.as_tensor(trained, dtype=torch.float64))
-        return KINDS[kind](*(found[name] for name in NUMBERS))
+        if trained is None:
+            betas = KINDS[kind](*(found[name] for name in NUMBERS))
+        else:
+            betas = torch.as_tensor(trained, dtype=torch.float64)
+        schedule = Schedule(betas)
+        return _rescaled(schedule) if found["rescale_betas_zero_snr"] else schedule
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{whose} {option}: {error}") from error
 
 
+def _rescaled(schedule: Schedule) -> Schedule:
+    """With sqrt(alphas_cumprod) shifted and scaled to end at 0 and begin where it was (Lin et al. 2023, algorithm 1)."""
+    signal = schedule.alphas_cumprod.sqrt()
+    if float(signal[-1]) == 0:  # as `write` leaves it, which is read back to the bit
+        return schedule
+    if len(signal) == 1:
+        raise ValueError(
+            "rescale_betas_zero_snr has the first beta stay and the last be 1; expected at least 2 timesteps"
+        )
+    bar = ((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))).square()
+    return Schedule(torch.cat((schedule.betas[:1], 1 - bar[1:] / bar[:-1])))
+
+
 def _betas(schedule: Schedule) -> dict:
     """The kind of schedule by its name, if one gives the very same betas; any other by its numbers."""
+    if float(schedule.alphas_cumprod[-1]) == 0:
+        # Rescaling leaves such betas as they are, and tells schedulers that divide by alphas_cumprod (DPM-Solver) of the 0.
+        return {
+            "num_train_timesteps": len(schedule), "trained_betas": schedule.betas.tolist(), "rescale_betas_zero_snr": True,
+        }  # fmt: skip
     T, start, end = len(schedule), float(schedule.betas[0]), float(schedule.betas[-1])
     for kind, build in KINDS.items():
-        if build(T, start, end) == schedule:
+        if torch.equal(build(T, start, end), schedule.betas):
             return {"num_train_timesteps": T, "beta_schedule": kind, "beta_start": start, "beta_end": end}
     return {"num_train_timesteps": T, "trained_betas": schedule.betas.tolist()}
 

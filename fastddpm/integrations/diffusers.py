@@ -40,7 +40,7 @@ from typing import NamedTuple
 import torch
 
 from .. import backend
-from ..arguments import warn_once
+from ..notices import warn_once
 from ..ops import ddpm_step
 from ..ops._library import check_first, check_seed, layout
 
@@ -172,6 +172,10 @@ class _Fused:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(prev_sample, pred_original_sample). noisy: whether the step has noise; None: of the seed, else of the generator."""
         expected = list(sample.shape)
+        if len(expected) < 2:
+            raise ValueError(
+                f"sample: got shape {expected}; expected [N, C, *spatial], e.g. sample.unsqueeze(1) and model_output likewise"
+            )
         if learned:
             expected[1] *= 2
         if list(model_output.shape) != expected:
