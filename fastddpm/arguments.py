@@ -131,7 +131,8 @@ def trained_for(
     unsaid = [name for name in needs if found[name] is None or (mute and not scheduled and given[name] is None)]
     trained = Trained(*(paper if found[name] is None else found[name] for name, (_, paper) in PAPER.items()))
     choice("prediction", trained.prediction, PREDICTIONS)
-    check_prediction(trained.schedule, trained.prediction)
+    if "prediction" in needs:
+        check_prediction(trained.schedule, trained.prediction)
     if not silent:
         _tell_left(model, trained.schedule)
         _tell_taken(model, held, taken)

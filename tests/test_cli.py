@@ -22,7 +22,7 @@ from fastddpm import Schedule, UNet, UNetConfig, cli
 def model(tmp_path):
     torch.manual_seed(0)
     config = UNetConfig(sample_size=8, in_channels=1, channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4)
-    UNet(config, schedule=Schedule.linear(20, 1e-3, 0.3)).save_pretrained(tmp_path / "model")
+    UNet(config, schedule=Schedule.linear(20, 1e-3, 0.5)).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
