@@ -7,6 +7,7 @@ noise and flip from (seed, d) alone, and its image from epoch d // N's permutati
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -325,7 +326,16 @@ class Trainer:
             num_workers=workers() if on_disk else 0,
             worker_init_fn=undisturbed,
         )
-        for item in loader:
+        items = iter(loader)
+        while True:
+            fault = None
+            try:
+                item = next(items)
+            except DataError as error:  # with the traceback of the worker process in its message
+                fault = str(error).rpartition("DataError: ")[2].strip()
+            if fault is not None:
+                del items  # ends the worker processes; the traceback that held them is gone here
+                raise DataError(f"data: {fault} (the run is saved at step {self.step})")
             x0, *labels = item if isinstance(item, (tuple, list)) else (item,)
             x0 = x0.to(self.device, torch.float32)
             if self.recipe.flips:
@@ -382,16 +392,13 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         bar = progress_bar(progress, total=self.total, initial=self.step, unit="step", smoothing=0.05)
         losses, norms, since = [], [], time.perf_counter()
-        with _stop_signals(self), bar:
+        with _stop_signals(self), bar, contextlib.closing(batches):  # which ends its worker processes
             while self.step < self.total and not self._interrupted:
                 try:
                     loss, norm = self._optimize(batches)
-                except DataError as error:
+                except DataError:
                     self.save()  # the step has changed nothing yet
-                    # What a worker process raises carries its traceback.
-                    raise DataError(
-                        f"{str(error).rpartition('DataError: ')[2].strip()} (saved at step {self.step})"
-                    ) from error
+                    raise
                 except RuntimeError:
                     if self._interrupted:  # what stopped this process has ended its worker processes
                         break

@@ -16,6 +16,7 @@ from PIL import Image
 
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, cli
+from fastddpm.unet import PRESETS
 
 
 @pytest.fixture
@@ -219,6 +220,8 @@ def test_train_interrupt_and_resume(tmp_path, capsys, monkeypatch):
 def test_class_folders_to_samples_of_a_class(tmp_path, capsys, monkeypatch):
     """Pictures of several sizes and kinds, and a damaged one, in a folder for each class."""
     monkeypatch.chdir(tmp_path)
+    smaller = {"channels": 8, "multipliers": (1,), "blocks": 1, "attention": (), "groups": 4}
+    monkeypatch.setitem(PRESETS, "digits", dataclasses.replace(PRESETS["digits"], **smaller))
     rng = np.random.default_rng(0)
     for name, shape in (
         ("dog/a.png", (9, 12, 3)),

@@ -337,7 +337,9 @@ def test_a_picture_that_is_damaged_meanwhile_loses_nothing(tmp_path):
     run = trainer(tmp_path / "run", dataset=data.load(folder))
     for file in folder.iterdir():
         file.write_bytes(b"nonsense")
-    with pytest.raises(data.DataError, match=r"^/.*png: not a readable picture \(.*\) \(saved at step 0\)$"):
+    with pytest.raises(
+        data.DataError, match=r"^data: /.*png: not a readable picture \(.*\) \(the run is saved at step 0\)$"
+    ):
         run.run()
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 0
 
