@@ -51,12 +51,13 @@ class Trained(NamedTuple):
     clip: bool | float
 
 
-# What an attribute of these names has to be to say what its model was trained for, and what it is where nothing says so.
+# What an attribute of these names has to be to say what its model was trained for, what it is where nothing says so, and what
+# is expected of it in words.
 PAPER = {
-    "schedule": (Schedule, Schedule.linear()),
-    "prediction": (str, "epsilon"),
-    "variance": (str, "fixed_large"),
-    "clip": ((bool, int, float), True),
+    "schedule": (Schedule, Schedule.linear(), "a fastddpm.Schedule"),
+    "prediction": (str, "epsilon", f"one of {', '.join(PREDICTIONS)}"),
+    "variance": (str, "fixed_large", f"one of {', '.join(VARIANCES)}"),
+    "clip": ((bool, int, float), True, "True, False or a positive bound"),
 }
 
 MOST_LEFT = 0.01  # of a picture's variance in x_T; the paper's schedule leaves 4e-5, diffusers' scaled_linear 0.005
@@ -64,17 +65,15 @@ MOST_LEFT = 0.01  # of a picture's variance in x_T; the paper's schedule leaves 
 
 def _said(owner: object, name: str) -> object:
     """What the owner's attribute says; None where it has none, or one of another meaning: somebody's may be anything."""
-    value = getattr(owner, name, None)
+    value = plain(getattr(owner, name, None))
+    if isinstance(owner, UNet) and value is not None and not isinstance(value, PAPER[name][0]):
+        raise ValueError(f"model: its {name} is {value!r}; expected {PAPER[name][2]}")
     return value if isinstance(value, PAPER[name][0]) else None
 
 
 def _speaks(owner: object) -> bool:
-    """Whether it says what it was trained for. A `clip` alone doesn't: many a layer has one."""
-    return (
-        _said(owner, "schedule") is not None
-        or _said(owner, "prediction") in PREDICTIONS
-        or _said(owner, "variance") in VARIANCES
-    )
+    """Whether it says what it was trained for. `variance` and `clip` alone don't: layers of other kinds have such attributes."""
+    return _said(owner, "schedule") is not None or _said(owner, "prediction") in PREDICTIONS
 
 
 def _name(model: object) -> str:
@@ -114,30 +113,33 @@ def trained_for(
     found = {name: _said(own, name) if given[name] is None else given[name] for name in PAPER}
     missing = [name for name in needs if found[name] is None]
     held = inside(bare, lambda v: v is not bare and _speaks(v)) if missing else []
+    differing = {}
     for name in missing:
         values = []
         for value in (_said(v, name) for v in held):
             if value is not None and value not in values:
                 values.append(value)
-        if len(values) > 1 and not silent:
-            raise ValueError(
-                f"{name}: the {_name(bare)} holds models that were trained for different ones "
-                f"({', '.join(map(repr, values))}); pass {name}="
-            )
+        if len(values) > 1:
+            differing[name] = " and ".join(map(repr, values))
         found[name] = values[0] if values else None
+    if differing and not silent:
+        raise ValueError(
+            f"{', '.join(differing)}: the {_name(bare)} holds models that were trained for different ones "
+            f"({'; '.join(f'{name} {values}' for name, values in differing.items())}); "
+            f"pass {', '.join(f'{name}=' for name in differing)}"
+        )
     taken = {name: found[name] for name in missing if found[name] is not None}
     # A UNet2DModel, and the UNet made of one, says nothing: what that has beside a schedule are defaults.
     mute = is_diffusers(bare, "UNet2DModel") or (isinstance(bare, UNet) and bare.schedule is None)
     unsaid = [name for name in needs if found[name] is None or (mute and not scheduled and given[name] is None)]
-    trained = Trained(*(paper if found[name] is None else found[name] for name, (_, paper) in PAPER.items()))
+    trained = Trained(*(paper if found[name] is None else found[name] for name, (_, paper, _) in PAPER.items()))
     choice("prediction", trained.prediction, PREDICTIONS)
     if "prediction" in needs:
         check_prediction(trained.schedule, trained.prediction)
     if not silent:
-        _tell_left(model, trained.schedule)
         _tell_taken(model, held, taken)
-        if "schedule" in unsaid:
-            _tell_assumed(model, mute, {name: getattr(trained, name) for name in unsaid if name != "schedule"})
+        if "schedule" in unsaid or "prediction" in unsaid:
+            _tell_assumed(model, mute, {name: getattr(trained, name) for name in unsaid})
     return trained
 
 
@@ -156,7 +158,8 @@ def _scheduler_says(schedule: Any) -> Trained:
     return own
 
 
-def _tell_left(model: object, schedule: Schedule) -> None:
+def tell_left(model: object, schedule: Schedule) -> None:
+    """Say once where a chain from noise, and a training for it, begin elsewhere than the schedule ends."""
     left = float(schedule.alphas_cumprod[-1])
     if left > MOST_LEFT:
         warn_once(
@@ -179,7 +182,7 @@ def _tell_taken(model: object, held: list[object], taken: dict[str, object]) -> 
         warn_once(
             model,
             f"{', '.join(differing)}: the {_name(called(model))} is taken to answer as the {inner} in it does, with "
-            f"{_listed(differing)}; pass what is different",
+            f"{_listed(differing)}; where it answers otherwise, pass {', '.join(f'{name}=' for name in differing)}",
         )
 
 
@@ -193,10 +196,13 @@ def _tell_assumed(model: object, mute: bool, assumed: dict[str, object]) -> None
     else:
         who = f"the {_name(bare)} doesn't say what it was"
         way = "schedule= and what else differs, or give it attributes of these names"
-    rest = f", {_listed(assumed)}" if assumed else ""
+    linear = ["the paper's linear schedule of 1000 steps"] if "schedule" in assumed else []
+    rest = {name: value for name, value in assumed.items() if name != "schedule"}
+    listed = ", ".join([*linear, *([_listed(rest)] if rest else [])])
+    first = next(iter(assumed))
     warn_once(
         model,
-        f"schedule: {who} trained for; assumed the paper's linear schedule of 1000 steps{rest}; pass {way}",
+        f"{first}: {who} trained for; assumed {listed}; pass {way if linear else f'{first}= and what else differs'}",
     )
 
 
@@ -333,11 +339,15 @@ def labels_of(labels: Any, n: int, model: object) -> torch.Tensor | None:
     if isinstance(model, UNet) and classes is None:
         raise ValueError("class_labels: given, but the network has no classes")
     labels = as_labels(labels, n)
-    if classes is not None and n and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+    check_labels(labels, classes)
+    return labels
+
+
+def check_labels(labels: torch.Tensor, classes: int | None) -> None:
+    if classes is not None and len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
         raise ValueError(
             f"class_labels: got values from {int(labels.min())} to {int(labels.max())}; expected 0..{classes - 1}"
         )
-    return labels
 
 
 def as_labels(labels: Any, n: int) -> torch.Tensor:

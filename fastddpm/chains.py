@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import ops, samplers
-from .arguments import check_count, check_fits, device_of, is_int, labels_of, schedule_of, seed_of
+from .arguments import check_count, check_fits, device_of, is_int, labels_of, schedule_of, seed_of, tell_left
 from .foreign import adopted
 from .ops._library import check_first, plain
 from .ops.philox_normal import Stream
@@ -136,6 +136,7 @@ def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = Non
         raise ValueError("callback: not here, where the frames are taken by one; give it to sample itself")
     model = adopted(model)
     chosen = plan(model, **{name: options.pop(name) for name in PLANNED if name in options})
+    tell_left(model, chosen.schedule)
     steps = len(chosen.table.timesteps)
     frames = min(10, steps) if frames is None else plain(frames)
     kept = Frames(steps, frames, lambda state: state.x0)

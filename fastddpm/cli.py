@@ -141,6 +141,9 @@ def sample_command(
         images.check_size("output", output, images.laid_out(n, network.shape))
     if gif is not None:
         images.check_size("gif", gif, images.laid_out(n, network.shape))
+    if strip is not None:
+        columns = min(STRIP_COLUMNS, steps)
+        images.check_size("strip", strip, images.laid_out(n * columns, network.shape, columns))
     film = Frames(steps, min(FILM_FRAMES, steps), lambda state: state.x.clamp(-1, 1).cpu())
     progress = Frames(steps, min(STRIP_COLUMNS, steps), lambda state: state.x0.cpu())
     wanted = [frames for frames, path in ((film, gif), (progress, strip)) if path is not None]
@@ -167,6 +170,8 @@ def _class(label: str, network: UNet) -> int:
     if label in names:
         return names.index(label)
     try:
+        if any(name.isdecimal() for name in names):
+            raise ValueError  # a number would be taken for a name
         return int(label)
     except ValueError:
         known = f"one of {', '.join(names)}" if names else "a number, as this network's classes have no names"
@@ -280,9 +285,7 @@ def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels
     else:
         if (out / training.CHECKPOINT).exists():
             raise ValueError(f"out: {out} already holds a run; pass --resume to go on with it, or name another folder")
-        classes = None
-        if labels:
-            classes = len(dataset.class_names or ()) or int(dataset.labels.max()) + 1
+        classes = dataset.classes
         preset = preset or "digits"
         config = training.network_for(preset, dataset, classes=classes)
         if dtype == "auto":
@@ -406,6 +409,7 @@ def _described(found: base.Read) -> list[tuple[str, str]]:
         ("variance", found.variance),
         ("clip", str(found.clip)),
         ("averaged", "yes (EMA)" if found.averaged else "not said"),
+        *([("classes", ", ".join(found.class_names))] if found.class_names else []),
         *(("note", note) for note in found.notes),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import os
 import signal
@@ -14,23 +15,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from . import pictures
-from .arguments import check_count, choice
+from .arguments import LEAST_BYTE, check_count, choice
 from .files import whole
 from .notices import warn_once
-from .pictures import DataError
+from .ops._library import plain
+from .pictures import CHANNELS, DataError
 from .progress import bar as progress_bar
 
 # What np.load and the members of a .npz raise.
 UNREADABLE = (ValueError, OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
-CHANNELS = (1, 3, 4)  # an axis of one of these lengths may be that of the channels
 ALPHAS = ("black", "keep")
 MANY = 1000  # pictures from which on they are checked and read by worker processes, and the check is remembered
+PART = 128  # pictures that a worker process reads at a time
 FEW = 10  # names of a kind that are listed
+MOST_LABEL = 1 << 62
+HIDDEN = (".", "__MACOSX")  # how folders begin that systems add
 DARK = 1 / 8  # a largest value below this share of the full range is pointed out
 
 
@@ -60,8 +65,19 @@ class Images(Dataset):
         """A checksum of the images, as they are read."""
         raise NotImplementedError
 
+    @property
+    def classes(self) -> int | None:
+        """How many classes the labels are of; None without labels."""
+        return None if self.labels is None else len(self.class_names or ()) or int(self.labels.max()) + 1
+
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """The images of these indices as uint8 [len(indices), C, H, W]."""
+        """The images of these indices as uint8 [len(indices), C, H, W]; many picture files by worker processes."""
+        if self.on_disk and len(indices) >= PART and torch.utils.data.get_worker_info() is None:
+            parts = [indices[start : start + PART] for start in range(0, len(indices), PART)]
+            loader = DataLoader(
+                _Parts(self), batch_size=None, sampler=parts, num_workers=workers(), worker_init_fn=undisturbed
+            )
+            return torch.cat(list(loader))
         out = torch.zeros(len(indices), *self.shape, dtype=torch.uint8)
         for row, i in zip(out, indices, strict=True):
             image = torch.from_numpy(self._bytes(i))
@@ -85,6 +101,16 @@ class Images(Dataset):
         padded = copy.copy(self)
         padded.shape = (self.shape[0], side, side)
         return padded
+
+
+class _Parts(Dataset):
+    """What `Images.read` gives for lists of indices."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitem__(self, indices: Sequence[int]) -> torch.Tensor:
+        return self.images.read(indices)
 
 
 class ArrayImages(Images):
@@ -126,7 +152,12 @@ class ArrayImages(Images):
 
     def digest(self) -> str:
         read_as = self._array.shape, self._array.dtype.str, self._scale, self._side, self.shape
-        total = hashlib.sha256(repr(read_as).encode())
+        return hashlib.sha256(f"{read_as} {self._content}".encode()).hexdigest()
+
+    @functools.cached_property
+    def _content(self) -> str:
+        """A checksum of the array as it is, which may be long."""
+        total = hashlib.sha256()
         for start in range(0, len(self), MANY):
             total.update(np.ascontiguousarray(self._array[start : start + MANY]))
         return total.hexdigest()
@@ -160,7 +191,7 @@ class PictureImages(Images):
         side: int | None,
         digest: str,
     ) -> None:
-        self._files, self._mode, self._side, self._digest = files, mode, side, digest
+        self._files, self._mode, self._size, self._side, self._digest = files, mode, size, side, digest
         self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
         self.source, self.class_names = source, class_names
         self.shape = (len(mode), *(size if side is None else (side, side)))
@@ -175,8 +206,11 @@ class PictureImages(Images):
         if self._side is not None:
             image = pictures.cropped(image, self._side)
         values = pictures.channels_first(image.convert(self._mode))
-        if values.shape != self.shape and self._side is None and (values.shape[1] > self.shape[1]):
-            raise DataError(f"data: {self._files[i]}: its size has changed since it was checked; start again")
+        if self._side is None and values.shape[1:] != self._size:
+            height, width = self._size
+            raise DataError(
+                f"{self._files[i]}: its size was {width}x{height} pixels when it was checked, and is another one now"
+            )
         return values
 
     def digest(self) -> str:
@@ -198,7 +232,8 @@ def load(
       memory-mapped. Arrays are [N, H, W] or [N, H, W, C]; [N, C, H, W] where it cannot be mistaken. Their numbers are uint8;
       wider unsigned integers are scaled by their full range, floats in [0, 1] by 255.
     - A folder: its pictures and those of its subfolders, in the order of their names, with the subfolders as labels. A first
-      pass decodes every file, so that a damaged one shows before any work; it is remembered for the next call.
+      pass decodes every file, so that a damaged one shows before any work. Of a thousand pictures and more it is remembered
+      for the next call, in ~/.cache/fastddpm/pictures (or under XDG_CACHE_HOME).
 
     Args:
         path: the file or folder.
@@ -215,8 +250,7 @@ def load(
     """
     path = Path(path)
     choice("alpha", alpha, ALPHAS)
-    if size is not None:
-        check_count("size", size, 1)
+    size, classes = None if size is None else check_count("size", size, 1), plain(classes)
     if path.is_dir():
         return _folder(path, labels, classes, size, alpha, skip_damaged)
     if alpha != "black" or skip_damaged:
@@ -237,6 +271,7 @@ def load_test(
 ) -> Images | None:
     """The x_test of a .npz, with labels=True its y_test too; None where `path` holds no such array. See `load`."""
     path = Path(path)
+    size, classes = None if size is None else check_count("size", size, 1), plain(classes)
     if path.is_dir():
         return None
     with _arrays(path) as arrays:
@@ -254,15 +289,18 @@ def _arrays(path: Path) -> Iterator[dict[str, np.ndarray]]:
         raise DataError(f"data: {path}: no such file or folder")
     try:
         loaded = np.load(path, mmap_mode="r")
-        if isinstance(loaded, np.ndarray):
-            yield {"x": loaded}
-        else:
-            with loaded:
-                yield loaded
-    except DataError:
-        raise
-    except UNREADABLE as error:
-        raise DataError(f"data: {path}: not a readable .npz or .npy file ({error})") from error
+    except Exception as error:  # damaged headers make NumPy raise nearly anything
+        raise _unreadable(path, error) from error
+    if isinstance(loaded, np.ndarray):
+        yield {"x": loaded}
+    else:
+        with loaded:
+            yield loaded
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    hint = ": save words as an array of strings, x.astype(str)" if "allow_pickle" in str(error) else ""
+    return DataError(f"data: {path}: not a readable .npz or .npy file ({type(error).__name__}: {error}){hint}")
 
 
 def _images(
@@ -288,7 +326,7 @@ def _images(
             raise DataError(f"data: {path}: labels have shape {list(y.shape)}; expected [{len(pixels)}]{hint}")
         y, class_names = _classes(y, classes, path, notes)
     if size is not None:
-        _note_enlarged(min(pixels.shape[2:]) < size, len(pixels), size, notes)
+        _note_enlarged(len(pixels) if min(pixels.shape[2:]) < size else 0, len(pixels), size, notes)
     images = ArrayImages(pixels, y, path.name, class_names=class_names, scale=scale, side=size)
     for note in notes:
         warn_once(images, f"data: {path}: {note}")
@@ -296,11 +334,13 @@ def _images(
 
 
 def _pick(arrays: dict[str, np.ndarray], names: tuple[str, ...], path: Path) -> np.ndarray:
-    for name in names:
-        if name in arrays:
+    only = next(iter(arrays)) if len(arrays) == 1 and "x" in names else None
+    name = next((name for name in names if name in arrays), only)
+    if name is not None:
+        try:
             return arrays[name]
-    if len(arrays) == 1 and "x" in names:
-        return arrays[next(iter(arrays))]
+        except Exception as error:  # of a damaged member of a .npz
+            raise _unreadable(path, error) from error
     raise DataError(f"data: {path}: holds {', '.join(arrays) or 'nothing'}; expected one of {', '.join(names)}")
 
 
@@ -328,9 +368,9 @@ def _channels_first(pixels: np.ndarray, path: Path) -> tuple[np.ndarray, list[st
     square_first, square_last = shape[2] == shape[3], shape[1] == shape[2]
     if last in CHANNELS and not (first in CHANNELS and square_first and not square_last):
         return pixels.transpose(0, 3, 1, 2), []
-    if first in CHANNELS and last not in CHANNELS:
+    if first in CHANNELS and last not in CHANNELS and first < min(shape[2:]):
         return pixels, [f"{shape} was read as [N, C, H, W]"]
-    if 4 * last <= min(shape[1:3]):  # channels of another number, where the documented layout is the likely one
+    if last < min(shape[1:3]):  # channels of another number, in the documented layout
         return pixels.transpose(0, 3, 1, 2), []
     raise DataError(
         f"data: {path}: got {shape}; {expected}. If its layout is [N, C, H, W], write x.transpose(0, 2, 3, 1)"
@@ -338,7 +378,7 @@ def _channels_first(pixels: np.ndarray, path: Path) -> tuple[np.ndarray, list[st
 
 
 def _scale(pixels: np.ndarray, path: Path, notes: list[str]) -> float | None:
-    """What the array's numbers are multiplied by to be in 0..255; None: they are."""
+    """What the array's numbers are multiplied by to be in 0..255; None where they are uint8."""
     kind = pixels.dtype
     if kind == np.uint8:
         return None
@@ -347,18 +387,22 @@ def _scale(pixels: np.ndarray, path: Path, notes: list[str]) -> float | None:
     low, high = _range(pixels)
     if kind.kind == "u":
         full = np.iinfo(kind).max
-        _note_dark(high / full, 1, len(pixels), notes)
+        _note_dark(high / full, notes)
         return 255 / full
     if kind.kind == "f" and 0 <= low <= high <= 1:
         return 255.0
     wanted = "expected uint8, wider unsigned integers that use their full range, or floats in [0, 1]"
-    if 0 <= low and high <= 255:
-        mend = ": write x.astype(np.uint8)"
-    elif -1 <= low and high <= 1:
-        mend = ": write (x + 1) / 2"
+    if 0 <= low and LEAST_BYTE < high <= 255:
+        mend = ": write x.round().astype(np.uint8)" if kind.kind == "f" else ": write x.astype(np.uint8)"
+    elif kind.kind == "i" and 0 <= low and high <= 1:
+        mend = ": write x.astype(bool)"
+    elif kind.kind == "f" and 0 <= low and high <= 1.5:
+        mend = ": write x.clip(0, 1)"
+    elif kind.kind == "f" and -1.5 <= low and high <= 1.5:
+        mend = ": write ((x + 1) / 2).clip(0, 1)"
     else:
         mend = ""
-    raise DataError(f"data: {path}: {kind} from {low:g} to {high:g}; {wanted}{mend}")
+    raise DataError(f"data: {path}: {kind} from {low:.9g} to {high:.9g}; {wanted}{mend}")
 
 
 def _range(pixels: np.ndarray) -> tuple[float, float]:
@@ -382,16 +426,13 @@ def _classes(
         return _numbered(words, names, path), names
     if y.dtype.kind not in "biuf":
         raise DataError(f"data: {path}: labels are {y.dtype}; expected whole numbers or words")
-    wrong = (
-        ~(np.isfinite(y) & (y == np.floor(y)) & (y >= 0))
-        if y.dtype.kind == "f"
-        else y < 0
-        if y.dtype.kind == "i"
-        else None
-    )
-    if wrong is not None and wrong.any():
-        i = int(wrong.argmax())
-        raise DataError(f"data: {path}: label {i} is {y[i]}; expected whole numbers >= 0, or words")
+    if y.dtype == bool:
+        y = y.astype(np.int64)
+    # In this order, as a comparison with a NaN is False. Of integers and bools all but the bounds is true.
+    right = (y >= 0) & (y < MOST_LABEL) & (y == np.floor(y))
+    if not right.all():
+        i = int(right.argmin())
+        raise DataError(f"data: {path}: label {i} is {y[i]}; expected whole numbers from 0 to 2^62, or words")
     y = y.astype(np.int64)
     if isinstance(classes, int):
         if int(y.max()) >= classes:
@@ -457,7 +498,7 @@ def _folder(
     else:
         small = int((np.minimum(table["height"], table["width"]) < size).sum())
         _note_enlarged(small, len(files), size, notes)
-    _note_dark(float(table["largest"].max()), int((table["largest"] != 1).sum()), len(files), notes)
+    _note_dark(float(np.fmax.reduce(table["largest"])), notes)
     if table["several"].any():
         notes.append(f"{table['several'].sum()} of {len(files)} files hold several pictures each; the first is taken")
     doubtful = np.flatnonzero(table["doubt"] != "")
@@ -468,12 +509,16 @@ def _folder(
         )
     y, class_names = None, None
     if labels:
-        words = [file.relative_to(path).parts[0] for file in files]
-        loose = next((file for file, word in zip(files, words, strict=True) if file.name == word), None)
+        parts = [file.relative_to(path).parts for file in files]
+        loose = next((file for file, names in zip(files, parts, strict=True) if len(names) == 1), None)
         if loose is not None:
             raise DataError(
                 f"data: {loose}: has no class; with labels, every picture lies in the subfolder of its class"
             )
+        words = [names[0] for names in parts]
+        empty = sorted({entry.name for entry in os.scandir(path) if _is_open(entry)} - set(words))
+        if empty:
+            notes.append(f"subfolders without a picture are no classes: {_listed(empty)}")
         y, class_names = _classes(np.array(words), classes, path, notes)
     digest = _digest(path, files, table)
     images = PictureImages(
@@ -493,7 +538,7 @@ def _found(path: Path) -> tuple[list[Path], Counter[str]]:
             subfolders.clear()
             continue
         seen.add(place)
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
+        subfolders[:] = [name for name in subfolders if not name.startswith(HIDDEN)]
         for name in names:
             if name.startswith("."):
                 continue
@@ -505,9 +550,13 @@ def _found(path: Path) -> tuple[list[Path], Counter[str]]:
     return sorted(files), others
 
 
+def _is_open(entry: os.DirEntry) -> bool:
+    return entry.is_dir() and not entry.name.startswith(HIDDEN)
+
+
 FACTS = ("U4", "i4", "i4", "?", "f8", "?", "O")  # dtypes of pictures.Facts
 TABLE = np.dtype([*zip(pictures.Facts._fields, FACTS, strict=True), ("sha256", "S64"), ("fault", "O")])
-NOTHING = pictures.Facts("", 0, 0, False, 1.0, False, "")
+NOTHING = pictures.Facts("", 0, 0, False, float("nan"), False, "")
 
 
 class _Check(Dataset):
@@ -536,15 +585,18 @@ def _checked(path: Path, files: list[Path]) -> np.ndarray:
     """A row of TABLE for each file, decoded in full; of many files remembered as long as none of them has changed."""
     if len(files) < MANY:
         return np.array(list(map(_Check(files).__getitem__, range(len(files)))), dtype=TABLE)
-    listing = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape"))
+    listing = hashlib.sha256(f"{path.resolve()} {pictures.RULES} {PIL.__version__}".encode(errors="surrogateescape"))
     for file in files:
-        status = file.stat()
-        listing.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        with contextlib.suppress(OSError):  # which the check will name
+            status = file.stat()
+            listing.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
     kept = _cache() / f"{listing.hexdigest()}.npz"
-    with contextlib.suppress(*UNREADABLE), np.load(kept) as columns:
+    with contextlib.suppress(Exception), np.load(kept) as columns:  # of which a damaged one is made anew
         table = np.empty(len(files), dtype=TABLE)
         for name in TABLE.names:
             table[name] = columns[name]
+        for i in np.flatnonzero(table["fault"] != ""):  # a network's fault may be over
+            table[i] = _Check(files)[i]
         return table
     rows = []
     loader = DataLoader(
@@ -611,11 +663,12 @@ def _digest(path: Path, files: list[Path], table: np.ndarray) -> str:
 
 def _note_enlarged(small: int, n: int, size: int, notes: list[str]) -> None:
     if small:
-        notes.append(f"{n if small is True else small} of {n} images are smaller than {size} pixels and are enlarged")
+        notes.append(f"{small} of {n} images are smaller than {size} pixels and are enlarged")
 
 
-def _note_dark(largest: float, wide: int, n: int, notes: list[str]) -> None:
-    if wide and largest < DARK:
+def _note_dark(largest: float, notes: list[str]) -> None:
+    """largest: as a share of the full range; a NaN where nothing has more than 8 bits."""
+    if largest < DARK:
         notes.append(
             f"integers of more than 8 bits are scaled by their full range, of which they use {100 * largest:.2g} %, so that "
             "images are dark; scale them yourself, or state the largest value in the file"

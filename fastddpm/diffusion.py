@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import weakref
 from collections.abc import Sequence
@@ -12,12 +11,13 @@ import torch
 from torch import nn
 
 from . import ops
-from .arguments import as_labels, check_fits, check_range, choice, random_seed, trained_for
+from .arguments import as_labels, check_fits, check_labels, check_range, choice, random_seed, tell_left, trained_for
 from .foreign import tensor_of
 from .ops._library import check_first, check_seed
 from .ops.philox_normal import Stream, first_words
 from .samplers import VARIANCES, to_x0
 from .schedule import Schedule
+from .unet import UNet
 
 __all__ = ["training_loss"]
 
@@ -137,7 +137,17 @@ def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return values.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
-_looked_at: weakref.WeakSet[object] = weakref.WeakSet()  # models whose first x0 has been
+_seen: weakref.WeakSet[object] = weakref.WeakSet()
+
+
+def _first_time(model: object) -> bool:
+    """Whether the model has not been asked for before; always True for callables that cannot be remembered."""
+    try:
+        first = model not in _seen
+        _seen.add(model)
+    except TypeError:
+        return True
+    return first
 
 
 def training_loss(
@@ -176,16 +186,19 @@ def training_loss(
         bound = Bound(schedule, variance, x0.device)
     if x0.dim() < 2 or not x0.is_floating_point():
         raise ValueError(f"x0: got {x0.dtype} {list(x0.shape)}; expected floating-point images [N, C, H, W] in [-1, 1]")
-    if x0.device.type == "cpu" or model not in _looked_at:  # a GPU would wait each time
-        check_range("x0", x0)
-        with contextlib.suppress(TypeError):  # some callables cannot be remembered
-            _looked_at.add(model)
+    if len(x0) == 0:
+        raise ValueError(f"x0: got shape {list(x0.shape)}, no images; expected at least one")
+    tell_left(model, schedule)
     if x0.dim() == 4:
         check_fits("x0", model, x0.shape[1:])
     seed = random_seed() if seed is None else check_seed(seed)
     n, first = x0.shape[0], check_first(first)
     if class_labels is not None:
         class_labels = as_labels(class_labels, n).to(x0.device)
+    if x0.device.type == "cpu" or _first_time(model):  # each look at values on a GPU waits for it
+        check_range("x0", x0)
+        if class_labels is not None and isinstance(model, UNet):
+            check_labels(class_labels, model.config.classes)
     if t is None:
         t = draw_timesteps(n, len(schedule), seed=seed, first=first, device=x0.device)
     if noise is None:

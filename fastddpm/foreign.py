@@ -64,7 +64,7 @@ def called(model: object) -> object:
         model = unwrapped(model)
         if isinstance(model, functools.partial):
             model = model.func
-        elif isinstance(model, types.MethodType) and model.__name__ in ("forward", "__call__"):
+        elif isinstance(model, types.MethodType) and model.__name__ in ("forward", "__call__", "_wrapped_call_impl"):
             model = model.__self__
         else:
             return model
@@ -73,27 +73,30 @@ def called(model: object) -> object:
 def inside(model: object, wanted: Callable[[object], bool]) -> list[object]:
     """The objects in a callable that are `wanted`, each once, but none that another of them holds.
 
-    They are looked for in modules, in the modules that an object of somebody's class has as attributes, and in the owner of a
-    bound method. Nobody can look into a function.
+    They are looked for in modules, in what a module or an object has as attributes (also in lists and dicts), in the arguments of
+    a functools.partial, and in the owner of a bound method. Nobody can look into a function.
     """
     found, seen = [], set()
 
     def look(value: object) -> None:
+        held = list(value.args) + list(value.keywords.values()) if isinstance(value, functools.partial) else []
         value = called(value)
         if id(value) in seen:
             return
         seen.add(id(value))
         if wanted(value):
             found.append(value)
-        elif isinstance(value, types.MethodType):
+            return
+        if isinstance(value, types.MethodType):
             look(value.__self__)
         elif isinstance(value, nn.Module):
-            for child in value.children():
-                look(child)
-        elif not isinstance(value, (types.FunctionType, type)):
-            for held in getattr(value, "__dict__", {}).values():
-                if isinstance(held, nn.Module):
-                    look(held)
+            held += value.children()
+        if not isinstance(value, (types.FunctionType, type)):
+            held += getattr(value, "__dict__", {}).values()
+        for part in held:
+            for v in part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else (part,):
+                if isinstance(v, (nn.Module, functools.partial, types.MethodType)):
+                    look(v)
 
     look(model)
     return found

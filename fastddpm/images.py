@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from .files import whole
-from .pictures import on_black
+from .pictures import CHANNELS, on_black
 
 __all__ = ["to_pil", "to_uint8"]
 
@@ -24,7 +24,7 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 
 def to_pil(x: torch.Tensor) -> list[Image.Image]:
     """Images [N, C, H, W] in [-1, 1], C 1, 3 or 4, as N PIL images (modes L, RGB and RGBA)."""
-    if x.dim() != 4 or x.shape[1] not in (1, 3, 4):
+    if x.dim() != 4 or x.shape[1] not in CHANNELS:
         raise ValueError(f"x: got shape {list(x.shape)}; expected [N, 1, 3 or 4, H, W]")
     pixels = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p in pixels]
@@ -36,7 +36,7 @@ def visible(x: torch.Tensor) -> list[Image.Image]:
     Four channels are RGBA, composed on black. Other numbers than 1, 3 and 4 give the channels side by side in grey.
     """
     n, c, height, width = x.shape
-    if c not in (1, 3, 4):
+    if c not in CHANNELS:
         x = x.transpose(1, 2).reshape(n, 1, height, c * width)
     return [on_black(image) for image in to_pil(x)]
 
@@ -61,7 +61,7 @@ def laid_out(n: int, shape: tuple[int, int, int], columns: int | None = None, sc
     if n < 1:
         raise ValueError("x: no images; a grid needs at least one")
     channels, height, width = shape
-    if channels not in (1, 3, 4):
+    if channels not in CHANNELS:
         width *= channels
     columns = columns or math.ceil(math.sqrt(n))
     return Sheet(columns, math.ceil(n / columns), width, height, scale or max(1, 64 // max(width, height)))

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+RULES = 1  # raised when a file is read otherwise than before, as checks of files are remembered
 MODES = ("L", "LA", "RGB", "RGBA")
+CHANNELS = (1, 3, 4)  # of grey, RGB and RGBA
 # Pillow identifies these without decoding them, or runs another program to decode them.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-BITS, MAXIMUM, SAMPLE_FORMAT = 258, 281, 339  # tags of TIFF: BitsPerSample, MaxSampleValue, SampleFormat
-SIGNED = 2  # a SampleFormat
+BITS, PHOTOMETRIC, MAXIMUM, SAMPLE_FORMAT = 258, 262, 281, 339  # tags of TIFF
+WHITE_IS_ZERO, SIGNED = 0, 2  # a PhotometricInterpretation, a SampleFormat
 
 
 class DataError(ValueError):
@@ -34,7 +37,7 @@ class Facts(NamedTuple):
     width: int
     height: int
     transparent: bool  # whether a pixel is not opaque
-    largest: float  # the largest value as a share of the full range, for integers of more than 8 bits; else 1
+    largest: float  # the largest value as a share of the full range, for integers of more than 8 bits; else a NaN
     several: bool  # whether the file holds more pictures, of which the first is taken
     doubt: str  # what Pillow warned of, mostly damaged metadata; empty: of nothing
 
@@ -79,6 +82,8 @@ def read(path: str | Path, content: bytes | None = None) -> tuple[Image.Image, F
         raise
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: too large a picture ({error}); make it smaller first") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path}: not a readable picture (no format that Pillow decodes)") from error
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise DataError(f"{path}: not a readable picture ({type(error).__name__}: {error})") from error
     transparent = "A" in converted.mode and converted.getchannel("A").getextrema()[0] < 255
@@ -91,9 +96,11 @@ def _eight_bits(image: Image.Image, format: str, tags: dict, path: str | Path) -
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode == "F":
-            scaled, largest = _floats(values, path), 1.0
+            scaled, largest = _floats(values, path), math.nan
         else:
             scaled, largest = _integers(values, _full_range(image.mode, format, tags), path)
+        if _most(tags, PHOTOMETRIC, None) == WHITE_IS_ZERO:  # of such files Pillow inverts those of 8 bits
+            scaled, largest = 255 - scaled, math.nan
         grey = Image.fromarray(scaled)
         if image.has_transparency_data:
             opaque = (values != image.info["transparency"]).astype(np.uint8) * 255
@@ -108,7 +115,7 @@ def _eight_bits(image: Image.Image, format: str, tags: dict, path: str | Path) -
         )
     grey = image.mode in ("1", "L", "LA", "La")
     mode = ("LA" if grey else "RGBA") if image.has_transparency_data else ("L" if grey else "RGB")
-    return image.convert(mode), 1.0
+    return image.convert(mode), math.nan
 
 
 def _most(tags: dict, tag: int, default: int | None) -> int | None:

@@ -23,10 +23,11 @@ from .arguments import (
     output_fault,
     seed_of,
     shape_of,
+    tell_left,
     trained_for,
 )
 from .engine import SLOWER, Plain, network
-from .foreign import adopted
+from .foreign import adopted, called
 from .notices import warn_once
 from .ops._library import as_int64_bits, check_first, plain
 from .ops.philox_normal import Stream
@@ -84,8 +85,8 @@ def sample(
 
     model: a `UNet`; a diffusers UNet2DModel, which runs as the `UNet` with its parameters; or any callable
         model(x, t) -> prediction with x [B, C, H, W] and t int64 [B] in 0..T-1. A bare callable needs `shape` and gets
-        float32 x; a module gets x in its parameters' dtype. A module, an object, a functools.partial or a bound method that
-        holds a model with settings of its own has the model's, where it has none itself.
+        float32 x; a module gets x in its parameters' dtype. A wrapper without attributes of these names (a module, an object, a
+        functools.partial, a bound method) is taken to be trained for what the model in it is.
     shape: (C, H, W); default the model's own.
     schedule: a `Schedule`, or a diffusers scheduler, whose betas, prediction_type, variance_type and clip range are then
         the defaults; default the model's own, else the paper's linear one. prediction: "epsilon", "sample",
@@ -115,6 +116,7 @@ def sample(
     """
     model = adopted(model)
     chosen = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance, clip)
+    tell_left(model, chosen.schedule)
     return run(
         model, n, chosen.table, shape=shape, clip=chosen.clip, class_labels=class_labels, noise=noise, seed=seed, first=first,
         batch_size=batch_size, device=device, dtype=dtype, progress=progress, callback=callback,
@@ -217,7 +219,7 @@ def run(
         raise ValueError(f"noise: got {noise.dtype} {list(noise.shape)}; expected float32 {[n, *shape]}")
     if batch_size is None:
         batch_size = fitting_batch(n, shape, device)
-        if batch_size < n and class_labels is None and not isinstance(model, nn.Module):
+        if batch_size < n and class_labels is None and not isinstance(called(model), nn.Module):
             warn_once(
                 model,
                 f"batch_size: the {n} images are drawn {batch_size} at a time, as many as fit. If the function holds a condition "

@@ -60,6 +60,8 @@ class Schedule:
         """
         T = _count(T)
         ends = [min(1000 / T * e, 0.999) if given is None else given for e, given in ((1e-4, start), (0.02, end))]
+        if T == 1:
+            ends[0] = ends[1]  # the one step has to take the whole picture
         schedule = cls(torch.linspace(*ends, T, dtype=torch.float64, device="cpu"))
         if T != 1000 and (start is None or end is None):
             first, last = schedule.betas[[0, -1]].tolist()

@@ -38,7 +38,7 @@ from .unet import PRESETS, UNet, UNetConfig
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.csv"
 VARIANCES = ("fixed_large", "fixed_small")  # those that need no training
-GRID = 4, 10  # of a run's grids: images in a row, and rows at most where each is a class
+GRID, MOST_ROWS = (4, 4), 10  # of a run's grids: rows and columns, and the most rows where each is a class
 COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds")
 
 
@@ -204,7 +204,7 @@ class Trainer:
         if got != expected:
             raise TrainingError(f"data: images of shape {got}; the network takes {expected}")
         if not isinstance(dataset, Images):
-            check_range("data: image 0", _image_of(dataset[0]))
+            check_range("data: image 0", torch.as_tensor(_image_of(dataset[0])))
         if config.classes is not None and not isinstance(dataset[0], (tuple, list)):
             raise TrainingError(
                 f"data: no labels in it, and the network has {config.classes} classes (--labels reads them)"
@@ -244,13 +244,18 @@ class Trainer:
             raise TrainingError(f"out: {path} is not a whole training checkpoint ({error})") from error
         if saved["examples"] != len(dataset):
             raise TrainingError(f"data: {len(dataset)} images, but the run in {out} began with {saved['examples']}")
-        self = cls(dataset, out, config, recipe, device, **trained_for)
-        # Runs of earlier versions have no digest, nor have data sets of other classes.
-        if None not in (self.digest, saved.get("digest")) and self.digest != saved["digest"]:
+        # Runs of earlier versions have no digest, nor have data sets that fastddpm.data has not loaded.
+        began_with = saved.get("digest")
+        if (
+            began_with is not None
+            and isinstance(dataset, Images)
+            and _digest(dataset.pad_to(config.sample_size)) != began_with
+        ):
             raise TrainingError(
                 f"data: {len(dataset)} images, as many as the run in {out} began with, but other ones, or other labels, or read "
                 "with other options; pass what it began with, or start another run"
             )
+        self = cls(dataset, out, config, recipe, device, **trained_for)
         native.load_state(self.model, saved["model"], path)
         self.ema = saved["ema"]
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -302,13 +307,11 @@ class Trainer:
 
     def draw_grid(self, progress: bool | None) -> None:
         """Samples of the averaged network to samples/; of one with classes, each row is a class, of many a part of them."""
-        columns, most = GRID
-        classes = self.model.config.classes
-        shown = (
-            torch.arange(4) if classes is None else torch.linspace(0, classes - 1, min(classes, most)).round().long()
-        )
-        labels = None if classes is None else shown.repeat_interleave(columns)
-        drawn = sample(self.averaged(), len(shown) * columns, class_labels=labels, seed=0, progress=progress)
+        (rows, columns), classes, labels = GRID, self.model.config.classes, None
+        if classes is not None:
+            rows = min(classes, MOST_ROWS)
+            labels = torch.linspace(0, classes - 1, rows).round().long().repeat_interleave(columns)
+        drawn = sample(self.averaged(), rows * columns, class_labels=labels, seed=0, progress=progress)
         folder = self.out / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         images.save(images.grid(drawn, columns), folder / f"{self.step:07d}.png")

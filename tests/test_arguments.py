@@ -235,9 +235,24 @@ def test_what_is_assumed_is_said_once(model, says):
     got, messages = told(lambda: [fastddpm.sample(model, 1, **options) for _ in range(2)])
     assert sum(says in m and "variance='fixed_large', clip=True; pass schedule=" in m for m in messages) == 1
     assert not any("only slower" in m for m in messages)
-    for schedule in (Schedule.linear(), DDPMScheduler(variance_type="fixed_large")):
-        same, messages = told(lambda s=schedule: fastddpm.sample(model, 1, schedule=s, **options))
+    for passed in (
+        {"schedule": Schedule.linear(), "prediction": "epsilon"},
+        {"schedule": DDPMScheduler(variance_type="fixed_large")},
+    ):
+        same, messages = told(lambda o=passed: fastddpm.sample(model, 1, **o, **options))
         assert torch.equal(same, got[0]) and not any("assumed" in m for m in messages)
+
+
+def test_a_prediction_that_is_assumed_is_said_also_beside_a_schedule():
+    model = lambda x, t: x / 2  # noqa: E731
+    _, messages = told(
+        lambda: [fastddpm.training_loss(model, PICTURES, schedule=Schedule.cosine(50)) for _ in range(2)]
+    )
+    [said] = [m for m in messages if "assumed" in m]
+    assert (
+        "prediction: a function doesn't say what its network was trained for; assumed prediction='epsilon'; pass"
+        in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,6 +286,29 @@ def test_what_is_assumed_is_said_once(model, says):
 def test_only_what_was_not_passed_and_matters_is_named(call, listed):
     _, messages = told(lambda: call(lambda x, t: x / 2), only="fastddpm: schedule")
     assert [f"assumed the paper's linear schedule of 1000 steps, {listed}; pass" in m for m in messages] == [True]
+
+
+def test_settings_of_another_kind_are_refused_or_taken():
+    for clip in (np.float32(0.5), torch.tensor(0.5)):
+        model = unet(clip=clip)
+        assert torch.equal(
+            fastddpm.sample(model, 1, steps=2, seed=0), fastddpm.sample(unet(clip=0.5), 1, steps=2, seed=0)
+        )
+    for name, value in (("prediction", 3), ("clip", "2"), ("schedule", [0.1])):
+        model = unet()
+        setattr(model, name, value)
+        with pytest.raises(ValueError, match=f"model: its {name} is .*; expected"):
+            fastddpm.sample(model, 1, steps=2)
+
+
+def test_what_x_T_keeps_is_not_said_of_a_chain_that_begins_with_a_picture():
+    model = unet(schedule=Schedule.linear(4, 0.01, 0.2))
+    for call, said in (
+        (lambda: fastddpm.interpolate(model, PICTURES, PICTURES, t=2, weights=1), False),
+        (lambda: fastddpm.encode(model, PICTURES, steps=2), False),
+        (lambda: fastddpm.sample(model, 1), True),
+    ):
+        assert any("x_T keeps" in m for m in told(call)[1]) == said
 
 
 def test_drawing_for_an_evaluation_says_it_once(tmp_path):

@@ -96,6 +96,7 @@ def test_samplers_and_the_progressive_strip(model, tmp_path, capsys, monkeypatch
             ("sample", "MODEL", "--label", "cat"),
             "label: got 'cat'; expected a number, as this network's classes have no names",
         ),
+        (("sample", "MODEL", "-n", "200000", "-o", "a.npy", "--strip", "s.png"), "strip: s.png would have"),
         (("sample", "MODEL", "-n", "1000000", "--gif", "s.gif"), "gif: s.gif would have 80016x80016 pixels"),
         (("train", "--data", "x.npy", "--out", "o", "--size", "0"), "size: got 0"),
         (("train", "--data", "x.npy", "--out", "o", "--alpha", "keep"), "alpha and skip_damaged are for folders"),
@@ -262,16 +263,27 @@ def test_class_folders_to_samples_of_a_class(tmp_path, capsys, monkeypatch):
             assert code == 0, err
             drawn.append(np.load("x.npy"))
         assert np.array_equal(*drawn)
+    code, out, err = run(capsys, monkeypatch, "convert", "run", "theirs", "--to", "diffusers")
+    assert code == 0 and "classes      cat, dog" in out and "no place for names of classes" in err, out
     code, _, err = run(capsys, monkeypatch, "sample", "run", "--label", "cow")
     assert code == 1 and "label: got 'cow'; expected one of cat, dog" in err
     again = ["train", "--data", "pets", "--out", "run", "--resume", "--steps", "3"]
     code, _, err = run(capsys, monkeypatch, *again, *options)
     assert code == 0, err
     code, _, err = run(capsys, monkeypatch, *again, "--skip-damaged", "--size", "8")
-    assert code == 1 and "no labels in it" in err
+    assert code == 1 and "or other labels, or read with other options" in err
     measure = ["evaluate", "run", "--data", "pets", "--out", "e", "--metrics", "bpd", "--subsample", "2", "--size", "8"]
     code, out, err = run(capsys, monkeypatch, *measure, "--skip-damaged")
     assert code == 0 and "bits per dimension" in out, err
+
+
+def test_a_number_is_no_name(model):
+    network = UNet(UNetConfig(sample_size=8, channels=8, multipliers=(1,), blocks=1, attention=(), groups=4, classes=2))
+    assert cli._class("1", network) == 1
+    network.class_names = ["3", "7"]
+    assert cli._class("7", network) == 1
+    with pytest.raises(ValueError, match="label: got '1'; expected one of 3, 7"):
+        cli._class("1", network)
 
 
 def test_info_and_check(capsys, monkeypatch):

@@ -121,8 +121,11 @@ def test_numbers_are_scaled_to_bytes(tmp_path, dtype, scale):
 
 @pytest.mark.parametrize(("values", "says"), [
     (np.arange(60).reshape(2, 5, 6), r"int64 from 0 to 59; .*: write x.astype\(np.uint8\)"),
-    (np.linspace(-1, 1, 60).reshape(2, 5, 6), r"float64 from -1 to 1; .*: write \(x \+ 1\) / 2"),
-    (np.linspace(0, 255, 60).reshape(2, 5, 6), r"float64 from 0 to 255; .*: write x.astype\(np.uint8\)"),
+    (np.linspace(-1, 1, 60).reshape(2, 5, 6), r"float64 from -1 to 1; .*: write \(\(x \+ 1\) / 2\).clip\(0, 1\)"),
+    (np.linspace(0, 255, 60).reshape(2, 5, 6), r"float64 from 0 to 255; .*: write x.round\(\).astype\(np.uint8\)"),
+    (np.linspace(0, 1 + 2e-7, 60).reshape(2, 5, 6), r"float64 from 0 to 1.0000002; .*: write x.clip\(0, 1\)"),
+    (np.arange(60).reshape(2, 5, 6) % 2, r"int64 from 0 to 1; .*: write x.astype\(bool\)"),
+    (np.arange(60).reshape(2, 5, 6) - 7, r"int64 from -7 to 52; expected .*floats in \[0, 1\]$"),
     (np.full((2, 5, 6), np.nan), "float64 from nan to nan"),
     (np.zeros((2, 5, 6), complex), "complex128"),
 ])  # fmt: skip
@@ -163,8 +166,12 @@ def test_layouts_that_can_be_mistaken_are_refused(tmp_path, shape, says):
 
 
 def test_layouts_of_other_channels(tmp_path):
-    np.save(tmp_path / "x.npy", np.zeros((10, 32, 32, 5), np.uint8))
-    assert data.load(tmp_path / "x.npy").shape == (5, 32, 32)
+    for shape, read_as in (((10, 32, 32, 5), (5, 32, 32)), ((5, 16, 16, 8), (8, 16, 16)), ((5, 4, 4, 2), (2, 4, 4))):
+        np.save(tmp_path / "x.npy", np.zeros(shape, np.uint8))
+        assert data.load(tmp_path / "x.npy").shape == read_as
+    mended = np.zeros((5, 5, 16, 16), np.uint8).transpose(0, 2, 3, 1)  # as the message says
+    np.save(tmp_path / "x.npy", mended)
+    assert data.load(tmp_path / "x.npy").shape == (5, 16, 16)
     np.save(tmp_path / "x.npy", np.zeros((3, 32, 32), np.uint8))
     assert "read as 3 grey pictures" in said(data.load, tmp_path / "x.npy")[1]
 
@@ -214,6 +221,13 @@ def test_labels(tmp_path):
     ) and "labels are 3, 7, 20: classes 0..2 in this order" in notes
 
 
+def test_words_in_an_object_array_have_a_way_out(tmp_path):
+    with pytest.raises(
+        DataError, match=r"x.npz: not a readable .*: save words as an array of strings, x.astype\(str\)"
+    ):
+        labelled(tmp_path, np.array(["cat", "dog"], dtype=object))
+
+
 def test_labels_of_known_classes(tmp_path):
     """A model's own, of which a data set needn't have all."""
     assert labelled(tmp_path, [0, 2], classes=4)[:2] == ([0, 2], None)
@@ -231,6 +245,7 @@ def test_labels_of_known_classes(tmp_path):
     ([0.1, 1.0], "label 0 is 0.1"), ([0, np.nan], "label 1 is nan"), ([0, np.inf], "label 1 is inf"),
     ([0, -1, -2], "label 1 is -1"), ([0.0, -1.0], "label 1 is -1.0"),
     (np.eye(3, dtype=int), r"labels have shape \[3, 3\]; expected \[3\]: of one-hot rows take y.argmax"),
+    (np.array([2**63 + 5, 1, 2], np.uint64), "label 0 is 9223372036854775813"), ([1e300, 1, 2], "label 0 is 1e\\+300"),
     (np.array([1j, 2]), "labels are complex128"), (np.array(["2020-01-01"], "datetime64[D]"), "labels are datetime64"),
 ])  # fmt: skip
 def test_labels_that_are_none_are_refused(tmp_path, y, says):
@@ -256,6 +271,9 @@ def test_subfolders_are_classes_with_labels(tmp_path):
     plain = data.load(tmp_path)
     assert plain.labels is None and torch.equal(plain.pixels, images.pixels)
     assert data.load(tmp_path, labels=True, classes=["bird", "cat", "dog"]).labels.tolist() == [1, 1, 2, 2]
+    (tmp_path / "cow").mkdir()
+    (tmp_path / ".git").mkdir()
+    assert "subfolders without a picture are no classes: cow" in said(data.load, tmp_path, labels=True)[1]
     picture(tmp_path / "loose.png")
     with pytest.raises(
         DataError, match=r"loose.png: has no class; with labels, every picture lies in the subfolder of its class"
@@ -359,6 +377,54 @@ def test_further_pictures_and_doubtful_ones_are_told_of(tmp_path):
     assert "1 of 1 files hold several pictures each; the first is taken" in said(data.load, tmp_path)[1]
 
 
+def test_dark_pictures_are_told_of_beside_others(tmp_path):
+    picture(tmp_path / "a.png", np.full((4, 4), 1000, np.uint16))
+    picture(tmp_path / "b.png")
+    assert "of which they use 1.5 %, so that images are dark" in said(data.load, tmp_path)[1]
+
+
+def test_many_pictures_are_read_by_worker_processes(tmp_path, monkeypatch):
+    for i in range(7):
+        picture(tmp_path / f"{i}.png", np.full((4, 4), i, np.uint8))
+    images = data.load(tmp_path)
+    alone = images.read(range(6, -1, -1))
+    monkeypatch.setattr(data, "PART", 3)
+    assert torch.equal(images.read(range(6, -1, -1)), alone) and alone[:, 0, 0, 0].tolist() == [6, 5, 4, 3, 2, 1, 0]
+    (tmp_path / "5.png").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="5.png: not a readable picture"):
+        images.read(range(7))
+
+
+def test_a_fault_that_is_over_is_not_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MANY", 3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for i in range(4):
+        picture(tmp_path / "pictures" / f"{i}.png")
+    (tmp_path / "pictures" / "4.png").symlink_to(tmp_path / "later.png")
+    with pytest.raises(DataError, match="4.png: cannot be read"):
+        data.load(tmp_path / "pictures")
+    picture(tmp_path / "later.png")
+    assert len(data.load(tmp_path / "pictures")) == 5
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_damaged_arrays_are_read_or_named(tmp_path, kind):
+    rng, whole = np.random.default_rng(0), tmp_path / f"whole.{kind}"
+    np.save(whole, PIXELS) if kind == "npy" else np.savez_compressed(whole, x_train=PIXELS)
+    content, named = whole.read_bytes(), 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(rng.integers(1, 5)):
+            damaged[rng.integers(128 if kind == "npy" else len(damaged))] = rng.integers(256)
+        path = tmp_path / f"x.{kind}"
+        path.write_bytes(damaged)
+        try:
+            said(data.load, path)
+        except DataError as error:
+            named += str(path) in str(error)
+    assert named > 100
+
+
 def test_a_check_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MANY", 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -369,8 +435,10 @@ def test_a_check_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
     first, _ = said(data.load, folder, skip_damaged=True)
     assert first.pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4] and len(list((tmp_path / "cache").rglob("*.npz"))) == 1
     with monkeypatch.context() as patched:
-        patched.setattr(pictures, "read", None)  # nothing is decoded a second time
+        read, seen = pictures.read, []
+        patched.setattr(pictures, "read", lambda path, content: seen.append(path.name) or read(path, content))
         again, notes = said(data.load, folder, skip_damaged=True)
+    assert seen == ["5.png"]  # which may have been mended without a trace
     assert again.digest() == first.digest() and "left out 1 damaged: 5.png" in notes
     picture(folder / "4.png", np.full((4, 4), 77, np.uint8))
     assert data.load(folder, skip_damaged=True).digest() != first.digest()
@@ -393,11 +461,12 @@ def test_digests_tell_images_apart(tmp_path):
     assert len({one.digest(), two.digest(), data.load(tmp_path / "one", size=4).digest()}) == 3
 
 
-def test_a_picture_that_changes_afterwards_is_named(tmp_path):
+@pytest.mark.parametrize("size", [(9, 9), (4, 2), (2, 4), (4, 6)])
+def test_a_picture_that_changes_afterwards_is_named(tmp_path, size):
     picture(tmp_path / "a.png")
-    images = data.load(tmp_path)
-    picture(tmp_path / "a.png", np.zeros((9, 9), np.uint8))
-    with pytest.raises(DataError, match="a.png: its size has changed since it was checked"):
+    images = data.load(tmp_path).pad_to(12)
+    picture(tmp_path / "a.png", np.zeros(size, np.uint8))
+    with pytest.raises(DataError, match="a.png: its size was 4x4 pixels when it was checked, and is another one now"):
         images[0]
 
 

@@ -184,7 +184,8 @@ def test_examples_run(page, made, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "mynet", raising=False)
     smaller = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4}
     monkeypatch.setitem(unet.PRESETS, "digits", dataclasses.replace(unet.PRESETS["digits"], **smaller))
-    monkeypatch.setattr(training, "GRID", (1, 2))
+    monkeypatch.setattr(training, "GRID", (2, 1))
+    monkeypatch.setattr(training, "MOST_ROWS", 2)
     names = dict(GIVEN.get(page, {}))
     for language, line, text in blocks(page):
         if language == "python":

@@ -85,6 +85,14 @@ def test_32_bit_integers(tmp_path):
     np.testing.assert_allclose(read(tmp_path / "unsigned.tiff"), unsigned / (2**32 - 1) * 255, atol=0.5001)
 
 
+def test_white_is_zero(tmp_path):
+    """Of such files Pillow inverts those of 8 bits and fewer."""
+    tiff(tmp_path / "x.tiff", RAMP.astype("<u2"), {pictures.PHOTOMETRIC: pictures.WHITE_IS_ZERO})
+    np.testing.assert_allclose(read(tmp_path / "x.tiff"), 255 - RAMP / 65535 * 255, atol=0.5001)
+    tiff(tmp_path / "y.tiff", COLOUR[..., 0], {pictures.PHOTOMETRIC: pictures.WHITE_IS_ZERO})
+    np.testing.assert_array_equal(read(tmp_path / "y.tiff"), 255 - COLOUR[..., 0])
+
+
 def test_floats_are_in_0_to_1_or_refused(tmp_path):
     values = np.linspace(0, 1, 30, dtype=np.float32).reshape(6, 5)
     Image.fromarray(values).save(tmp_path / "x.tiff")

@@ -84,6 +84,11 @@ def test_the_last_beta_may_be_1():
     assert torch.equal(s.add_noise(x0, noise, 2), noise)
 
 
+def test_a_single_step_takes_the_whole_picture():
+    assert Schedule.linear(1).alphas_cumprod.tolist() == pytest.approx([0.001])
+    assert Schedule.linear(1, 0.1, 0.2).betas.tolist() == [0.2]
+
+
 def test_cosine_follows_its_formula():
     schedule = Schedule.cosine(50)
     f = np.cos((np.arange(51) / 50 + 0.008) / 1.008 * np.pi / 2) ** 2

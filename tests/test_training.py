@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, cli, data, ops, training
@@ -355,8 +355,10 @@ def test_a_run_goes_on_with_what_it_began_with(tmp_path):
     with_labels = data.ArrayImages(images().pixels.numpy(), np.arange(10) % 2, "noise")
     trainer(tmp_path / "two", dataset=with_labels, config=dataclasses.replace(TINY, classes=2)).run()
     other = data.ArrayImages(images().pixels.numpy(), np.arange(10) % 2 == 0, "noise")
-    with pytest.raises(TrainingError, match="or other labels"):
-        Trainer.resume(other, tmp_path / "two", torch.device("cpu"))
+    more = data.ArrayImages(images().pixels.numpy(), np.arange(10) % 3, "noise", class_names=["a", "b", "c"])
+    for dataset in (other, more):
+        with pytest.raises(TrainingError, match="or other labels"):
+            Trainer.resume(dataset, tmp_path / "two", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("content", "says"), [
@@ -401,6 +403,28 @@ def test_bytes_are_not_trained_on(tmp_path):
     with pytest.raises(ValueError, match="data: image 0: values from 0 to"):
         trainer(tmp_path, dataset=dataset)
     fastddpm.training_loss(UNet(TINY), torch.randn(1, 1, 8, 8) * 9)  # standardised numbers are nobody's bytes
+
+
+def test_arguments_of_a_loss_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"x0: got shape \[0, 1, 8, 8\], no images"):
+        fastddpm.training_loss(UNet(TINY), torch.zeros(0, 1, 8, 8))
+    model = UNet(dataclasses.replace(TINY, classes=3))
+    for labels in ([0, 3], [-1, 0]):
+        with pytest.raises(
+            ValueError, match=f"class_labels: got values from {min(labels)} to {max(labels)}; expected 0..2"
+        ):
+            fastddpm.training_loss(model, torch.zeros(2, 1, 8, 8), class_labels=labels)
+
+
+def test_a_dataset_of_numpy_arrays(tmp_path):
+    class Arrays(Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, i):
+            return np.zeros((1, 8, 8), np.float32)
+
+    trainer(tmp_path, dataset=Arrays()).run()
 
 
 def test_an_iterable_dataset_is_refused(tmp_path):

@@ -52,7 +52,9 @@ def build(read: Read) -> UNet:
     try:
         check_prediction(read.schedule, read.prediction)
     except ValueError as error:
-        raise CheckpointError(f"{read.path}: {error}") from error
+        raise CheckpointError(
+            f"{read.path}: {error}. If its network predicts this, correct the entry in its config (diffusers' prediction_type)"
+        ) from error
     device = torch.empty(0).device
     with ThreadPoolExecutor(1) as beside, _uncollected():
         if read.fill is None:

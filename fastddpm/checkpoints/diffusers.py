@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from ..files import made, whole
+from ..notices import warn_once
 from ..schedule import Schedule
 from ..unet import UNet, UNetConfig
 from . import scheduler, tensors
@@ -145,6 +146,10 @@ def write(model: UNet, folder: Path, extra: dict | None = None) -> None:
 
     extra: entries for the network's config, there with a "_" in front, as diffusers then ignores them.
     """
+    if model.class_names is not None:
+        warn_once(
+            model, f"class_names: diffusers' format has no place for names of classes; it is written without them"
+        )
     index = {
         "_class_name": "DDPMPipeline",
         "scheduler": ["diffusers", "DDPMScheduler"],
