@@ -77,7 +77,12 @@ class Images(Dataset):
             loader = DataLoader(
                 _Parts(self), batch_size=None, sampler=parts, num_workers=workers(), worker_init_fn=undisturbed
             )
-            return torch.cat(list(loader))
+            fault = None
+            try:
+                return torch.cat(list(loader))
+            except DataError as error:
+                fault = told(error)
+            raise fault
         out = torch.zeros(len(indices), *self.shape, dtype=torch.uint8)
         for row, i in zip(out, indices, strict=True):
             image = torch.from_numpy(self._bytes(i))
@@ -628,6 +633,11 @@ def workers() -> int:
 def undisturbed(_: int) -> None:
     """For a worker process: Ctrl-C is the main process's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def told(error: DataError) -> DataError:
+    """The error without the traceback of a worker process in its message."""
+    return DataError(str(error).rpartition("DataError: ")[2].strip())
 
 
 def _mode(path: Path, files: list[Path], table: np.ndarray, alpha: str, notes: list[str]) -> str:

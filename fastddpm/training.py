@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from . import backend, images
 from .arguments import check_range
 from .checkpoints import native
-from .data import Images, undisturbed, workers
+from .data import Images, told, undisturbed, workers
 from .diffusion import OBJECTIVES, training_loss
 from .files import whole
 from .notices import warn_once
@@ -335,7 +335,7 @@ class Trainer:
             try:
                 item = next(items)
             except DataError as error:  # with the traceback of the worker process in its message
-                fault = str(error).rpartition("DataError: ")[2].strip()
+                fault = told(error)
             if fault is not None:
                 del items  # ends the worker processes; the traceback that held them is gone here
                 raise DataError(f"data: {fault} (the run is saved at step {self.step})")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
+from .ops._library import plain
 from .schedule import Schedule
 
 __all__ = ["UNet", "UNetConfig"]
@@ -422,7 +423,7 @@ class UNet(nn.Module):
         self.config = config
         self.class_names = None if class_names is None else list(class_names)
         self.schedule = Schedule.linear() if schedule is None else schedule
-        self.prediction, self.variance, self.clip = prediction, variance, clip
+        self.prediction, self.variance, self.clip = prediction, variance, plain(clip)
 
         self.conv_in = _conv(config.in_channels, config.first_width)
         self.time_embedding = TimestepEmbedding(config)

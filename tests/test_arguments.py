@@ -288,11 +288,14 @@ def test_only_what_was_not_passed_and_matters_is_named(call, listed):
     assert [f"assumed the paper's linear schedule of 1000 steps, {listed}; pass" in m for m in messages] == [True]
 
 
-def test_settings_of_another_kind_are_refused_or_taken():
+def test_settings_of_another_kind_are_refused_or_taken(tmp_path):
     for clip in (np.float32(0.5), torch.tensor(0.5)):
         model = unet(clip=clip)
         expected = fastddpm.sample(model, 1, steps=2, seed=0, clip=0.5)
         assert torch.equal(fastddpm.sample(model, 1, steps=2, seed=0), expected)
+        for format in ("fastddpm", "diffusers"):
+            model.save_pretrained(tmp_path / format, format=format)
+            assert UNet.from_pretrained(tmp_path / format).clip == 0.5
     for name, value in (("prediction", 3), ("clip", "2"), ("schedule", [0.1])):
         model = unet()
         setattr(model, name, value)
