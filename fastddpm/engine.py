@@ -302,7 +302,6 @@ def _settings(device: torch.device, dtype: torch.dtype) -> tuple:
         torch.backends.mkldnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.enabled,
-        torch.backends.cudnn.deterministic,
         os.environ.get("FASTDDPM_AUTOTUNE"),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
         (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction),
