@@ -233,14 +233,17 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
 def no_products(device: torch.device, dtype: torch.dtype) -> str | None:
     """None if the device multiplies tensors of `dtype` in hardware, else the reason why not.
 
-    Without them, torch and oneDNN emulate the products on a CPU, 3 to 100 times slower than those of float32.
+    Without them, torch and oneDNN emulate the products on a CPU, 3 to 100 times slower than those of float32, and cuDNN has
+    no convolutions, so that torch falls back to its own.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     name = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
-        there = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-        return None if there else f"this GPU does not multiply {name} in hardware"
+        major, minor = torch.cuda.get_device_capability(device)
+        if dtype == torch.float16 or major >= 8:
+            return None
+        return f"this GPU, of compute capability {major}.{minor}, multiplies float16 in hardware and not {name}"
     if device.type != "cpu":
         return None
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):

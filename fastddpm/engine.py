@@ -93,7 +93,7 @@ class Engine(Plain):
     """A copy of a UNet with merged layers and channels_last weights, its timestep part computed outside the loop.
 
     Where all layers are this package's own, tensors that need no other layout, dtype or device are the model's own memory.
-    No module of the model is referred to. On a CPU that does not multiply `dtype` in hardware, the weights are rounded to
+    No module of the model is referred to. On a device that does not multiply `dtype` in hardware, the weights are rounded to
     `dtype` and the network runs in float32. Raises CopyError.
     """
 
@@ -115,7 +115,7 @@ class Engine(Plain):
         def exact() -> list[nn.Module]:  # merging makes other ones of them
             return network.embedding_layers() if self.whole else []
 
-        if device.type == "cpu" and (reason := backend.no_products(device, dtype)):
+        if reason := backend.no_products(device, dtype):
             name = short(dtype)
             notices.append(
                 f"{reason}, so the network runs in float32, with weights rounded to {name}. It is as fast as in float32, and not "
@@ -302,7 +302,6 @@ def _settings(device: torch.device, dtype: torch.dtype) -> tuple:
         torch.backends.mkldnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.enabled,
-        torch.backends.cudnn.deterministic,
         os.environ.get("FASTDDPM_AUTOTUNE"),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
         (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction),
@@ -375,7 +374,7 @@ def network(
             else:
                 said = f"{why}, so it runs as it is. {SLOWER}"
             plain = Plain(used, device, dtype, said)
-            if device.type == "cpu" and (reason := backend.no_products(device, dtype)):
+            if reason := backend.no_products(device, dtype):
                 plain.notices.append(backend.slow_module(reason))
             plain.lock = kept.lock
             yield plain

@@ -6,6 +6,7 @@ One launch of a graph stands for hundreds of kernels, which the host would be to
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 _capturing = threading.Lock()  # one capture at a time in the process
-_failed: list[dict[int, torch.cuda.CUDAGraph]] = []  # not to be destroyed: torch's allocator may still refer to them
+_failed: list[object] = []  # not to be destroyed: torch's allocator may still refer to them
 _cudnn = threading.Lock()
 _users = 0
 _undo: Callable[[], None]
@@ -21,6 +22,16 @@ _undo: Callable[[], None]
 
 class CaptureError(RuntimeError):
     """The steps cannot be captured; the message says why."""
+
+
+@functools.cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """The device's streams to warm up and to capture on, the same for all captures: torch keeps a workspace of up to 32 MiB
+    for each stream on which cuBLAS has ever been called.
+
+    The one that torch.cuda.graph makes belongs to whichever device came first.
+    """
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 def usable(device: torch.device) -> bool:
@@ -34,8 +45,8 @@ def capture(step: Callable[[], None], counts: tuple[int, ...], device: torch.dev
     let cuDNN choose its algorithms; what that raises is the step's own error. Raises CaptureError where the capture fails.
     """
     with _capturing:
-        # Streams of the device's own: the one that torch.cuda.graph makes belongs to whichever device came first.
-        warm, stream, here = torch.cuda.Stream(device), torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        here = torch.cuda.current_stream(device)
+        warm, stream = _streams(here.device)  # which has an index, where `device` may have none
         graphs, pool = {}, torch.cuda.graph_pool_handle()
         warm.wait_stream(here)
         try:
@@ -52,8 +63,10 @@ def capture(step: Callable[[], None], counts: tuple[int, ...], device: torch.dev
                     with torch.cuda.graph(graphs[count], pool=pool, stream=stream, capture_error_mode="thread_local"):
                         for _ in range(count):
                             step()
-            except RuntimeError as error:
+            except BaseException as error:  # also what is no RuntimeError, such as Triton's errors
                 _failed.append(graphs)
+                if not isinstance(error, RuntimeError):
+                    raise
                 raise CaptureError(str(error).partition("\n")[0]) from error
         here.wait_stream(stream)
     return graphs
@@ -61,10 +74,11 @@ def capture(step: Callable[[], None], counts: tuple[int, ...], device: torch.dev
 
 @contextlib.contextmanager
 def cudnn_for(device: torch.device) -> Iterator[None]:
-    """Inside the block cuDNN times its algorithms (unless FASTDDPM_AUTOTUNE=0) and multiplies float32 as float32.
+    """Inside the block cuDNN times its algorithms (unless FASTDDPM_AUTOTUNE=0), takes only those that give the same bits each
+    time, and multiplies float32 as float32.
 
-    By itself it would round convolutions' inputs to TF32's 11 bits. These settings are the process's: the last chain to
-    end undoes them.
+    By itself it would add with atomics in some convolutions, and round inputs to TF32's 11 bits. These settings are the
+    process's: the last chain to end undoes them.
     """
     global _users, _undo
     if device.type != "cuda":
@@ -97,6 +111,7 @@ def _set() -> Callable[[], None]:
         change(cudnn, "allow_tf32", False)
     except RuntimeError:  # somebody has used the switches that torch has since 2.9, and the two kinds don't mix
         change(cudnn.conv, "fp32_precision", "ieee")
+    change(cudnn, "deterministic", True)
     change(cudnn, "benchmark", os.environ.get("FASTDDPM_AUTOTUNE", "1") != "0")
 
     def undo() -> None:

@@ -2,7 +2,8 @@
 
 A run is a folder: config.json and model.safetensors (the EMA weights, what `fastddpm.sample` loads), checkpoint.pt (all that
 is needed to go on), log.csv and samples/. Every draw follows the RNG contract: example number d of the run has its timestep,
-noise and flip from (seed, d) alone, and its image from epoch d // N's permutation, so an interrupted run goes on as if unbroken.
+noise and flip from (seed, d) alone, and its image from epoch d // N's permutation, so an interrupted run goes on as if unbroken:
+on a GPU to the bit only in torch's deterministic mode.
 """
 
 from __future__ import annotations

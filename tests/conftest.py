@@ -55,7 +55,8 @@ def _server(device, name):
     return pytest.param((device, name), id=f"{device}-{name}", marks=marks)
 
 
-SIMULATED = "simulated_cuda"  # the CUDA kernels' device code, run on the CPU
+# The CUDA kernels' device code, run on the CPU. Not named after cuda: -k cuda takes what runs on a GPU.
+SIMULATED = "simulated"
 # Triton on a CPU is its interpreter, which is too slow for all of this: test_triton.py runs a part there.
 SERVERS = [
     ("cpu", "reference"), ("cpu", "cpu"), ("cpu", SIMULATED),

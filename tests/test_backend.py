@@ -215,3 +215,15 @@ def test_unknown_cpu_variant(kernels, tmp_path):
     result = python(code, tmp_path, FASTDDPM_CPU_VARIANT="sse9")
     assert result.stderr.startswith("fastddpm: FASTDDPM_CPU_VARIANT=sse9 cannot run here; this machine runs ")
     assert result.returncode and not list(tmp_path.iterdir())
+
+
+def test_bfloat16_on_gpus(monkeypatch):
+    """By the tensor's GPU, which need not be the current one: cuDNN has no such convolutions before compute capability 8.0."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (8, 0), (12, 1)][device.index])
+    reasons = [backend.no_products(torch.device("cuda", i), torch.bfloat16) for i in range(3)]
+    assert reasons == [
+        "this GPU, of compute capability 7.5, multiplies float16 in hardware and not bfloat16",
+        None,
+        None,
+    ]
+    assert backend.no_products(torch.device("cuda", 0), torch.float16) is None

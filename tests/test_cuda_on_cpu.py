@@ -7,7 +7,7 @@ import sys
 import pytest
 import simulated
 import torch
-from conftest import same_bits
+from conftest import SERVERS, _server, same_bits
 
 from fastddpm import backend, ops, parity
 
@@ -191,6 +191,21 @@ def test_too_small_a_workspace_is_refused(cuda, monkeypatch):
     monkeypatch.setattr(sys.modules["fastddpm.ops.group_norm_silu"], "_workspace", lambda *_: torch.empty(3))
     with pytest.raises(ValueError, match=r"workspace has 3 elements, expected at least \d+"):
         ops.group_norm_silu(torch.randn(1, 8, 64, 64), 8, torch.ones(8), torch.zeros(8))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("inner", [False, True])
+def test_nothing_needs_no_workspace(cuda, inner, backward):
+    """Also where the compiled module is called without Python's checks: there is nothing to divide by."""
+    x = backend.buffer(torch.empty(0))
+    for samples, channels, pixels in ((0, 8, 9), (2, 0, 9), (2, 8, 0)):
+        assert backend.native.norm_workspace(backward, x, inner, samples, channels, pixels, 4, 0) == 0
+
+
+def test_k_cuda_takes_what_runs_on_a_gpu():
+    """`pytest -k cuda` in the proof on a GPU: minutes of simulation are not wanted there."""
+    for device, name in SERVERS:
+        assert ("cuda" in _server(device, name).id) == (device == "cuda")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -3,6 +3,7 @@
 And from call to call: kept while the model is what it was, never stale, and gone with it.
 """
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -23,7 +24,7 @@ from test_unet import as_diffusers
 from torch import nn
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, backend, merged, sampling
+from fastddpm import Schedule, UNet, UNetConfig, backend, graphs, merged, sampling
 from fastddpm import engine as engines
 from fastddpm.engine import Engine
 from fastddpm.unet import Upsample
@@ -219,6 +220,121 @@ def test_a_dtype_without_products_is_said_once(float32_alone):
     foreign.forward = lambda x, t: x
     messages = notices(lambda: draw(foreign, shape=(3, 8, 8), schedule=Schedule.linear(3, 0.5, 0.99)))
     assert any("the module's convolutions and matrix products are many times slower" in m for m in messages)
+
+
+def test_a_gpu_without_products_multiplies_in_float32(monkeypatch):
+    """As a CPU does: on meta tensors, where a GPU would be."""
+    monkeypatch.setattr(backend, "no_products", lambda device, dtype: "no" if dtype == torch.bfloat16 else None)
+    for dtype, arithmetic in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16)):
+        engine = Engine(small(), torch.device("meta"), dtype)
+        assert engine.dtype == arithmetic and engine.model.conv_in.weight.dtype == arithmetic
+        assert len(engine.notices) == (dtype == torch.bfloat16)
+
+
+# ------------------------------------------------------------------- what holds on a GPU, without one
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """cuDNN's settings as for a GPU, though the engine is on a CPU."""
+    cudnn_for = graphs.cudnn_for
+    monkeypatch.setattr(graphs, "cudnn_for", lambda device: cudnn_for(torch.device("cuda", 0)))
+
+
+def test_every_convolution_finds_its_settings(monkeypatch, as_on_a_gpu):
+    """Step by step, while steps are captured and replayed, backwards, and in the bound: on cuDNN's own it is a matter of the
+    sizes whether float32 gives the same bits twice."""
+    model, found, forward, cudnn = small(), [], merged.Convolution.forward, torch.backends.cudnn
+
+    def settings():
+        return cudnn.deterministic, cudnn.allow_tf32
+
+    def recorded(self, *args, **options):
+        found.append(settings())
+        return forward(self, *args, **options)
+
+    def capture(step, counts, device):
+        step()
+        return dict.fromkeys(counts, types.SimpleNamespace(replay=step))
+
+    monkeypatch.setattr(merged.Convolution, "forward", recorded)
+    images = draw(model, schedule=Schedule.linear(3, 0.5, 0.99))
+    fastddpm.encode(model, images.clamp(-1, 1), steps=2)
+    fastddpm.likelihood(model, images.clamp(-1, 1), quantize=True, subsample=2, seed=0, progress=False)
+    monkeypatch.setattr(graphs, "usable", lambda device: True)
+    monkeypatch.setattr(graphs, "capture", capture)
+    draw(model, schedule=Schedule.linear(3, 0.5, 0.99), callback=lambda state: None)
+    assert len(found) > 100 and set(found) == {(True, False)}
+    assert settings() == (False, True)  # the caller's own, again
+
+
+def test_another_chain_s_settings_make_no_new_engine(as_on_a_gpu):
+    """They are the process's, and what an engine asks for is the same each time."""
+    model = small()
+    x = draw(model)
+    engine = engines._kept[model].engine
+    with graphs.cudnn_for(torch.device("cuda", 0)):
+        assert torch.equal(draw(model), x)
+    assert engines._kept[model].engine is engine
+
+
+class Graph:
+    """Stands for torch.cuda.CUDAGraph."""
+
+
+@pytest.fixture
+def torch_s_captures(monkeypatch):
+    """What torch.cuda does for a capture, on a CPU, where it has no streams: (its graphs, what streams were captured on)."""
+    made, on = weakref.WeakSet(), []
+
+    def made_graph():
+        made.add(graph := Graph())
+        return graph
+
+    def stream(device):
+        return types.SimpleNamespace(device=torch.device("cuda", 0), wait_stream=lambda other: None)
+
+    def graph(cuda_graph, pool, stream, capture_error_mode):
+        on.append(stream)
+        return contextlib.nullcontext()
+
+    for name, standing in {
+        "Stream": stream, "current_stream": stream, "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": made_graph, "graph": graph, "graph_pool_handle": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, standing)
+    monkeypatch.setattr(graphs, "_failed", [])
+    graphs._streams.cache_clear()
+    yield made, on
+    graphs._streams.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"), [(RuntimeError, graphs.CaptureError), (TypeError, TypeError), (KeyboardInterrupt,) * 2]
+)
+def test_a_graph_whose_capture_failed_is_never_destroyed(torch_s_captures, failure, raised):
+    """Whatever the step raises: Triton's errors, for one, are no RuntimeErrors."""
+    made, _ = torch_s_captures
+    calls = itertools.count()
+
+    def step():
+        if next(calls) == 3:  # one to warm up, and one captured in the first graph
+            raise failure("no")
+
+    with pytest.raises(raised):
+        graphs.capture(step, (1, 2), torch.device("cuda"))
+    gc.collect()
+    assert len(made) == 2
+
+
+def test_all_captures_share_a_stream(torch_s_captures):
+    """cuBLAS's workspaces are kept for each stream that there ever was."""
+    made, on = torch_s_captures
+    for _ in range(3):
+        graphs.capture(lambda: None, (1, 2), torch.device("cuda"))
+    gc.collect()
+    assert len(on) == 6 and all(stream is on[0] for stream in on)
+    assert len(made) == 0  # those that did not fail go with their owner
 
 
 @pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE"])

@@ -527,15 +527,15 @@ def test_cudnn_is_put_back_by_the_last_chain(monkeypatch):
     """Chains on several threads begin and end in any order."""
     cudnn, gpu = torch.backends.cudnn, torch.device("cuda", 0)
     state = lambda: (cudnn.benchmark, cudnn.allow_tf32, cudnn.deterministic)  # noqa: E731
-    for before in itertools.product((False, True), (False, True)):
-        monkeypatch.setattr(cudnn, "benchmark", before[0])
-        monkeypatch.setattr(cudnn, "allow_tf32", before[1])
+    for before in itertools.product((False, True), repeat=3):
+        for name, value in zip(("benchmark", "allow_tf32", "deterministic"), before, strict=True):
+            monkeypatch.setattr(cudnn, name, value)
         usual = state()
         a, b = graphs.cudnn_for(gpu), graphs.cudnn_for(gpu)
         a.__enter__(), b.__enter__()
-        assert state() == (True, False, usual[2])
+        assert state() == (True, False, True)
         a.__exit__(None, None, None)
-        assert state() == (True, False, usual[2])
+        assert state() == (True, False, True)
         b.__exit__(None, None, None)
         assert state() == usual
     monkeypatch.setenv("FASTDDPM_AUTOTUNE", "0")

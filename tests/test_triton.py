@@ -5,6 +5,7 @@ GPU's to the last bit; test_parity.py holds it to the same bounds as every backe
 triton too, by the `device` fixture.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -62,6 +63,7 @@ triton = pytest.importorskip("triton", minversion="3.6")
 tl = triton.language
 
 from fastddpm.ops._triton import group_norm_silu as norm_twin  # noqa: E402
+from fastddpm.ops._triton import launch  # noqa: E402
 from fastddpm.ops._triton.philox import words  # noqa: E402
 
 # What lies beyond a tile's end, and the NaNs of a test.
@@ -280,6 +282,36 @@ def everything(layout):
     for a, b, c in zip(whole, again, second, strict=True):
         assert same_bits(a, b)
         assert same_bits(a[1:2], c)
+
+
+class Driver:
+    """Stands for libcuda, which has a mode for each thread; test_gpu.py captures for real."""
+
+    GLOBAL = 0  # a thread's mode by itself: what loads a kernel fails while a stream is being captured
+
+    def __init__(self):
+        self.mode, self.result = self.GLOBAL, 0
+
+    def cuThreadExchangeStreamCaptureMode(self, pointer):
+        mode = pointer._obj
+        mode.value, self.mode = self.mode, mode.value
+        return self.result
+
+
+def test_kernels_may_load_while_a_stream_is_captured(monkeypatch):
+    """The thread's mode is relaxed around a launch, and what it was behind it, whatever becomes of the launch."""
+    driver, gpu = Driver(), torch.device("cuda", 0)
+    monkeypatch.setattr(launch, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with launch.on(gpu):
+        assert driver.mode == launch.RELAXED
+    assert driver.mode == Driver.GLOBAL
+    with pytest.raises(ValueError, match="compiler"), launch.on(gpu):
+        raise ValueError("from the compiler")
+    assert driver.mode == Driver.GLOBAL
+    driver.result = 3
+    with pytest.raises(RuntimeError, match="cuThreadExchangeStreamCaptureMode: CUDA error 3"), launch.on(gpu):
+        pass
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -328,6 +328,10 @@ Split split(const Args& args, bool pointers_aligned, const Limits& limits, const
     if (args.channels > INT32_MAX || args.pixels > INT32_MAX || width * args.pixels > UINT32_MAX - 1024)
         throw std::runtime_error("group_norm_silu: more than 2^31 channels or pixels, or 2^32 elements in a group");
     Split s{};
+    if (!args.samples || !args.channels || !args.pixels) {  // nothing to split, or to divide by
+        s.columns = true;                                   // in one stage, they need no workspace
+        return s;
+    }
     s.vectors = pointers_aligned && (args.inner ? args.channels : args.pixels) % lanes == 0;
 
     // Groups of the narrowest slice that is made of whole vectors, and of whole sectors if pixels are.

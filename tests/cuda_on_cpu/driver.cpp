@@ -28,11 +28,13 @@ void check(cudaError_t error) {
 
 size_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-// Device memory of exactly `count` elements, so that a step over its end is seen. Starts as NaNs.
+// Device memory of exactly `count` elements (of one where there are none), so that a step over its end is seen. Starts as
+// NaNs.
 class Array {
   public:
     Array(int64_t count, Dtype dtype = Dtype::float32) : count_(count), dtype_(dtype) {
-        check(cudaMalloc(&data_, bytes()));
+        check(cudaMalloc(&data_, bytes() ? bytes() : 1));
+        if (!count) return;
         std::vector<unsigned char> nan(bytes(), 0xff);
         check(cudaMemcpy(data_, nan.data(), bytes(), cudaMemcpyHostToDevice));
     }
