@@ -1141,7 +1141,7 @@ class Foreign(nn.Module):
     ],
 )
 def test_models_that_run_as_they_are_say_so_once(model, says):
-    options = {"shape": (3, 8, 8), "schedule": Schedule.linear(3, 0.5, 0.99)}
+    options = {"shape": (3, 8, 8), "schedule": Schedule.linear(3, 0.5, 0.99), "prediction": "epsilon"}
     model.eval()
     [message] = notices(lambda: [draw(model, **options) for _ in range(2)])
     assert says in message and ("are the same, only slower" in message) == isinstance(model, UNet)
@@ -1170,7 +1170,7 @@ def test_nothing_is_said_of_what_is_usual():
         lambda: draw(model),
         lambda: draw(model, dtype=torch.float32 if backend.no_products(CPU, torch.bfloat16) else torch.bfloat16),
         lambda: draw(labelled, class_labels=1),
-        lambda: draw(lambda x, t: x, shape=(1, 4, 4), schedule=model.schedule),
+        lambda: draw(lambda x, t: x, shape=(1, 4, 4), schedule=model.schedule, prediction="epsilon"),
     ):
         assert notices(call) == []
         with torch.autocast("cpu", torch.bfloat16):
