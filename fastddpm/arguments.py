@@ -139,7 +139,9 @@ def trained_for(
     if not silent:
         _tell_taken(model, held, taken)
         if "schedule" in unsaid or "prediction" in unsaid:
-            _tell_assumed(model, mute, {name: getattr(trained, name) for name in unsaid})
+            # Beside a schedule the prediction alone, so that calls that differ in the rest don't warn once more.
+            assumed = unsaid if "schedule" in unsaid else ["prediction"]
+            _tell_assumed(model, mute, {name: getattr(trained, name) for name in assumed})
     return trained
 
 

@@ -168,7 +168,7 @@ def test_one_warning_names_what_is_assumed():
     assert len(caught) == 1 and caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fastddpm.sample(unet2d(), 1, schedule=Schedule([0.999]))
+        fastddpm.sample(unet2d(), 1, schedule=Schedule([0.999]), prediction="epsilon")
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])

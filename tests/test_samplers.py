@@ -564,7 +564,7 @@ def test_learned_range():
 
 def test_fixed_large_is_not_respaced_unasked():
     model = ideal(SHORT)
-    options = {"shape": SHAPE, "schedule": SHORT, "seed": 0}
+    options = {"shape": SHAPE, "schedule": SHORT, "prediction": "epsilon", "seed": 0}
     with pytest.warns(UserWarning, match=r"fixed_small in place of the default fixed_large, which ruins images"):
         x = fastddpm.sample(model, 2, steps=5, **options)
     with warnings.catch_warnings():
