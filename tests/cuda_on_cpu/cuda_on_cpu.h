@@ -5,8 +5,9 @@
 // gives other results for another seed. Shared memory starts as NaNs, lies between fences for the address sanitizer, and
 // is gone when its block is. What deadlocks on a GPU throws here and names the thread that waits.
 //
-// Kernels keep to launch(), shared_memory<T>(), peer_shared(), cluster_arrive() and cluster_wait() of
-// csrc/cuda/device.cuh, of which these are the other half; no inline PTX, no textures, no cp.async, no waiting for another block outside a cluster.
+// Kernels keep to launch(), shared_memory<T>(), peer_shared(), cluster_arrive(), cluster_arrive_relaxed()
+// and cluster_wait() of csrc/cuda/device.cuh, of which these are the other half; no inline PTX, no textures, no cp.async,
+// no waiting for another block outside a cluster.
 //
 // CUDA_ON_CPU_{SEED,SMS,MAJOR,L2} in the environment: the order (0: by index), multiprocessors, major compute
 // capability and bytes of L2 that kernels are told of.
@@ -87,6 +88,9 @@ inline std::deque<Fiber> fibers;  // kept from launch to launch for their stacks
 inline int live = 0;
 inline const std::function<void()>* body = nullptr;
 inline std::exception_ptr failure;
+
+// Where it is set, launches are told to it and not run: plan.cpp asks only how work is split.
+inline void (*planned)(const void* kernel, int64_t grid, int block, int cluster, size_t shared) = nullptr;
 
 // Jumps, once both sides have run: a swap of contexts asks the kernel for the signal mask each time. The address
 // sanitizer follows only swaps that it is told of.
@@ -315,6 +319,7 @@ namespace {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, int cluster, size_t shared, void*,
             const Arguments&... arguments) {
+    if (sim::planned) return sim::planned(reinterpret_cast<const void*>(kernel), grid, block, cluster, shared);
     sim::launch(grid, block, cluster, shared, [&] { kernel(arguments...); });
 }
 template <class... Parameters>
@@ -333,6 +338,7 @@ T* peer_shared(T* p, int rank) {
 }
 inline void cluster_arrive() { ++sim::me->arrivals; }
 inline void cluster_wait() { sim::wait(sim::State::at_cluster); }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 
 }  // namespace
 }  // namespace fastddpm
