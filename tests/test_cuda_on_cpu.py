@@ -56,6 +56,7 @@ def gpu(request, monkeypatch, cuda):
         ("a block gone too early", "not always the same"),
         ("a divergent barrier", "deadlock: block 0 thread 0 waits at a __syncthreads that others never reach"),
         ("a collective without a lane", "waits at a warp collective that others never reach"),
+        ("an arrival without a fence", "reads its cluster's memory after an arrival without a fence"),
         ("memory nobody wrote", "not always the same"),
         ("shared memory's end", "AddressSanitizer"),
         ("an array's end", "AddressSanitizer"),

@@ -76,7 +76,8 @@ struct Fiber {
     int linear = 0;
     unsigned mask = 0;
     int parity = 0;
-    int arrivals = 0;  // at the cluster's barrier
+    int arrivals = 0;      // at the cluster's barrier
+    bool relaxed = false;  // the last of them had no fence
 };
 
 constexpr size_t kStack = 256 * 1024;
@@ -226,7 +227,7 @@ inline void launch(int64_t blocks_of_grid, int threads, int cluster, size_t shar
                 Fiber& fiber = fibers[r * threads + t];
                 if (!fiber.stack) fiber.stack.reset(new char[kStack]);
                 fiber.started = false, fiber.state = State::runs, fiber.fake_stack = nullptr, fiber.parity = 0;
-                fiber.arrivals = 0;
+                fiber.arrivals = 0, fiber.relaxed = false;
                 fiber.block = &b, fiber.linear = t, fiber.thread = {static_cast<unsigned>(t), 0, 0};
                 getcontext(&fiber.context);
                 fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -333,12 +334,16 @@ T* shared_memory() {
 }
 template <class T>
 T* peer_shared(T* p, int rank) {
+    if (sim::me->relaxed)
+        throw std::runtime_error("cuda_on_cpu: block " + std::to_string(sim::me->block->index.x) + " thread " +
+                                 std::to_string(sim::me->linear) + " reads its cluster's memory after an arrival " +
+                                 "without a fence");
     char* const mine = sim::me->block->shared.get();
     return reinterpret_cast<T*>(sim::blocks.at(rank).shared.get() + (reinterpret_cast<char*>(p) - mine));
 }
-inline void cluster_arrive() { ++sim::me->arrivals; }
+inline void cluster_arrive() { ++sim::me->arrivals, sim::me->relaxed = false; }
+inline void cluster_arrive_relaxed() { ++sim::me->arrivals, sim::me->relaxed = true; }
 inline void cluster_wait() { sim::wait(sim::State::at_cluster); }
-inline void cluster_arrive_relaxed() { cluster_arrive(); }
 
 }  // namespace
 }  // namespace fastddpm
