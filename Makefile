@@ -56,8 +56,8 @@ bench: $(VENV)/bench
 docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict
 
-# Needs nvcc, and no GPU.
-ptxas: $(VENV)/installed
+# Needs nvcc, and no GPU. How work is split is asked of what the tests build.
+ptxas: $(VENV)/test
 	$(BIN)/python benchmarks/ptxas.py
 
 # On a machine with a GPU, with the torch that is there: installs the package into $(PYTHON) and proves it, without a

@@ -1,8 +1,10 @@
 """The CUDA kernels' device code, run on a CPU (cuda_on_cpu/cuda_on_cpu.h): their results, not their speed."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import simulated
@@ -10,6 +12,11 @@ import torch
 from conftest import SERVERS, _server, same_bits
 
 from fastddpm import backend, ops, parity
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import kernels
+import ptxas
 
 SANITIZER = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}  # neither follows fibers
 
@@ -49,6 +56,7 @@ def gpu(request, monkeypatch, cuda):
         ("a block gone too early", "not always the same"),
         ("a divergent barrier", "deadlock: block 0 thread 0 waits at a __syncthreads that others never reach"),
         ("a collective without a lane", "waits at a warp collective that others never reach"),
+        ("an arrival without a fence", "reads its cluster's memory after an arrival without a fence"),
         ("memory nobody wrote", "not always the same"),
         ("shared memory's end", "AddressSanitizer"),
         ("an array's end", "AddressSanitizer"),
@@ -219,3 +227,92 @@ def test_the_backward_centres_anew(cuda, layout):
     )
     truths, bounds = parity.norm_gradients(dy, x, 2, weight, bias, 1e-6, silu=False)
     assert max(map(parity.share, got, truths, bounds)) <= 1
+
+
+# ------------------------------------------------------------------------------- the budget, as far as it needs no nvcc
+
+BUDGET = json.loads(ptxas.BUDGET.read_text(encoding="utf-8"))
+HOT, BACKWARD = (next(name for name in ptxas.HOT if part in name) for part in ("8, 8, 4", "backward"))
+
+
+def test_planned_launches_fill_the_device():
+    if simulated.missing():
+        pytest.skip(f"CUDA kernels on a CPU: {simulated.missing()}")
+    found = ptxas.splits(ptxas.registers(BUDGET))
+    assert list(ptxas.unexpected(found, BUDGET["exceptions"])) == []
+    assert {launch.kernel for split in found for launch in split.launches} == set(ptxas.HOT)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "threads", "problem"),
+    [
+        (264, 384, None),  # two blocks of 80 registers a thread on each multiprocessor
+        (265, 384, "a launch of 1.00 waves"),
+        (395, 384, "a launch of 1.50 waves"),
+        (396, 384, None),
+        (400, 256, "a launch of 1.01 waves"),
+        (130, 384, None),
+        (1320, 64, None),
+    ],
+)
+def test_a_little_more_than_a_wave_is_found(blocks, threads, problem):
+    case = ptxas.Case("group_norm_silu", 64, 256, 4096)
+    split = ptxas.Split(case, [ptxas.Launch(HOT, blocks, threads, 1, 4096)], {HOT: 80})
+    found = list(ptxas.unexpected([split], {}))
+    assert found == [] if problem is None else found[0].startswith(f"{case}: {problem}")
+    unneeded = {"waves": {str(case): "a reason"}}
+    assert list(ptxas.unexpected([split], unneeded)) == (
+        [f"{case}: excepted from waves in budget.json, and needs no exception"] if problem is None else []
+    )
+
+
+def test_few_bytes_under_way_are_found():
+    case = ptxas.Case("ddpm_step_", 64, 3, 65536)
+    launch = ptxas.Launch("step", 132, 128, 1, 0)  # a block of 128 x 4 pixels x 3 x 6 bytes on each multiprocessor
+    found = list(ptxas.unexpected([ptxas.Split(case, [launch], {"step": 128})], {}))
+    assert found == [f"{case}: 9.0 KB under way in a multiprocessor, wanted are 32"]
+
+
+def test_more_than_the_budget_is_found():
+    found = {"registers": 81, "fences": {"MEMBAR": 1}, "loads": {"128": 8, "32": 1}, "passes": {"mean": 3.1}}
+    budget = {"registers": 80, "fences": {"MEMBAR": 2}, "loads": {"128": 8}, "passes": {"mean": 3.1}}
+    assert list(ptxas.over(found, budget, "a:")) == ["a: registers: 81, budget 80", "a: loads 32: 1, budget 0"]
+
+
+def test_instructions_are_told_apart_by_the_lines_they_come_from():
+    """Of a pass are those whose innermost line in the kernel's file lies in it; not those for threads with empty slots."""
+    source = ptxas.KERNELS / "group_norm_silu.cu"
+    passes = ptxas.pass_lines(source, HOT)
+    assert list(passes) == ["mean", "deviation", "result"]
+    assert passes["mean"][-1] < passes["deviation"][0] <= passes["deviation"][-1] < passes["result"][0]
+    header, partial = ptxas.partial()
+    mean, result = passes["mean"][0], passes["result"][0]
+    sass = f"""
+_Zkernel:
+\t//## File "/csrc/cuda/{header}", line {partial - 2} inlined at "/csrc/cuda/{source.name}", line {mean}
+\t//## File "/csrc/cuda/{source.name}", line {mean}
+        /*0000*/                   FADD R1, R2, R3 ;
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R8, [R2.64] ;
+\t//## File "/csrc/cuda/{source.name}", line {result + 1} inlined at "/csrc/cuda/{source.name}", line {mean}
+\t//## File "/csrc/cuda/{source.name}", line {mean}
+        /*0020*/                   MUFU.EX2 R1, R2 ;
+\t//## File "/csrc/cuda/{header}", line {partial} inlined at "/csrc/cuda/{source.name}", line {mean}
+\t//## File "/csrc/cuda/{source.name}", line {mean}
+        /*0030*/                   MEMBAR.ALL.GPU ;
+"""
+    code = [(what, lines) for kernel, what, lines in ptxas.instructions(sass) if kernel == "_Zkernel"]
+    found = ptxas.budget_of(HOT, source, 80, code)
+    assert found["instructions_per_element"] == {"mean": 0.03, "deviation": 0, "result": 0.02}  # 2, 0 and 1 of 64
+    assert (found["code_bytes"], found["special_functions"], found["fences"], found["loads"]) == (
+        64, 1, {"MEMBAR": 1}, {"128": 1}
+    )  # fmt: skip
+
+
+def test_predictions_are_of_planned_cases():
+    planned = {(case["op"], case["case"]) for case in kernels.planned()}
+    for prediction in BUDGET["predictions"]:
+        assert prediction["low"] < prediction["high"]
+        if "op" in prediction:
+            assert {(prediction["op"], case) for case in prediction["cases"]} <= planned
+        else:
+            assert prediction["batch"] in ptxas.NETWORKS[prediction["network"]]

@@ -35,21 +35,30 @@ struct Point {
     int64_t first, t, index;
 };
 
-// What all threads do first: the row that state points at. Returns whether the step can be taken; it can't where the
-// index is beyond the table, or the row wants an x0_last that isn't there.
+// What all threads do first: the row that state points at, read by one of them, for all blocks begin with the same few
+// bytes. Returns whether the step can be taken; it can't where the index is beyond the table, or the row wants an x0_last
+// that isn't there.
 __device__ __forceinline__ bool arrive(const DdpmStepArgs& args, const Point& of_host, Point& point) {
     if (args.table_on_host) {
         point = of_host;
         return true;
     }
-    point.index = static_cast<uint32_t>(*reinterpret_cast<const volatile unsigned long long*>(args.state + 2));
-    if (point.index >= args.table_rows) return false;
-    const float* r = args.rows + 9 * point.index;
-    point.row = {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]};
-    point.t = args.timesteps[point.index];
-    point.seed = static_cast<uint64_t>(args.state[0]);
-    point.first = args.state[1];
-    return point.row.c2 == 0.0f || args.x0_last;
+    Point* const of_block = shared_memory<Point>();
+    if (threadIdx.x == 0) {
+        point.index = static_cast<uint32_t>(*reinterpret_cast<const volatile unsigned long long*>(args.state + 2));
+        point.row = {};
+        if (point.index < args.table_rows) {
+            const float* r = args.rows + 9 * point.index;
+            point.row = {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]};
+            point.t = args.timesteps[point.index];
+        }
+        point.seed = static_cast<uint64_t>(args.state[0]);
+        point.first = args.state[1];
+        *of_block = point;
+    }
+    __syncthreads();
+    point = *of_block;
+    return point.index < args.table_rows && (point.row.c2 == 0.0f || args.x0_last);
 }
 
 // What all threads do last. bad: the row's output was not finite where this thread looked, or the row can't be taken.
@@ -58,7 +67,6 @@ __device__ __forceinline__ void leave(const DdpmStepArgs& args, const Point& poi
     if (bad)
         atomicCAS(reinterpret_cast<unsigned long long*>(args.state + 3), ~0ull,
                   static_cast<unsigned long long>(point.index));
-    __syncthreads();  // all of the block have read the index
     if (threadIdx.x == 0) {
         auto* counter = reinterpret_cast<unsigned long long*>(args.state + 2);
         const unsigned long long before = atomicAdd(counter, 1ull << 32);
@@ -323,7 +331,7 @@ void ddpm_step_cuda(const DdpmStepArgs& args, CudaPlace place) {
     const int64_t most = chosen.blocks * device_attribute(cudaDevAttrMultiProcessorCount, place.device);
     const int64_t blocks = ceil_div(work, kThreads) < most ? ceil_div(work, kThreads) : most;
     // Without elements too a step is a step: state moves on.
-    launch(chosen.kernel, blocks ? blocks : 1, kThreads, 1, 0, place.stream, args, of_host);
+    launch(chosen.kernel, blocks ? blocks : 1, kThreads, 1, sizeof(Point), place.stream, args, of_host);
 }
 
 void load_ddpm_step() {

@@ -108,6 +108,9 @@ __device__ __forceinline__ T* peer_shared(T* p, int rank) {
 // A cluster's barrier in two halves: what is between them hides the others' delay.
 __device__ __forceinline__ void cluster_arrive() { __cluster_barrier_arrive(); }
 __device__ __forceinline__ void cluster_wait() { __cluster_barrier_wait(); }
+// Arrives without a fence: for who has written nothing that others read, and whose own reads lie before a
+// __syncthreads(). A fence would wait for all stores that the block has under way.
+__device__ __forceinline__ void cluster_arrive_relaxed() { __cluster_barrier_arrive_relaxed(); }
 #else
 template <class T>
 __device__ __forceinline__ T* peer_shared(T* p, int) {
@@ -115,6 +118,7 @@ __device__ __forceinline__ T* peer_shared(T* p, int) {
 }
 __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}
+__device__ __forceinline__ void cluster_arrive_relaxed() {}
 #endif
 #endif  // CUDA_ON_CPU
 

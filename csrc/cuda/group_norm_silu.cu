@@ -35,12 +35,14 @@ __device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
     return {count, fmaf(d, share, a.mean), a.m2 + fmaf(d * d, a.count * share, b.m2)};
 }
 
-// Lane 0 gets the moments of all lanes, merged in a fixed order.
-__device__ __forceinline__ Moments warp_merge(Moments m) {
-#pragma unroll
-    for (int d = 16; d; d /= 2)
+// Lane 0 gets the moments of the first `lanes` lanes, merged in a fixed order; the others have none.
+__device__ __forceinline__ Moments warp_merge(Moments m, int lanes) {
+#pragma unroll 1  // a division each: short code, and mostly few lanes
+    for (int d = 16; d; d /= 2) {
+        if (d >= lanes) continue;
         m = merge(m, {__shfl_down_sync(0xffffffffu, m.count, d), __shfl_down_sync(0xffffffffu, m.mean, d),
                       __shfl_down_sync(0xffffffffu, m.m2, d)});
+    }
     return m;
 }
 
@@ -131,7 +133,7 @@ __device__ __forceinline__ Moments merged(const Norm& k, const Table& table, con
         }
         m = merge(m, of_part);
     }
-    return warp_merge(m);
+    return warp_merge(m, k.parts);
 }
 
 // kRun: channels that are summed together in a thread, a divisor of the group's width and of V.
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
     constexpr int kPieces = kColumns ? V / kRun : 1, kStep = V > 1 ? 2 : 1;
     const Part at(k);
     const Slots<V, N, kColumns> slots(k, at);
-    Pack<T, V> data[N];
+    Pack<T, V> data[N] = {};
     slots.template load<T>(k.x, data);
 
     float* elsewhere = nullptr;
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
     if (k.stage != kRest) {
         const float count = static_cast<float>(at.end - at.begin) * unit;
         float pieces[kPieces] = {};
-        slots.each(channels, [&](int j, int v, const Of& n) {
+        slots.template each<false>(channels, [&](int j, int v, const Of& n) {
 #pragma unroll
             for (int u = 0; u < kStep; ++u) {
                 const float t = data[j].get(v + u) + n[u].hi;
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
         channels.template tabulate<kDeviation>();
 #pragma unroll
         for (int s = 0; s < kPieces; ++s) pieces[s] = 0.0f;
-        slots.each(channels, [&](int j, int v, const Of& n) {
+        slots.template each<false>(channels, [&](int j, int v, const Of& n) {
 #pragma unroll
             for (int u = 0; u < kStep; ++u) {
                 const float t = (data[j].get(v + u) + n[u].hi) + n[u].b;
@@ -219,11 +221,11 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
             }
         }
     }
-    if (clustered) cluster_arrive();  // the peers' sums are read
     __syncthreads();
+    if (clustered) cluster_arrive_relaxed();  // the peers' sums are read
 
     channels.template tabulate<kResult>();
-    slots.each(channels, [&](int j, int v, const Of& n) {
+    slots.template each<true>(channels, [&](int j, int v, const Of& n) {
         float out[kStep];
 #pragma unroll
         for (int u = 0; u < kStep; ++u) {

@@ -162,10 +162,11 @@ struct Slots {
         __syncthreads();
     }
     // Calls f(slot, lane, numbers) for all that hold data, kStep lanes from an even one at a time; numbers[u] is what
-    // of(channel) gives for the lane's channel. Columns: a channel's numbers are fetched once for all slots.
-    template <class Of, class F>
+    // of(channel) gives for the lane's channel. Columns: a channel's numbers are fetched once for all slots, and where f
+    // may see empty ones too, no slot is asked.
+    template <bool kEmpty, class Of, class F>
     __device__ __forceinline__ void each(const Of& of, const F& f) const {
-        if (kColumns && count == N)  // mostly: and then without asking for each
+        if (kColumns && (kEmpty || count == N))  // mostly: and then without asking for each
             each_of<true>(of, f);
         else
             each_of<false>(of, f);
@@ -280,6 +281,14 @@ struct Split {
 
     int lanes(Dtype dtype) const { return vectors ? static_cast<int>(16 / size_of(dtype)) : 1; }
     int64_t blocks(int64_t samples) const { return samples * slices * parts; }
+    int threads_for(int64_t size, int slots) const {
+        return static_cast<int>(round_up(ceil_div(size, slots) * slice_columns, 32));
+    }
+    void cut(int64_t into) {
+        parts = static_cast<int>(into);
+        part_size = static_cast<uint32_t>(ceil_div(total, into));
+        threads = threads_for(part_size, slots);
+    }
 };
 
 // Splits a slice of `total` pixels of `columns` vectors.
@@ -296,17 +305,14 @@ inline void split_slice(Split& s, const Limits& limits, const Device& device, in
         while (parts < most && slices * parts < device.sms && ceil_div(total, 2 * parts) * columns >= 256) parts *= 2;
     }
     const int64_t size = ceil_div(total, parts);
-    const auto threads_for = [&](int slots) { return round_up(ceil_div(size, slots) * columns, 32); };
+    s.total = static_cast<uint32_t>(total);
+    s.slice_columns = columns;
     // Few slots where the whole grid lives on the device at once, and the time is one block's; else a thread's
     // beginnings count, and are better spent on many elements.
     const bool few = size <= limits.threads / columns * limits.few &&
-                     slices * parts * threads_for(limits.few) <= device.sms * 2 * limits.threads;
+                     slices * parts * s.threads_for(size, limits.few) <= device.sms * 2 * limits.threads;
     s.slots = few ? limits.few : limits.many;
-    s.threads = static_cast<int>(threads_for(s.slots));
-    s.parts = static_cast<int>(parts);
-    s.total = static_cast<uint32_t>(total);
-    s.part_size = static_cast<uint32_t>(size);
-    s.slice_columns = columns;
+    s.cut(parts);
     if (s.threads > limits.threads)
         throw std::logic_error("group_norm_silu: a block of " + std::to_string(s.threads) + " threads");
 }
@@ -319,6 +325,23 @@ void limit_batch(Split& s, const Args& args, const Device& device) {
     if (s.two_stage && s.batch > cached) s.batch = cached;
     if (s.batch > args.samples) s.batch = args.samples;
     if (s.batch < 1) s.batch = 1;
+}
+
+// Two stages: up to half as many parts more, where the last wave of blocks would leave much of the device idle. A few are
+// tried: a call may have many parts, and its host little time.
+inline void fill_waves(Split& s, const Limits& limits, const Device& device) {
+    const auto busiest = [&](const Split& t) {  // pixels or vectors of a multiprocessor
+        const int64_t resident = 2 * limits.threads / t.threads;
+        return ceil_div(t.blocks(t.batch), device.sms * resident) * resident * t.part_size;
+    };
+    const int64_t least = s.parts;
+    Split best = s;
+    for (int64_t parts = least; parts <= 3 * least / 2; parts += ceil_div(least, 32)) {
+        Split t = s;
+        t.cut(parts);
+        if (busiest(t) < busiest(best)) best = t;
+    }
+    s = best;
 }
 
 // pointers_aligned: x and all that has its layout lie at multiples of 16 bytes.
@@ -369,6 +392,7 @@ Split split(const Args& args, bool pointers_aligned, const Limits& limits, const
         split_slice(s, limits, device, args.samples * args.groups, width * args.pixels / s.lanes(args.dtype), 1);
     }
     limit_batch(s, args, device);
+    if (s.two_stage) fill_waves(s, limits, device);
     return s;
 }
 

@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(kLimits.threads, 2) group_norm_silu_backward_k
             sum += k.stage == kRest ? parts[kSums3 * channels * p + i] : *peer_shared(table.part + i, p);
         table.total[i] = sum;
     }
-    if (clustered) cluster_arrive();  // the peers' sums are read
     __syncthreads();
+    if (clustered) cluster_arrive_relaxed();  // the peers' sums are read
     for (int g = thread / 32; g < at.groups; g += threads / 32) {
         const Common common = common_of(
             k, f.rstd[at.sample * k.groups + at.first_group + g], g * k.width,
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kLimits.threads, 2) group_norm_silu_backward_k
         table.k0[c] = n.k0;
     }
     __syncthreads();
-    slots.each(Fetch{k, table}, [&](int j, int v, const Of& n) {
+    slots.template each<false>(Fetch{k, table}, [&](int j, int v, const Of& n) {
         float out[2];
 #pragma unroll
         for (int u = 0; u < 2; ++u) out[u] = gradient(k, n[u], x[j].get(v + u), dy[j].get(v + u));

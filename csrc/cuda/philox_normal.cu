@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) philox_normal_kernel(PhiloxNormalArg
     box_muller<ScalarMath>(words[2], words[3], z.z, z.w);
     float* out = args.out + i * args.elements + 4 * quad;
     if constexpr (kVector) {
-        *reinterpret_cast<float4*>(out) = z;
+        __stcg(reinterpret_cast<float4*>(out), z);  // said this way the compiler keeps it whole
     } else {
         const int64_t left = args.elements - 4 * quad;
         out[0] = z.x;

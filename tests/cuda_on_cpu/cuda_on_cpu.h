@@ -5,8 +5,9 @@
 // gives other results for another seed. Shared memory starts as NaNs, lies between fences for the address sanitizer, and
 // is gone when its block is. What deadlocks on a GPU throws here and names the thread that waits.
 //
-// Kernels keep to launch(), shared_memory<T>(), peer_shared(), cluster_arrive() and cluster_wait() of
-// csrc/cuda/device.cuh, of which these are the other half; no inline PTX, no textures, no cp.async, no waiting for another block outside a cluster.
+// Kernels keep to launch(), shared_memory<T>(), peer_shared(), cluster_arrive(), cluster_arrive_relaxed()
+// and cluster_wait() of csrc/cuda/device.cuh, of which these are the other half; no inline PTX, no textures, no cp.async,
+// no waiting for another block outside a cluster.
 //
 // CUDA_ON_CPU_{SEED,SMS,MAJOR,L2} in the environment: the order (0: by index), multiprocessors, major compute
 // capability and bytes of L2 that kernels are told of.
@@ -75,7 +76,8 @@ struct Fiber {
     int linear = 0;
     unsigned mask = 0;
     int parity = 0;
-    int arrivals = 0;  // at the cluster's barrier
+    int arrivals = 0;      // at the cluster's barrier
+    bool relaxed = false;  // the last of them had no fence
 };
 
 constexpr size_t kStack = 256 * 1024;
@@ -87,6 +89,9 @@ inline std::deque<Fiber> fibers;  // kept from launch to launch for their stacks
 inline int live = 0;
 inline const std::function<void()>* body = nullptr;
 inline std::exception_ptr failure;
+
+// Where it is set, launches are told to it and not run: plan.cpp asks only how work is split.
+inline void (*planned)(const void* kernel, int64_t grid, int block, int cluster, size_t shared) = nullptr;
 
 // Jumps, once both sides have run: a swap of contexts asks the kernel for the signal mask each time. The address
 // sanitizer follows only swaps that it is told of.
@@ -222,7 +227,7 @@ inline void launch(int64_t blocks_of_grid, int threads, int cluster, size_t shar
                 Fiber& fiber = fibers[r * threads + t];
                 if (!fiber.stack) fiber.stack.reset(new char[kStack]);
                 fiber.started = false, fiber.state = State::runs, fiber.fake_stack = nullptr, fiber.parity = 0;
-                fiber.arrivals = 0;
+                fiber.arrivals = 0, fiber.relaxed = false;
                 fiber.block = &b, fiber.linear = t, fiber.thread = {static_cast<unsigned>(t), 0, 0};
                 getcontext(&fiber.context);
                 fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -315,6 +320,7 @@ namespace {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, int cluster, size_t shared, void*,
             const Arguments&... arguments) {
+    if (sim::planned) return sim::planned(reinterpret_cast<const void*>(kernel), grid, block, cluster, shared);
     sim::launch(grid, block, cluster, shared, [&] { kernel(arguments...); });
 }
 template <class... Parameters>
@@ -328,10 +334,15 @@ T* shared_memory() {
 }
 template <class T>
 T* peer_shared(T* p, int rank) {
+    if (sim::me->relaxed)
+        throw std::runtime_error("cuda_on_cpu: block " + std::to_string(sim::me->block->index.x) + " thread " +
+                                 std::to_string(sim::me->linear) + " reads its cluster's memory after an arrival " +
+                                 "without a fence");
     char* const mine = sim::me->block->shared.get();
     return reinterpret_cast<T*>(sim::blocks.at(rank).shared.get() + (reinterpret_cast<char*>(p) - mine));
 }
-inline void cluster_arrive() { ++sim::me->arrivals; }
+inline void cluster_arrive() { ++sim::me->arrivals, sim::me->relaxed = false; }
+inline void cluster_arrive_relaxed() { ++sim::me->arrivals, sim::me->relaxed = true; }
 inline void cluster_wait() { sim::wait(sim::State::at_cluster); }
 
 }  // namespace

@@ -17,7 +17,10 @@ __global__ void neighbour(float* out, std::string bug) {
     float sum = values[(i + 1) % n];
     if (bug == "a collective without a lane" && i % 32 == 7) return;
     sum += bug == "memory nobody wrote" ? values[n] : __shfl_xor_sync(0xffffffffu, sum, 1);
-    cluster_arrive();
+    if (bug == "an arrival without a fence")
+        cluster_arrive_relaxed();
+    else
+        cluster_arrive();
     if (bug != "a missing cluster barrier") cluster_wait();
     sum += *peer_shared(values + i, 1 - blockIdx.x);
     cluster_arrive();
