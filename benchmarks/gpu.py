@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import filecmp
+import functools
 import hashlib
 import json
 import os
@@ -43,16 +44,16 @@ ROOT = Path(__file__).resolve().parent.parent
 WRONG, SHORT = 1, 3  # exit statuses
 SECONDS = {"check": 420, "steps": 430, "ops": 380, "peers": 430}  # of a piece, beside the installation
 OPS = ("philox_normal", "timestep_embedding", "ddpm_step", "group_norm_silu")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")  # of compute-sanitizer
 CHUNKS = {  # of the tests, each in a process of its own: a kernel that goes astray takes its process along
     "test_gpu": ["tests/test_gpu.py"],
     **{f"test_{op}": [f"tests/test_{op}.py", "-k", "cuda and not simulated"] for op in OPS},
     "test_parity": ["tests/test_parity.py", "-k", "on_a_gpu"],
-    "sanitizer": ["tests/test_gpu_proof.py", "-k", "sanitizer", "-m", ""],
+    **{tool: ["tests/test_gpu_proof.py", "-k", tool, "-m", ""] for tool in TOOLS},
 }
 UNITS = [(network, batch) for (kind, network), all_of in BATCHES.items() if kind == "cuda" for batch in all_of]
 UNITS.sort(key=lambda unit: unit not in (("cifar10", 1), ("cifar10", 256), ("lsun256", 4)))  # these have bars
-SHORTEST = 30  # seconds without which no unit is begun
-FOR_PROFILE = 60  # seconds
+SHORTEST, FOR_PROFILE = 30, 60  # seconds without which no unit is begun, and that ncu may take
 SECTIONS = "SpeedOfLight ComputeWorkloadAnalysis SchedulerStats WarpStateStats LaunchStats Occupancy"  # of ncu
 
 Judgement = tuple[list[str], list[str]]  # what is wrong; what is missed or was not measured
@@ -63,11 +64,13 @@ class Results(dict):
 
     def __init__(self, path: Path, header: dict[str, object], keep: bool) -> None:
         """keep: begin with what the file has, if it is of the same sources and versions."""
-        self.path, self.header, found = path, dict(header), {}
+        found = {}
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(path.read_text(encoding="utf-8"))
-        same = keep and all(found.get(name) == header[name] for name in ("sources", "versions", "triton"))
-        super().__init__(found["results"] if same else {})
+        if not keep or any(found.get(name) != header[name] for name in ("sources", "versions", "triton")):
+            found = {}
+        super().__init__(found.get("results", {}))
+        self.path, self.header = path, found | header
 
     def write(self, **about: object) -> None:
         self.header |= about
@@ -83,7 +86,7 @@ def header(settings: argparse.Namespace) -> dict[str, object]:
     """Where and of what these results are. Sources: a fingerprint, for checkouts that are not what their commit says."""
     files = (path for folder in ("csrc", "fastddpm", "benchmarks") for path in sorted((ROOT / folder).rglob("*.*")))
     code = b"".join(path.read_bytes() for path in files if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"})
-    p, smi = torch.cuda.get_device_properties(), shutil.which("nvidia-smi")
+    p, smi = torch.cuda.get_device_properties("cuda"), shutil.which("nvidia-smi")
     query = f"--id=GPU-{p.uuid} --query-gpu=driver_version,power.limit,clocks.max.sm,clocks.max.memory --format=csv"
     return {
         "benchmark": "gpu", **provenance(settings), "sources": hashlib.sha256(code).hexdigest()[:16],
@@ -101,8 +104,7 @@ def obstacle() -> str | None:
     installed, ours = Path(fastddpm.__file__).parent, ROOT / "fastddpm"
     names = [str(path.relative_to(ours)) for path in ours.rglob("*.py")]
     _, differ, missing = filecmp.cmpfiles(ours, installed, names, shallow=False)
-    if differ or missing:
-        stale = ", ".join((differ + missing)[:3])
+    if stale := ", ".join([*differ, *missing][:3]):
         how = "install it: rm -f build/gpu-installed; make gpu-check"
         return f"the fastddpm in {installed} is not this checkout's ({stale} differ); {how}"
     return "; ".join(why for kind in ("cuda", "triton") if (why := backend.unavailable(kind))) or None
@@ -116,15 +118,13 @@ def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS)
     folder.mkdir(parents=True, exist_ok=True)
     # -P: the installed package is what imports, not the source tree beside it.
     pytest = [sys.executable, "-P", "-u", "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-    threads = str(max(1, (os.cpu_count() or 1) // len(chunks)))  # or the pools would fight for the cores
-    running = {}
+    threads = max(1, (os.cpu_count() or 1) // len(chunks))  # or the pools would fight for the cores
+    running, about = {}, {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": str(threads)}}
     try:
         for name, arguments in chunks.items():
             command = ["timeout", "-k", "5", f"{clock.left():.0f}", *pytest, *arguments]
             with open(folder / f"{name}.log", "w") as log:
-                running[name] = subprocess.Popen(
-                    command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads}
-                )
+                running[name] = subprocess.Popen(command, stdout=log, stderr=log, **about)
         for name, process in running.items():
             status, said = process.wait(), (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
             counts = Counter(re.findall(r"::.* (PASSED|FAILED|ERROR|SKIPPED)\b", said))
@@ -143,32 +143,29 @@ def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS)
 
 
 def profile(to: Path) -> str:
-    """What ncu says of the hot kernels goes into a file, or one line says why it doesn't: it may lack permission, for one."""
-    ncu = tool("ncu")
-    if ncu is None:
+    """What ncu says of the hot kernels goes into a file, which may be that it has no permission; or no more than a line."""
+    if (ncu := tool("ncu")) is None:
         return "no profile: ncu is not on the PATH"
     command = ["timeout", str(FOR_PROFILE), ncu, "--profile-from-start", "off", "--csv", "--print-details", "all"]
     command += [word for section in SECTIONS.split() for word in ("--section", section)]
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import kernels; kernels.run_hot()"
     done = subprocess.run([*command, sys.executable, "-P", "-c", code], capture_output=True, text=True)
-    rows = [line for line in done.stdout.splitlines() if line.startswith('"')]
-    if done.returncode or len(rows) < 2:  # a heading alone is no profile
-        return f"no profile: ncu ended with {done.returncode}\n{done.stdout[-999:]}\n{done.stderr[-999:]}"
-    to.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return f"wrote {to}"
+    to.write_text(done.stdout, encoding="utf-8")
+    return f"ncu ended with {done.returncode}; it wrote {to}\n{done.stderr[-999:]}"
 
 
 def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, compiled: bool = False) -> Judgement:
     """Each unit has its share of the time; compiled peers take what they need, one unit after the other."""
     wrong, models, kept = [], {}, 0 if compiled else FOR_PROFILE
-    for n, (network, batch) in enumerate(units):
-        unit, left = f"{network} at batch {batch}", clock.left() - kept
-        stored = results.setdefault(unit, {"network": network, "batch": batch, "contestants": {}})
+    for network, batch in units:
+        results.setdefault(f"{network} at batch {batch}", {"network": network, "batch": batch, "contestants": {}})
+    for n, (unit, stored) in enumerate(results.items()):
+        network, batch, left = stored["network"], stored["batch"], clock.left() - kept
         if compiled and any(GRAPH in who for who in stored.get("compiled", {}).get("contestants", ())):
             continue
         if left < SHORTEST:
             break
-        later = kept + (0 if compiled else left * (1 - 1 / (len(units) - n)))
+        later = kept + (0 if compiled else left * (1 - 1 / (len(results) - n)))
         try:
             model = models[network] = models[network] if network in models else the_network(network).to(device)
             field = entrants(model, batch, quick=not compiled)
@@ -210,11 +207,7 @@ def ops(results: Results, clock: Clock) -> Judgement:
     return wrong, missed(rows)
 
 
-def peers(results: Results, clock: Clock) -> Judgement:
-    return steps(results, clock, compiled=True)
-
-
-PIECES = {"check": check, "steps": steps, "ops": ops, "peers": peers}
+PIECES = {"check": check, "steps": steps, "ops": ops, "peers": functools.partial(steps, compiled=True)}
 
 
 def main() -> None:
@@ -225,8 +218,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
     parser.add_argument("--force", action="store_true", help="measure although others use the GPU")
     settings = parser.parse_args()
-    why = obstacle()
-    if why:
+    if why := obstacle():
         sys.exit(f"gpu.py: {why}")
     if settings.piece != "check":
         refuse_if_used(settings.force)

@@ -199,7 +199,7 @@ def run_on_gpu(only: str = "", left: Callable[[], float] = lambda: math.inf) -> 
     Compilers get what time our own figures leave them.
     """
     torch.backends.cudnn.benchmark = True
-    cache, stream = torch.cuda.get_device_properties().L2_cache_size, torch.cuda.Stream()
+    cache, stream = torch.cuda.get_device_properties("cuda").L2_cache_size, torch.cuda.Stream()
     # Autograd runs a backward on its forward's stream, and only the captured stream's work gets into a graph.
     torch.cuda.graph.default_capture_stream = stream
     with torch.cuda.stream(stream):

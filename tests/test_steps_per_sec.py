@@ -1,4 +1,4 @@
-"""benchmarks/steps_per_sec.py: its contestants on a small network, and what becomes of what they measured."""
+"""benchmarks/steps_per_sec.py: its contestants on a small network, and what becomes of what they measured; kernels.py."""
 
 import contextlib
 import ctypes
@@ -371,3 +371,17 @@ def test_bars_on_a_gpu():
     rows = _bars.engine_bars([unit("cifar10", 1, quick)], "cuda")
     assert all(row["measured"] is None for row in rows if "best peer" in row["bar"])
     assert {row["measured"] for row in rows if "defaults" in row["bar"]} == {12.0, None}
+
+
+# ------------------------------------------------------------------------------------------------- kernels.py
+
+
+def test_kernels_still_runs_on_a_cpu(tmp_path):
+    to = tmp_path / "kernels.json"
+    options = ["--device", "cpu", "--quick", "--only", "timestep", "--seconds", "0.1", "--force", "--json", str(to)]
+    command = [sys.executable, str(BENCHMARKS / "kernels.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(to.read_text())["results"]
+    assert (case["op"], case["case"]) == ("timestep_embedding", "[256] -> 128")
+    assert list(case["contestants"]) == ["copy", "fastddpm op", "torch", "torch, float64 inside"]
