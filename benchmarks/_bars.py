@@ -24,6 +24,10 @@ def network(batch: int) -> str:
     return f"CIFAR-10 at batch {batch}"
 
 
+def _ms(r: dict, name: str = OURS) -> float:
+    return r["contestants"][name]["ms"]
+
+
 def _row(bar: str, wanted: str, value: Callable[[], Value], moonshot: bool = False) -> dict:
     """value raises a KeyError, or a ValueError where there is nothing to choose from, if what it needs was not measured."""
     sign, bound = wanted.split()
@@ -45,17 +49,12 @@ def bars(results: Collection[dict], planned: Collection[dict]) -> list[dict]:
     rows, have = [], {(r["op"], r["case"]) for r in results}
 
     def row(bar: str, wanted: str, about: Collection[str], value: Callable[[list[dict]], Value]) -> None:
-        """about: names in `Case.bars`, or ops."""
-
-        def chosen(r: dict) -> bool:
-            return r["op"] in about or any(name in about for name in r["bars"])
+        def chosen(r: dict) -> bool:  # about: names in `Case.bars`, or ops
+            return not {r["op"], *r["bars"]}.isdisjoint(about)
 
         whole = have >= {(p["op"], p["case"]) for p in planned if chosen(p)}
         cases = [r for r in results if whole and chosen(r)]
         rows.append(_row(bar, wanted, lambda: value(cases) if cases else None))
-
-    def ms(r: dict, name: str = OURS) -> float:
-        return r["contestants"][name]["ms"]
 
     def compiled(r: dict) -> float:
         """By torch.compile's best setting for this shape."""
@@ -66,24 +65,25 @@ def bars(results: Collection[dict], planned: Collection[dict]) -> list[dict]:
 
     def weighted(peer: Callable[[dict], float]) -> Callable[[list[dict]], Value]:
         return lambda cases: (
-            sum(r["calls"] * peer(r) for r in cases) / sum(r["calls"] * ms(r) for r in cases),
+            sum(r["calls"] * peer(r) for r in cases) / sum(r["calls"] * _ms(r) for r in cases),
             f"{len(cases)} shapes, {sum(r['calls'] for r in cases)} calls",
         )
 
-    of_copy, batches = extreme(min, lambda r: ms(r, COPY) / ms(r)), [network(batch) for batch in BATCHES]
+    of_copy, batches = extreme(min, lambda r: _ms(r, COPY) / _ms(r)), [network(batch) for batch in BATCHES]
     row("norm, groups on chip, of copy", ">= 0.85", [ON_CHIP], of_copy)
     row("norm, two-stage, of copy", ">= 0.60", [TWO_STAGE], of_copy)
     for batch in batches:
         row(f"norm, {batch}, times faster than torch.compile", ">= 1.5", [batch], weighted(compiled))
-        row(f"norm, {batch}, times faster than eager", ">= 1.5", [batch], weighted(lambda r: ms(r, PLAIN)))
-    than_peers = extreme(min, lambda r: min(compiled(r), ms(r, PLAIN)) / ms(r))
+        row(f"norm, {batch}, times faster than eager", ">= 1.5", [batch], weighted(lambda r: _ms(r, PLAIN)))
+    than_peers = extreme(min, lambda r: min(compiled(r), _ms(r, PLAIN)) / _ms(r))
     row("norm, the network's worst shape, times faster", ">= 1.0", batches, than_peers)
-    row("norm, batch 1, slowest node, us", "<= 4", [BATCH_1], extreme(max, lambda r: 1e3 * ms(r)))
+    row("norm, batch 1, slowest node, us", "<= 4", [BATCH_1], extreme(max, lambda r: 1e3 * _ms(r)))
     row("step, [64, 3, 256, 256], of copy", ">= 0.80", [LARGE_STEP], of_copy)
-    row("step, [256, 3, 32, 32], times a copy", "<= 1.3", [SMALL_STEP], extreme(max, lambda r: ms(r) / ms(r, COPY)))
+    to_copy = extreme(max, lambda r: _ms(r) / _ms(r, COPY))
+    row("step, [256, 3, 32, 32], times a copy", "<= 1.3", [SMALL_STEP], to_copy)
     for op in OPS:
-        row(f"triton, {op}, of cuda's speed", ">= 0.75", [op], extreme(min, lambda r: ms(r) / ms(r, TWIN)))
-    than_autograd = extreme(min, lambda r: ms(r, PLAIN) / ms(r))
+        row(f"triton, {op}, of cuda's speed", ">= 0.75", [op], extreme(min, lambda r: _ms(r) / _ms(r, TWIN)))
+    than_autograd = extreme(min, lambda r: _ms(r, PLAIN) / _ms(r))
     row("norm backward, times faster than autograd", ">= 1.3", ["group_norm_silu_backward"], than_autograd)
     return rows
 
@@ -100,11 +100,8 @@ def engine_bars(results: Collection[dict], kind: str) -> list[dict]:
         bar = "{} at batch {}, ".format(*unit) + what + " (moonshot)" * moonshot
         rows.append(_row(bar, wanted, lambda: value(units[unit]), moonshot))
 
-    def ms(unit: dict, name: str = BF16) -> float:
-        return unit["contestants"][name]["ms"]
-
     def than(peer: str, ours: str = BF16) -> Callable[[dict], Value]:
-        return lambda unit: (ms(unit, peer) / ms(unit, ours), peer)
+        return lambda unit: (_ms(unit, peer) / _ms(unit, ours), peer)
 
     def than_best(unit: dict) -> Value:
         runs = {n: run for run in (unit, unit.get("compiled", {})) for n in run.get("contestants", ())}
@@ -117,7 +114,6 @@ def engine_bars(results: Collection[dict], kind: str) -> list[dict]:
         return unit["contestants"][ours]["share_of_matmul"]  # None where the limit itself was not measured
 
     def worst(bar: str, wanted: str, values: Callable[[dict], Iterable[float]]) -> None:
-        """Of all that was measured."""
         found = [(v, f"{r['network']} at batch {r['batch']}") for r in results for v in values(r) if v is not None]
         rows.append(_row(bar, wanted, lambda: max(found)))
 
@@ -125,7 +121,7 @@ def engine_bars(results: Collection[dict], kind: str) -> list[dict]:
         one, many, large = ("cifar10", 1), ("cifar10", 256), ("lsun256", 4)
         row(one, "bfloat16, times faster than the best peer", ">= 1.3", than_best)
         row(one, "bfloat16, times faster than the best peer", ">= 2", than_best, moonshot=True)
-        row(one, "bfloat16, ms a step", "<= 0.2", ms, moonshot=True)
+        row(one, "bfloat16, ms a step", "<= 0.2", lambda r: _ms(r, BF16), moonshot=True)
         row(many, "bfloat16, times faster than the best peer", ">= 1.15", than_best)
         row(many, "bfloat16, of matmul", ">= 0.65", of_matmul, moonshot=True)
         row(large, "bfloat16, times faster than the best peer", ">= 1.12", than_best)
@@ -138,7 +134,7 @@ def engine_bars(results: Collection[dict], kind: str) -> list[dict]:
             row(unit, "float32, times faster than OpenVINO", f">= {openvino}", than(f"{OPENVINO} float32", F32))
             row(unit, "float32, times faster than diffusers' defaults", ">= 1.7", than(DEFAULTS, F32))
             row(unit, "float32, of matmul", f">= {share}", lambda r: of_matmul(r, F32), moonshot=True)
-            row(unit, "bfloat16's step, times float32's", "<= 1.05", lambda r: ms(r) / ms(r, F32))
+            row(unit, "bfloat16's step, times float32's", "<= 1.05", lambda r: _ms(r, BF16) / _ms(r, F32))
     else:
         for batch, openvino, defaults, share in ((16, 1.05, 2.2, 0.92), (1, 1.1, 3, 0.90)):
             unit = ("cifar10", batch)
