@@ -1,4 +1,4 @@
-"""The ops as cases to measure: their buffers, who takes part, and what is right. kernels.py and gpu.py time them.
+"""The ops as cases to measure: their buffers, who takes part, and what is right. kernels.py times them.
 
 On a GPU our contestants are the public op with each backend, and the CUDA kernel with its output preallocated.
 """

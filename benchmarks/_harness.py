@@ -197,6 +197,17 @@ class Load:
         }
 
 
+def refuse_if_used(force: bool) -> None:
+    """End the run where others have memory on this GPU, as they may then use it too."""
+    free, total = torch.cuda.mem_get_info()
+    others = total - free - torch.cuda.memory_reserved()
+    if others > 2 << 30:  # a context and its modules take some hundreds of MiB
+        message = f"other processes hold {others / 2**30:.1f} GiB of this GPU's memory"
+        if not force:
+            sys.exit(f"{message}: timings would mean little. Wait for them to end, or pass --force.")
+        print(f"warning: {message}; go on, as --force was given", file=sys.stderr)
+
+
 # ----------------------------------------------------------------------------------------- what was measured
 
 

@@ -14,23 +14,26 @@ GB/s counts the bytes that must move, whatever a contestant really moves: each i
 once. For a tiny op it is no more than the time per call in other words.
 
 On a GPU times are those of CUDA graphs, which leave out what the host takes to call, and "fastddpm cuda" and "fastddpm
-triton" are the public op by either backend. gpu.py runs the same cases and writes down which bars they reach.
+triton" are the public op by either backend. `gpu.py ops` runs the same cases, and ends with its time.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from _bars import BATCH_1, BATCHES, LARGE_STEP, ON_CHIP, SMALL_STEP, TWO_STAGE, bars, cells, network
+from _bars import BATCH_1, BATCHES, LARGE_STEP, ON_CHIP, OURS, SMALL_STEP, TWO_STAGE, bars, network, print_bars
 from _cases import (
+    COMPILED,
     COPY,
     PLAIN,
     Case,
     DDPMScheduler,
+    Tensors,
     cifar10_norms,
     ddpm_step,
     ddpm_step_in_graph,
@@ -41,8 +44,6 @@ from _cases import (
     philox_normal,
     timestep_embedding,
 )
-from _graphs import Gpu, refuse_if_used
-from _graphs import measure as measure_graphs
 from _harness import (
     Load,
     Rotation,
@@ -51,8 +52,10 @@ from _harness import (
     arguments,
     bar_chart,
     check_outputs,
+    in_round,
     print_table,
     provenance,
+    refuse_if_used,
     write_json,
 )
 from tqdm.auto import tqdm
@@ -60,6 +63,9 @@ from tqdm.auto import tqdm
 from fastddpm import backend
 
 MB = 1 << 20
+# On a GPU: buffers' sets of small ops at most (all of them may fit into the L2 then), milliseconds that a graph takes, rounds,
+# and seconds of a case without compilers
+MOST_SETS, REPLAYED, ROUNDS, A_CASE = 1000, 5, 3, 3
 CL, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 BF16 = torch.bfloat16
 
@@ -144,38 +150,79 @@ def summary(case: Case, errors: dict[str, float], timings: dict[str, Timing]) ->
     return {"op": case.op, "case": case.name, "contestants": contestants}
 
 
-def measure_on_gpu(case: Case, gpu: Gpu, seconds: float) -> dict[str, object]:
-    """Examine and time a case; what is wrong or doesn't run is left out, and the result says so."""
+def sets_needed(case: Case, cache: int) -> int:
+    """So many that they come to more than four times the cache; of small ops as many as are enough."""
+    touched = case.touched or min(c.moved for c in case.contestants.values())
+    return case.sets or min(MOST_SETS, max(2, math.floor(4 * cache / touched) + 1))
+
+
+def in_a_graph(call: Callable[..., object], sets: list[Tensors], reset: Callable[[], None]) -> float:
+    """Seconds of a call, from replays of a CUDA graph of calls over all sets in turn."""
+    from triton.testing import do_bench_cudagraph  # torch brings it along only where there are GPUs
+
+    reset()
+    torch.cuda.synchronize()  # its streams don't wait for this one
+    # Results of a turn stay until it is over, so that no two calls share memory.
+    run = lambda: [call(*buffers) for buffers in sets]  # noqa: E731
+    return do_bench_cudagraph(run, rep=REPLAYED, return_mode="median") / 1e3 / len(sets)
+
+
+def measure_on_gpu(case: Case, cache: int, compiled: bool = True) -> dict[str, object]:
+    """Examine and time a case; who is wrong, fails or can't be captured is left out, and the result says so."""
     torch.compiler.reset()  # code compiled for earlier shapes would count against dynamo's limit of versions
-    errors, left_out = {}, {}
-    for name in case.contestants:
-        try:
-            errors[name] = examined(case, name)
-        except Exception as error:  # one contestant's failure is not the others'
-            left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    timings, not_graphs, sets = measure_graphs(case, list(errors), gpu, seconds)
-    result = summary(case, errors, timings)
-    for name, reason in not_graphs.items():
-        result["contestants"][name]["not_captured"] = reason
-    torch.cuda.empty_cache()
-    return {**result, "bars": case.bars, "calls": case.calls, "sets": sets, "left_out": left_out}
+    result = {"op": case.op, "case": case.name, "contestants": {}, "bars": case.bars, "calls": case.calls}
+    errors = {}
+    calls = {COPY: lambda *buffers: buffers[case.out].copy_(buffers[case.source])}
+    calls |= {name: c.call for name, c in case.contestants.items() if compiled or not name.startswith(COMPILED)}
+    left_out = dict.fromkeys((name for name in case.contestants if name not in calls), "no time left to compile it")
+    taken = {name: [] for name in calls}
+    try:
+        sets = [case.make() for _ in range(sets_needed(case, cache))]
+        for r in range(ROUNDS):
+            for name in in_round(calls, r):
+                try:
+                    if name not in errors and name != COPY:
+                        errors[name] = examined(case, name)
+                    taken[name].append(in_a_graph(calls[name], sets, case.reset))
+                except Exception as error:  # one contestant's failure is not the others'
+                    left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                    del calls[name]
+        result |= {**summary(case, errors, {name: Timing(taken[name]) for name in calls}), "sets": len(sets)}
+    except Exception as error:  # such as too little memory: the other cases may do
+        left_out = dict.fromkeys(case.contestants, f"{type(error).__name__}: {error}".splitlines()[0])
+    return {**result, "left_out": left_out}
 
 
-def run_on_gpu(settings: argparse.Namespace, done: Collection[tuple[str, str]] = ()) -> Iterator[dict[str, object]]:
-    """The results of the GPU's cases as they come. settings: only, seconds, quick, force. done: (op, name)s to skip."""
+def run_on_gpu(only: str = "", left: Callable[[], float] = lambda: math.inf) -> Iterator[dict[str, object]]:
+    """The results of the GPU's cases as they come; left() says for how many seconds more.
+
+    Compilers get what time our own figures leave them.
+    """
     torch.backends.cudnn.benchmark = True
-    refuse_if_used(settings.force)
-    gpu = Gpu()
-    with torch.cuda.stream(gpu.stream):
-        for case in gpu_cases():
-            if settings.only not in str(case) or (case.op, case.name) in done:
-                continue
-            try:
-                yield measure_on_gpu(case, gpu, seconds_for(settings))
-            except Exception as error:  # such as too little memory: the other cases may do
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                nothing = {"contestants": {}, "left_out": dict.fromkeys(case.contestants, reason)}
-                yield {"op": case.op, "case": case.name, "bars": case.bars, "calls": case.calls, **nothing}
+    cache, stream = torch.cuda.get_device_properties("cuda").L2_cache_size, torch.cuda.Stream()
+    # Autograd runs a backward on its forward's stream, and only the captured stream's work gets into a graph.
+    torch.cuda.graph.default_capture_stream = stream
+    with torch.cuda.stream(stream):
+        for n, case in enumerate(gpu_cases()):
+            if left() <= 0:
+                break
+            if only in str(case):
+                yield measure_on_gpu(case, cache, left() > (len(planned()) - n) * A_CASE)
+                torch.cuda.empty_cache()
+
+
+def run_hot() -> None:
+    """The norm, on chip and in two stages, and the step, once each between marks that a profiler heeds."""
+    cases, profiler = list(gpu_cases()), torch.cuda.cudart()
+    for bar in (ON_CHIP, TWO_STAGE, LARGE_STEP):
+        case = next(case for case in cases if bar in case.bars)
+        call, buffers = case.contestants[OURS].call, case.make()
+        call(*buffers)  # loads the kernel
+        torch.cuda.synchronize()
+        profiler.cudaProfilerStart()
+        call(*buffers)
+        torch.cuda.synchronize()
+        profiler.cudaProfilerStop()
 
 
 def table(results: list[dict], unit: str = "ms") -> None:
@@ -187,7 +234,7 @@ def table(results: list[dict], unit: str = "ms") -> None:
             faster = c["times_faster_than_torch"]
             rows.append(
                 [
-                    f"  {name}" + (" (not a graph)" if "not_captured" in c else ""),
+                    f"  {name}",
                     f"{scale * c['ms']:.3f}",
                     f"{scale * c['ms_p20']:.3f}",
                     f"{scale * c['ms_p80']:.3f}",
@@ -211,15 +258,11 @@ def bars_of(results: list[dict]) -> list[dict]:
     return bars(results, planned())
 
 
-def print_bars(rows: list[dict]) -> None:
-    print_table(["bar", "wanted", "measured", "reached", "where"], cells(rows))
-
-
 def main() -> None:
     parser = arguments("Time every op beside a copy of the same bytes and the plain PyTorch composition.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the cases whose op and name contain this")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time spent on each case")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time spent on each case, on a CPU")
     parser.add_argument("--quick", action="store_true", help="a fifth of the time, on a CPU a quarter of the buffers")
     settings = parser.parse_args()
     check_outputs(settings)
@@ -235,7 +278,8 @@ def main() -> None:
     load = Load(settings.force)
     results = []
     if on_gpu:
-        for result in run_on_gpu(settings):
+        refuse_if_used(settings.force)
+        for result in run_on_gpu(settings.only):
             results.append(result)
             table([result], "us")
         print_bars(bars_of(results))

@@ -39,7 +39,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from _bars import BF16, DEFAULTS, F32, cells, engine_bars
+from _bars import BF16, DEFAULTS, F32, engine_bars, print_bars
 from _contestants import (
     DTYPES,
     Contestant,
@@ -53,7 +53,6 @@ from _contestants import (
     synchronize,
     the_network,
 )
-from _graphs import refuse_if_used
 from _harness import (
     Clock,
     Load,
@@ -64,6 +63,7 @@ from _harness import (
     in_round,
     print_table,
     provenance,
+    refuse_if_used,
     write_json,
 )
 from _isa import CAP, capped, set_isa
@@ -374,12 +374,19 @@ def figures(
 
 
 def measure(
-    model: UNet, name: str, batch: int, quick: bool, clock: Clock, later: float, tried: dict[str, float]
+    model: UNet,
+    name: str,
+    batch: int,
+    everybody: dict[str, Entrant],
+    clock: Clock,
+    later: float,
+    tried: dict[str, float],
+    calls: bool = True,
 ) -> dict[str, object]:
-    """All contestants with one network at one batch size, as it goes into the JSON.
+    """Contestants with one network at one batch size, as it goes into the JSON.
 
     later: seconds of the clock that belong to what comes afterwards. tried: how long the set-up of each contestant has
-    taken at earlier batch sizes, finished or not; this one's go in as well.
+    taken at earlier batch sizes, finished or not; this one's go in as well. calls: also time whole calls of `sample`.
     """
 
     def left() -> float:
@@ -393,14 +400,11 @@ def measure(
     torch.compiler.reset()  # code compiled for earlier shapes would count against dynamo's limit of versions
     device, share = next(model.parameters()).device, left()
     work = sum(macs(model)) * batch
-    say(f"timing first calls in new processes, and the loop without a network; this batch size has {share:.0f} s")
-    result = {
-        "network": name,
-        "batch": batch,
-        "gmac_per_image": work / batch / 1e9,
-        "cold_s": cold(name, batch, device, share / 10),
-        "own_ms": own(model, batch, device, share / 20),
-    }
+    result = {"network": name, "batch": batch, "gmac_per_image": work / batch / 1e9}
+    if calls:
+        say(f"timing first calls in new processes, and the loop without a network; this batch size has {share:.0f} s")
+        result["cold_s"] = cold(name, batch, device, share / 10)
+        result["own_ms"] = own(model, batch, device, share / 20)
     torch.manual_seed(batch)
     x = torch.randn(batch, *model.shape, device=device)
     truth, field, found = exact(model, x[:FEW]), {}, {}
@@ -418,7 +422,6 @@ def measure(
     for who, why in left_out.items():
         say(f"{who}: left out: {why}")
     with contextlib.ExitStack() as stack:
-        everybody = entrants(model, batch, quick)
         for n, (who, entrant) in enumerate(everybody.items(), 1):
             say(f"setting up {who}")
             start = time.monotonic()
@@ -452,8 +455,8 @@ def measure(
             f"up to {rounds} rounds of about {round_of(per_turn):.1f} s: "
             f"{len(field)} contestants, {per_turn} steps of each in turn"
         )
-        calls = {who: lambda c=c: c.steps(per_turn) for who, c in field.items()}
-        taken = in_turn({**calls, **products}, rounds, left, say)
+        turns = {who: lambda c=c: c.steps(per_turn) for who, c in field.items()}
+        taken = in_turn({**turns, **products}, rounds, left, say)
     timings = {who: Timing(seconds) for who, seconds in taken.items()}
     flops = {precision: 2 * PRODUCT[device.type][0] ** 3 / timings[precision].median for precision in products}
     step = {who: Timing([s / per_turn for s in timings[who].seconds]) for who in field}
@@ -499,11 +502,10 @@ def table(results: list[dict]) -> None:
         print_table(header, rows)
         for name, why in result["left_out"].items():
             print(f"  left out: {name}: {why}")
-        first = ", ".join(f"{seconds:.2f} s in {dtype}" for dtype, seconds in result["cold_s"].items())
-        print(
-            f"  a cold call's first step: {first}; a warm call's own time: {result['own_ms']:.2f} ms a step\n",
-            flush=True,
-        )
+        if "cold_s" in result:
+            first = ", ".join(f"{seconds:.2f} s in {dtype}" for dtype, seconds in result["cold_s"].items())
+            print(f"  a cold call's first step: {first}; a warm call's own time: {result['own_ms']:.2f} ms a step")
+        print(flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -557,20 +559,22 @@ def main() -> None:
         for what, known in isa["capped"].items():
             clock.say(f"  {what}: {known}")
     model = the_network(settings.network).to(settings.device)
-    results, tried = [], {}
+    device, results, tried = torch.device(settings.device), [], {}
+    content = {"benchmark": "steps_per_sec", **provenance(settings), "isa": isa, "load": None, "results": results}
     # What is kept for the end: results are written, and a call into a library can't be interrupted.
     end = clock.seconds / 20
     weights = [1 + min(batch, 16) / 16 for batch in settings.batch]  # for set-up, and for steps
     for i, batch in enumerate(settings.batch):
         later = end + (clock.left() - end) * sum(weights[i + 1 :]) / sum(weights[i:])
-        results.append(measure(model, settings.network, batch, settings.quick, clock, later, tried))
+        everybody = entrants(model, batch, settings.quick)
+        results.append(measure(model, settings.network, batch, everybody, clock, later, tried))
         table(results[-1:])
-    device = torch.device(settings.device)
+        if settings.json is not None:
+            write_json(settings.json, content, quiet=True)
     bars = engine_bars(results, "avx2" if backend.no_products(device, torch.bfloat16) else device.type)
-    print_table(["bar", "wanted", "measured", "reached", "where"], cells(bars))
-    loaded = load.report()
+    print_bars(bars)
+    content["load"] = load.report()
     if settings.json is not None:
-        content = {"benchmark": "steps_per_sec", **provenance(settings), "isa": isa, "load": loaded, "results": results}
         write_json(settings.json, {**content, "bars": bars})
     if settings.plot is not None:
         panels = {

@@ -31,6 +31,7 @@ else:
 # Kernels take float16 too: it differs in how elements are loaded and stored, which test_ddpm_step.py shows for each value.
 DTYPES = (torch.float32, torch.bfloat16)
 LAYOUTS = ("contiguous", "channels_last", "permuted")
+NO_GPU = "no CUDA device: make gpu runs these on a machine that has one"
 
 # Examples are the same in every run: a failure is there for everyone, and nobody's run fails by chance.
 hypothesis.settings.register_profile("fastddpm", deadline=None, derandomize=True, database=None, max_examples=60)
@@ -48,9 +49,10 @@ def over_shapes(names, cases):
 
 def _server(device, name):
     reason = simulated.missing() if name == SIMULATED else backend.unavailable(name)
+    reason = reason and f"{name} on {device}: {reason}"
     if device == "cuda" and not torch.cuda.is_available():
-        reason = "no CUDA device"
-    marks = [pytest.mark.skip(reason=f"{name} on {device}: {reason}")] if reason else []
+        reason = NO_GPU
+    marks = [pytest.mark.skip(reason=reason)] if reason else []
     marks += [pytest.mark.thorough] if name == SIMULATED else []  # which has to be built
     return pytest.param((device, name), id=f"{device}-{name}", marks=marks)
 

@@ -1,6 +1,6 @@
 """What only a GPU can show: graphs, streams, tensors beyond 2^31 elements, and chains that are the CPU's.
 
-`python benchmarks/gpu.py parity` runs this file; `fastddpm.parity` and the ops' own tests hold every result against float64.
+`make gpu-check` runs this file; `fastddpm.parity` and the ops' own tests hold every result against float64.
 """
 
 import copy

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import on_variant
+from conftest import NO_GPU, on_variant
 
 from fastddpm import backend, ops, parity
 
@@ -33,7 +33,7 @@ def test_everything_is_covered(rows):
 
 def test_on_a_gpu():
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip(NO_GPU)
     assert [row for row in parity.run("cuda") if not row.share <= 1] == []
 
 

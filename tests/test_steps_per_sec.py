@@ -1,4 +1,4 @@
-"""benchmarks/steps_per_sec.py: its contestants on a small network, and what becomes of what they measured."""
+"""benchmarks/steps_per_sec.py: its contestants on a small network, and what becomes of what they measured; kernels.py."""
 
 import contextlib
 import ctypes
@@ -19,7 +19,6 @@ import _bars  # noqa: E402
 import _contestants  # noqa: E402
 import _harness  # noqa: E402
 import _isa  # noqa: E402
-import gpu  # noqa: E402
 import steps_per_sec  # noqa: E402
 
 from fastddpm import UNet, UNetConfig, backend  # noqa: E402
@@ -54,9 +53,8 @@ def measure(model, monkeypatch):
     monkeypatch.setattr(steps_per_sec, "MOST_ROUNDS", 4)
 
     def call(entrants=None, seconds=200, tried=()):
-        if entrants is not None:
-            monkeypatch.setattr(steps_per_sec, "entrants", lambda *_: entrants)
-        return steps_per_sec.measure(model, "small", 2, True, _harness.Clock(seconds), 0.0, dict(tried))
+        field = _contestants.entrants(model, 2, True) if entrants is None else entrants
+        return steps_per_sec.measure(model, "small", 2, field, _harness.Clock(seconds), 0.0, dict(tried))
 
     return call
 
@@ -375,55 +373,15 @@ def test_bars_on_a_gpu():
     assert {row["measured"] for row in rows if "defaults" in row["bar"]} == {12.0, None}
 
 
-# --------------------------------------------------------------------------------------------- gpu.py's engine
+# ------------------------------------------------------------------------------------------------- kernels.py
 
 
-def test_units_are_what_the_script_measures_by_itself():
-    batches = {
-        (name, b) for (device, name), all_of in steps_per_sec.BATCHES.items() if device == "cuda" for b in all_of
-    }
-    assert set(gpu.UNITS) == batches
-    assert len(gpu.UNITS) == len(batches)
-    command = gpu.measuring("lsun256", 4, Path("x.json"), 300.0, False)
-    settings = steps_per_sec.parser().parse_args(command[2:])
-    assert (settings.device, settings.network, settings.batch, settings.minutes) == ("cuda", "lsun256", [4], 4.5)
-
-
-def test_engine_results_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
-    """A unit that fails, one whose peer wasn't compiled in time, and what --resume makes of them."""
-    settings = gpu.arguments().parse_args(["engine", "--out", str(tmp_path)])
-    header = {"commit": "abc", "sources": "1", "versions": {}}
-    path, asked = tmp_path / "gpu.json", []
-    late = {("cifar10", 256): {"torch.compile": "no time left: a step takes 9 s"}}
-    failing = {("lsun256", 4)}
-    ms = {_bars.F32: 2.0, _bars.BF16: 1.0, _bars.DEFAULTS: 12.0, f"torch.compile, {_bars.GRAPH}": 1.4}
-
-    def ran(command, *_, **__):
-        given = steps_per_sec.parser().parse_args(command[2:])
-        which = given.network, *given.batch
-        asked.append(which)
-        if which in failing:
-            return 1, "Traceback\nRuntimeError: no", 3.0
-        given.json.write_text(json.dumps({"results": [unit(*which, ms, left_out=late.get(which, {}))]}))
-        return 0, "", 3.0
-
-    monkeypatch.setattr(gpu, "limited", ran)
-    monkeypatch.setattr(steps_per_sec, "table", lambda results: print(len(results), "measured"))
-    assert not gpu.run_engine(gpu.Record(path, header, "engine"), settings, gpu.Clock(500))
-    found = json.loads(path.read_text())
-    assert asked == list(gpu.UNITS)
-    assert found["engine"]["failed"]["lsun256 at batch 4"]["output"] == ["Traceback", "RuntimeError: no"]
-    assert not found["engine"]["complete"]
-    assert len(found["engine"]["results"]) == len(gpu.UNITS) - 1
-    assert "go on with --resume" in capsys.readouterr().out
-
-    late.clear(), failing.clear(), asked.clear()
-    settings.resume = True
-    assert not gpu.run_engine(gpu.Record(path, header, "engine"), settings, gpu.Clock(100))  # too little time for one
-    assert not asked
-    assert gpu.run_engine(gpu.Record(path, header, "engine"), settings, gpu.Clock(500))
-    assert asked == [("cifar10", 256), ("lsun256", 4)]
-    found = json.loads(path.read_text())
-    assert found["engine"]["complete"]
-    assert len(found["engine"]["results"]) == len(gpu.UNITS)
-    assert all(row["reached"] for row in found["engine_bars"] if not row["moonshot"])
+def test_kernels_still_runs_on_a_cpu(tmp_path):
+    to = tmp_path / "kernels.json"
+    options = ["--device", "cpu", "--quick", "--only", "timestep", "--seconds", "0.1", "--force", "--json", str(to)]
+    command = [sys.executable, str(BENCHMARKS / "kernels.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(to.read_text())["results"]
+    assert (case["op"], case["case"]) == ("timestep_embedding", "[256] -> 128")
+    assert list(case["contestants"]) == ["copy", "fastddpm op", "torch", "torch, float64 inside"]
