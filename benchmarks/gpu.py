@@ -27,13 +27,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import kernels
 import torch
-from _bars import BF16, F32, GRAPH, engine_bars, missed, print_bars
+from _bars import BF16, F32, GRAPH, OURS, engine_bars, missed, print_bars
 from _contestants import UNet2DModel, entrants, the_network
-from _harness import Clock, provenance, refuse_if_used, version, write_json
+from _harness import Clock, print_table, provenance, refuse_if_used, version, write_json
 from steps_per_sec import BATCHES, NO_TIME, measure, table
 
 import fastddpm
@@ -148,6 +149,24 @@ def profile(to: Path) -> str:
     return f"ncu ended with {done.returncode}; it wrote {to}\n{done.stderr[-999:]}"
 
 
+def print_predictions(results: Collection[dict]) -> None:
+    """What budget.json predicts, beside what was measured."""
+    rows = []
+    for p in json.loads((ROOT / "benchmarks" / "budget.json").read_text(encoding="utf-8"))["predictions"]:
+        ours = OURS if "op" in p else f"fastddpm {p['dtype']}"
+        about = [(p["op"], case) for case in p["cases"]] if "op" in p else [(p["network"], p["batch"])]
+        for r in results:
+            key = (r["op"], r["case"]) if "op" in r else (r["network"], r["batch"])
+            if key in about and (c := r["contestants"].get(ours)):
+                share = c.get("share_of_copy", 1)
+                said = {"of copy": share, "times a copy": 1 / share, "us": 1e3 * c["ms"], "ms a step": c["ms"]}[
+                    p["measure"]
+                ]
+                within = "yes" if p["low"] <= said <= p["high"] else "NO"
+                rows.append(["{} {}".format(*key), p["measure"], f"{p['low']} to {p['high']}", f"{said:.3g}", within])
+    print_table(["", "measure", "predicted", "measured", "within"], rows)
+
+
 def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, compiled: bool = False) -> Judgement:
     """Each unit has its share of the time; compiled peers take what they need, one unit after the other."""
     wrong, models, kept = [], {}, 0 if compiled else FOR_PROFILE
@@ -176,6 +195,7 @@ def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, com
         table([found])
     rows = engine_bars(results.values(), "cuda")
     print_bars(rows)
+    print_predictions(results.values())
     if compiled:
         return wrong, [bar for bar in missed(rows) if "best peer" in bar]
     results.write(profile=profile(results.path.with_name(f"{results.path.stem}_ncu.csv")))
@@ -198,6 +218,7 @@ def ops(results: Results, clock: Clock) -> Judgement:
         sys.stdout.flush()
     rows = kernels.bars_of(results.values())
     print_bars(rows)
+    print_predictions(results.values())
     return wrong, missed(rows)
 
 
