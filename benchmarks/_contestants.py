@@ -375,11 +375,18 @@ def openvino(model: UNet, batch: int, precision: str) -> Iterator[Contestant]:
     yield contestant
 
 
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
 def capture(run: Callable[[], object]) -> Callable[[], None]:
     """What replays the run."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except BaseException:
+        _failed.append(graph)  # torch's allocator may still refer to it
+        raise
     return graph.replay
 
 

@@ -10,8 +10,8 @@ steps  steps_per_sec.py with each network and batch size, without peers to compi
 ops    the GPU cases of kernels.py
 peers  compiled peers of whole steps, those that bars are about first, beside what `steps` has stored; again, it goes on
 
-The exit status is 1 where something is wrong, 3 where all that was run is right but a bar missed or something not measured,
-and 0 otherwise. A peer that isn't installed is a line, and no bar asks for it then.
+The exit status is 1 where something is wrong, 2 where nothing could be run, 3 where all that was run is right but a bar missed
+or something not run, and 0 otherwise. A peer that isn't installed is a line, and no bar asks for it then.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -108,33 +109,42 @@ def obstacle() -> str | None:
 
 
 def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS) -> Judgement:
-    folder, wrong = ROOT / "build" / "gpu", []
+    folder, wrong, short = ROOT / "build" / "gpu", [], []
     folder.mkdir(parents=True, exist_ok=True)
     # -P: the installed package is what imports, not the source tree beside it.
     pytest = [sys.executable, "-P", "-u", "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-    threads = max(1, (os.cpu_count() or 1) // len(chunks))  # or the pools would fight for the cores
+    threads = max(1, (os.cpu_count() or 1) // max(1, len(chunks) - len(TOOLS)))  # the sanitizers need few
     running, about = {}, {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": str(threads)}}
     try:
         for name, arguments in chunks.items():
             command = ["timeout", "-k", "5", f"{clock.left():.0f}", *pytest, *arguments]
             with open(folder / f"{name}.log", "w") as log:
                 running[name] = subprocess.Popen(command, stdout=log, stderr=log, **about)
-        for name, process in running.items():
-            status, said = process.wait(), (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+        while waiting := [name for name in running if name not in results]:
+            name = next((name for name in waiting if running[name].poll() is not None), None)
+            if name is None:
+                time.sleep(0.2)
+                continue
+            status, said = running[name].wait(), (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
             words = re.findall(r"::.* (PASSED|FAILED|ERROR|SKIPPED)\b", said)
             counts = {word: words.count(word) for word in sorted(set(words))}
             right = status == 0 and "PASSED" in counts  # tests that are all skipped prove nothing
             lines = said.splitlines()[-1 if right else -60 :]
             results[name] = {"right": right, "status": status, "counts": counts, "end": lines}
             results.write()
-            if not right:
-                wrong.append(f"{name}: {'out of time' if status == 124 else f'pytest ended with {status}'}")
-            clock.say(f"{name}: {'right' if right else 'WRONG'}, {counts}")
+            failed = bool({"FAILED", "ERROR"} & counts.keys())
+            if status == 124 and not failed:
+                short.append(f"{name}: out of time")
+            elif status == 0 and not right and name in TOOLS:
+                short.append(f"{name}: skipped, as its log says")
+            elif not right:
+                wrong.append(f"{name}: pytest ended with {status}")
+            clock.say(f"{name}: {'right' if right else 'NOT RIGHT'}, {counts}")
             print("".join(f"    {line}\n" for line in lines), flush=True)
     finally:
         for process in running.values():
             process.terminate()  # timeout passes it on to what it runs
-    return wrong, []
+    return wrong, short
 
 
 def profile(to: Path) -> str:
@@ -169,7 +179,7 @@ def print_predictions(results: Collection[dict]) -> None:
 
 def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, compiled: bool = False) -> Judgement:
     """Each unit has its share of the time; compiled peers take what they need, one unit after the other."""
-    wrong, models, kept = [], {}, 0 if compiled else FOR_PROFILE
+    wrong, short, models, kept = [], [], {}, 0 if compiled else FOR_PROFILE
     for network, batch in units:
         results.setdefault(f"{network} at batch {batch}", {"network": network, "batch": batch, "contestants": {}})
     for n, (unit, stored) in enumerate(results.items()):
@@ -177,7 +187,8 @@ def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, com
         if compiled and any(GRAPH in who for who in stored.get("compiled", {}).get("contestants", ())):
             continue
         if left < SHORTEST:
-            break
+            short += [f"{unit}: no time left" + ("; its figures are an earlier run's" if stored["contestants"] else "")]
+            continue
         later = kept + (0 if compiled else left * (1 - 1 / (len(results) - n)))
         try:
             model = models[network] = models[network] if network in models else the_network(network).to(device)
@@ -186,7 +197,8 @@ def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, com
                 field = {who: entrant for who, entrant in field.items() if who == BF16 or GRAPH in who}
             found = measure(model, network, batch, field, clock, later, {}, calls=not compiled)
         except Exception as error:
-            wrong.append(f"{unit}: {type(error).__name__}: {error}".splitlines()[0])
+            outside = isinstance(error, (torch.cuda.OutOfMemoryError, subprocess.TimeoutExpired))  # no wrong result
+            (short if outside else wrong).append(f"{unit}: {type(error).__name__}: {error}".splitlines()[0])
             continue
         stored |= {"compiled": found} if compiled else found
         lost = {who: why for who, why in found["left_out"].items() if who in (F32, BF16) and NO_TIME not in why}
@@ -197,12 +209,13 @@ def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, com
     print_bars(rows)
     print_predictions(results.values())
     if compiled:
-        return wrong, [bar for bar in missed(rows) if "best peer" in bar]
+        return wrong, short + [bar for bar in missed(rows) if "best peer" in bar]
     results.write(profile=profile(results.path.with_name(f"{results.path.stem}_ncu.csv")))
     print(results.header["profile"])
     without = ["diffusers"] if UNet2DModel is None else []
     print("".join(f"{who} is not installed, and no bar asks for it\n" for who in without), end="")
-    short = [unit for unit, stored in results.items() if not {F32, BF16} <= stored["contestants"].keys()]
+    named = " ".join(short)
+    short += [u for u, stored in results.items() if not {F32, BF16} <= stored["contestants"].keys() and u not in named]
     return wrong, short + [bar for bar in missed(rows, without) if "best peer" not in bar]
 
 
@@ -232,7 +245,8 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="measure although others use the GPU")
     settings = parser.parse_args()
     if why := obstacle():
-        sys.exit(f"gpu.py: {why}")
+        print(f"gpu.py: {why}", file=sys.stderr)
+        sys.exit(2)
     if settings.piece != "check":
         refuse_if_used(settings.force)
     torch.set_grad_enabled(False)

@@ -167,6 +167,9 @@ def in_a_graph(call: Callable[..., object], sets: list[Tensors], reset: Callable
     return do_bench_cudagraph(run, rep=REPLAYED, return_mode="median") / 1e3 / len(sets)
 
 
+_failed: list[Exception] = []  # with what their captures left, which torch's allocator may still refer to
+
+
 def measure_on_gpu(case: Case, cache: int, compiled: bool = True) -> dict[str, object]:
     """Examine and time a case; who is wrong, fails or can't be captured is left out, and the result says so."""
     torch.compiler.reset()  # code compiled for earlier shapes would count against dynamo's limit of versions
@@ -187,6 +190,7 @@ def measure_on_gpu(case: Case, cache: int, compiled: bool = True) -> dict[str, o
                 except Exception as error:  # one contestant's failure is not the others'
                     left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
                     del calls[name]
+                    _failed.append(error)
         result |= {**summary(case, errors, {name: Timing(taken[name]) for name in calls}), "sets": len(sets)}
     except Exception as error:  # such as too little memory: the other cases may do
         left_out = dict.fromkeys(case.contestants, f"{type(error).__name__}: {error}".splitlines()[0])

@@ -6,7 +6,6 @@ One launch of a graph stands for hundreds of kernels, which the host would be to
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -24,16 +23,6 @@ class CaptureError(RuntimeError):
     """The steps cannot be captured; the message says why."""
 
 
-@functools.cache
-def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """The device's streams to warm up and to capture on, the same for all captures: torch keeps a workspace of up to 32 MiB
-    for each stream on which cuBLAS has ever been called.
-
-    The one that torch.cuda.graph makes belongs to whichever device came first.
-    """
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)
-
-
 def usable(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -45,8 +34,10 @@ def capture(step: Callable[[], None], counts: tuple[int, ...], device: torch.dev
     let cuDNN choose its algorithms; what that raises is the step's own error. Raises CaptureError where the capture fails.
     """
     with _capturing:
+        # Streams of the device's own: the one that torch.cuda.graph makes belongs to whichever device came first. And of each
+        # capture's own, as torch gives cuBLAS a workspace for each stream, and graphs that share one can't be replayed at once.
         here = torch.cuda.current_stream(device)
-        warm, stream = _streams(here.device)  # which has an index, where `device` may have none
+        warm, stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         graphs, pool = {}, torch.cuda.graph_pool_handle()
         warm.wait_stream(here)
         try:

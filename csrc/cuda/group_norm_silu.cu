@@ -35,7 +35,7 @@ __device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
     return {count, fmaf(d, share, a.mean), a.m2 + fmaf(d * d, a.count * share, b.m2)};
 }
 
-// Lane 0 gets the moments of the first `lanes` lanes, merged in a fixed order; the others have none.
+// Lane 0 gets the moments of the first `lanes` lanes, merged in a fixed order; lanes beyond them hold empty moments.
 __device__ __forceinline__ Moments warp_merge(Moments m, int lanes) {
 #pragma unroll 1  // a division each: short code, and mostly few lanes
     for (int d = 16; d; d /= 2) {

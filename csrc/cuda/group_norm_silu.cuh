@@ -162,8 +162,8 @@ struct Slots {
         __syncthreads();
     }
     // Calls f(slot, lane, numbers) for all that hold data, kStep lanes from an even one at a time; numbers[u] is what
-    // of(channel) gives for the lane's channel. Columns: a channel's numbers are fetched once for all slots, and where f
-    // may see empty ones too, no slot is asked.
+    // of(channel) gives for the lane's channel. Columns: a channel's numbers are fetched once for all slots. With kEmpty,
+    // f is also called for slots that hold no data.
     template <bool kEmpty, class Of, class F>
     __device__ __forceinline__ void each(const Of& of, const F& f) const {
         if (kColumns && (kEmpty || count == N))  // mostly: and then without asking for each
