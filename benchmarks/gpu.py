@@ -28,14 +28,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection
 from pathlib import Path
 
 import kernels
+import ptxas
 import torch
-from _bars import BF16, F32, GRAPH, OURS, engine_bars, missed, print_bars
+from _bars import BF16, F32, GRAPH, engine_bars, missed, print_bars
 from _contestants import UNet2DModel, entrants, the_network
-from _harness import Clock, print_table, provenance, refuse_if_used, version, write_json
+from _harness import Clock, provenance, refuse_if_used, version, write_json
 from steps_per_sec import BATCHES, NO_TIME, measure, table
 
 import fastddpm
@@ -120,10 +120,9 @@ def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS)
             command = ["timeout", "-k", "5", f"{clock.left():.0f}", *pytest, *arguments]
             with open(folder / f"{name}.log", "w") as log:
                 running[name] = subprocess.Popen(command, stdout=log, stderr=log, **about)
-        while waiting := [name for name in running if name not in results]:
-            name = next((name for name in waiting if running[name].poll() is not None), None)
+        while waiting := [name for name in running if name not in results]:  # each is stored as it ends
+            name = next((name for name in waiting if running[name].poll() is not None), None) or time.sleep(0.2)
             if name is None:
-                time.sleep(0.2)
                 continue
             status, said = running[name].wait(), (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
             words = re.findall(r"::.* (PASSED|FAILED|ERROR|SKIPPED)\b", said)
@@ -132,11 +131,9 @@ def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS)
             lines = said.splitlines()[-1 if right else -60 :]
             results[name] = {"right": right, "status": status, "counts": counts, "end": lines}
             results.write()
-            failed = bool({"FAILED", "ERROR"} & counts.keys())
-            if status == 124 and not failed:
-                short.append(f"{name}: out of time")
-            elif status == 0 and not right and name in TOOLS:
-                short.append(f"{name}: skipped, as its log says")
+            late = status == 124 and not {"FAILED", "ERROR"} & counts.keys()
+            if late or (status == 0 and not right and name in TOOLS):
+                short.append(f"{name}: {'out of time' if late else 'skipped, as its log says'}")
             elif not right:
                 wrong.append(f"{name}: pytest ended with {status}")
             clock.say(f"{name}: {'right' if right else 'NOT RIGHT'}, {counts}")
@@ -159,24 +156,6 @@ def profile(to: Path) -> str:
     return f"ncu ended with {done.returncode}; it wrote {to}\n{done.stderr[-999:]}"
 
 
-def print_predictions(results: Collection[dict]) -> None:
-    """What budget.json predicts, beside what was measured."""
-    rows = []
-    for p in json.loads((ROOT / "benchmarks" / "budget.json").read_text(encoding="utf-8"))["predictions"]:
-        ours = OURS if "op" in p else f"fastddpm {p['dtype']}"
-        about = [(p["op"], case) for case in p["cases"]] if "op" in p else [(p["network"], p["batch"])]
-        for r in results:
-            key = (r["op"], r["case"]) if "op" in r else (r["network"], r["batch"])
-            if key in about and (c := r["contestants"].get(ours)):
-                share = c.get("share_of_copy", 1)
-                said = {"of copy": share, "times a copy": 1 / share, "us": 1e3 * c["ms"], "ms a step": c["ms"]}[
-                    p["measure"]
-                ]
-                within = "yes" if p["low"] <= said <= p["high"] else "NO"
-                rows.append(["{} {}".format(*key), p["measure"], f"{p['low']} to {p['high']}", f"{said:.3g}", within])
-    print_table(["", "measure", "predicted", "measured", "within"], rows)
-
-
 def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, compiled: bool = False) -> Judgement:
     """Each unit has its share of the time; compiled peers take what they need, one unit after the other."""
     wrong, short, models, kept = [], [], {}, 0 if compiled else FOR_PROFILE
@@ -187,7 +166,7 @@ def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, com
         if compiled and any(GRAPH in who for who in stored.get("compiled", {}).get("contestants", ())):
             continue
         if left < SHORTEST:
-            short += [f"{unit}: no time left" + ("; its figures are an earlier run's" if stored["contestants"] else "")]
+            short += [f"{unit}: no time left; what it has is an earlier run's"] if stored["contestants"] else []
             continue
         later = kept + (0 if compiled else left * (1 - 1 / (len(results) - n)))
         try:
@@ -207,15 +186,14 @@ def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, com
         table([found])
     rows = engine_bars(results.values(), "cuda")
     print_bars(rows)
-    print_predictions(results.values())
+    ptxas.print_predictions(results.values())
     if compiled:
         return wrong, short + [bar for bar in missed(rows) if "best peer" in bar]
     results.write(profile=profile(results.path.with_name(f"{results.path.stem}_ncu.csv")))
     print(results.header["profile"])
     without = ["diffusers"] if UNet2DModel is None else []
     print("".join(f"{who} is not installed, and no bar asks for it\n" for who in without), end="")
-    named = " ".join(short)
-    short += [u for u, stored in results.items() if not {F32, BF16} <= stored["contestants"].keys() and u not in named]
+    short += [unit for unit, stored in results.items() if not {F32, BF16} <= stored["contestants"].keys()]
     return wrong, short + [bar for bar in missed(rows, without) if "best peer" not in bar]
 
 
@@ -231,7 +209,7 @@ def ops(results: Results, clock: Clock) -> Judgement:
         sys.stdout.flush()
     rows = kernels.bars_of(results.values())
     print_bars(rows)
-    print_predictions(results.values())
+    ptxas.print_predictions(results.values())
     return wrong, missed(rows)
 
 

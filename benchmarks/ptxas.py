@@ -23,12 +23,13 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
+from _bars import OURS
 from _harness import print_table
 
 from fastddpm import UNet, unet
@@ -365,6 +366,25 @@ def hot_cells(kernel: Kernel) -> list[str]:
     plain = [str(kernel.found[k]) for k in ("registers", "code_bytes", "special_functions", "barriers")]
     widths = [each(k) for k in ("fences", "loads", "stores")]
     return [kernel.name, kernel.arch, each("instructions_per_element"), *plain, *widths]
+
+
+# ------------------------------------------------------------------------------------------------------ predictions
+
+
+def print_predictions(results: Iterable[dict]) -> None:
+    """Print what budget.json predicts beside what gpu.py has measured: results of kernels.py, or of steps_per_sec.py."""
+    rows, measured = [], {(r.get("op") or r["network"], r.get("case") or r["batch"]): r["contestants"] for r in results}
+    for p in json.loads(BUDGET.read_text(encoding="utf-8"))["predictions"]:
+        ours = OURS if "op" in p else f"fastddpm {p['dtype']}"
+        for key in ((p["op"], case) for case in p["cases"]) if "op" in p else [(p["network"], p["batch"])]:
+            if c := measured.get(key, {}).get(ours):
+                share = c.get("share_of_copy", 1)
+                found = {"of copy": share, "times a copy": 1 / share, "us": 1e3 * c["ms"], "ms a step": c["ms"]}[
+                    p["measure"]
+                ]
+                within = "yes" if p["low"] <= found <= p["high"] else "NO"
+                rows.append(["{} {}".format(*key), p["measure"], f"{p['low']} to {p['high']}", f"{found:.3g}", within])
+    print_table(["", "measure", "predicted", "measured", "within"], rows)
 
 
 def main() -> None:

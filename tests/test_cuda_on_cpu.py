@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from fastddpm import backend, ops, parity
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import _bars
 import kernels
 import ptxas
+from gpu import UNITS
 
 SANITIZER = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}  # neither follows fibers
 
@@ -316,3 +319,15 @@ def test_predictions_are_of_planned_cases():
             assert {(prediction["op"], case) for case in prediction["cases"]} <= planned
         else:
             assert prediction["batch"] in ptxas.NETWORKS[prediction["network"]]
+
+
+def test_predictions_stand_beside_what_was_measured(capsys):
+    """Every case that budget.json names is one that is measured."""
+    measured = {_bars.OURS: {"ms": 3.5e-3, "share_of_copy": 0.72}, _bars.BF16: {"ms": 0.7}}
+    ops = [{"op": case.op, "case": case.name, "contestants": measured} for case in kernels.gpu_cases("meta")]
+    ptxas.print_predictions([*ops, *({"network": n, "batch": b, "contestants": measured} for n, b in UNITS)])
+    said = capsys.readouterr().out
+    predictions = json.loads(ptxas.BUDGET.read_text())["predictions"]
+    assert len(said.splitlines()) == 2 + sum(len(p.get("cases", [1])) for p in predictions)
+    for line in ("32, 32] float32 in place.* times a copy +1.3 to 1.7 +1.39 +yes", "cifar10 256 +ms a step .* 0.7 +NO"):
+        assert re.search(line, said)
