@@ -13,7 +13,8 @@ from fastddpm import Schedule, UNet, foreign
 
 diffusers = pytest.importorskip("diffusers")
 
-SHORT = {"num_train_timesteps": 4, "beta_end": 0.999}
+# Ends with little of the picture, and not so little that float32 roundings of eps grow beyond 2e-5 in x0.
+SHORT = {"num_train_timesteps": 4, "beta_end": 0.985}
 TINY = {
     "sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
@@ -178,7 +179,7 @@ def test_a_scheduler_s_settings_are_taken(prediction, kind):
     scheduler = getattr(diffusers, kind)(
         **SHORT, beta_schedule="scaled_linear", prediction_type=prediction, clip_sample_range=0.5, **options
     )
-    schedule = Schedule(torch.linspace(1e-4**0.5, 0.999**0.5, 4, dtype=torch.float64) ** 2)
+    schedule = Schedule(torch.linspace(1e-4**0.5, 0.985**0.5, 4, dtype=torch.float64) ** 2)
     settings = {
         "schedule": schedule, "prediction": prediction, "clip": 0.5,
         "variance": "fixed_large" if options else "fixed_small",
