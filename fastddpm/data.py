@@ -74,15 +74,7 @@ class Images(Dataset):
         """The images of these indices as uint8 [len(indices), C, H, W]; many picture files by worker processes."""
         if self.on_disk and len(indices) >= PART and torch.utils.data.get_worker_info() is None:
             parts = [indices[start : start + PART] for start in range(0, len(indices), PART)]
-            loader = DataLoader(
-                _Parts(self), batch_size=None, sampler=parts, num_workers=workers(), worker_init_fn=undisturbed
-            )
-            fault = None
-            try:
-                return torch.cat(list(loader))
-            except DataError as error:
-                fault = told(error)
-            raise fault
+            return torch.cat(list(decoded(_Parts(self), batch_size=None, sampler=parts)))
         out = torch.zeros(len(indices), *self.shape, dtype=torch.uint8)
         for row, i in zip(out, indices, strict=True):
             image = torch.from_numpy(self._bytes(i))
@@ -604,11 +596,8 @@ def _checked(path: Path, files: list[Path]) -> np.ndarray:
             table[i] = _Check(files)[i]
         return table
     rows = []
-    loader = DataLoader(
-        _Check(files), batch_size=64, collate_fn=list, num_workers=workers(), worker_init_fn=undisturbed
-    )
     with progress_bar(None, total=len(files), unit="picture", desc=f"checking {path.name}") as bar:
-        for part in loader:
+        for part in decoded(_Check(files), batch_size=64, collate_fn=list):
             rows += part
             bar.update(len(part))
     table = np.array(rows, dtype=TABLE)
@@ -625,19 +614,33 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastddpm" / "pictures"
 
 
-def workers() -> int:
-    """Processes that decode pictures side by side."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def decoded(dataset: Dataset, **options: object) -> Iterator:
+    """What a DataLoader with these options gives, by worker processes that decode pictures side by side.
+
+    Raises DataError without the worker's traceback in its message, and ends the processes at once.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    items = iter(DataLoader(dataset, num_workers=min(8, cores), worker_init_fn=_undisturbed, **options))
+    fault = None
+    while fault is None:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except DataError as error:
+            fault = DataError(str(error).rpartition("DataError: ")[2].strip())
+            error.__traceback__ = (
+                None  # one of torch's frames in it refers to the error, which would keep the processes
+            )
+        else:
+            yield item
+    del items  # outside of the except block, in which the error's frames are still referred to
+    raise fault
 
 
-def undisturbed(_: int) -> None:
+def _undisturbed(_: int) -> None:
     """For a worker process: Ctrl-C is the main process's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def told(error: DataError) -> DataError:
-    """The error without the traceback of a worker process in its message."""
-    return DataError(str(error).rpartition("DataError: ")[2].strip())
 
 
 def _mode(path: Path, files: list[Path], table: np.ndarray, alpha: str, notes: list[str]) -> str:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from . import backend, images
 from .arguments import check_range
 from .checkpoints import native
-from .data import Images, told, undisturbed, workers
+from .data import Images, decoded
 from .diffusion import OBJECTIVES, training_loss
 from .files import whole
 from .notices import warn_once
@@ -323,23 +323,9 @@ class Trainer:
         """(x0, class labels, number of the first draw) from the next draw on, one item per forward pass."""
         part = self.recipe.batch_size // self.recipe.accumulate
         first = self.step * self.recipe.batch_size
-        on_disk = getattr(self.dataset, "on_disk", False)
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=Draws(len(self.dataset), part, self.recipe.seed, first),
-            num_workers=workers() if on_disk else 0,
-            worker_init_fn=undisturbed,
-        )
-        items = iter(loader)
-        while True:
-            fault = None
-            try:
-                item = next(items)
-            except DataError as error:  # with the traceback of the worker process in its message
-                fault = told(error)
-            if fault is not None:
-                del items  # ends the worker processes; the traceback that held them is gone here
-                raise DataError(f"data: {fault} (the run is saved at step {self.step})")
+        draws = Draws(len(self.dataset), part, self.recipe.seed, first)
+        load = decoded if getattr(self.dataset, "on_disk", False) else DataLoader
+        for item in load(self.dataset, batch_sampler=draws):
             x0, *labels = item if isinstance(item, (tuple, list)) else (item,)
             x0 = x0.to(self.device, torch.float32)
             if self.recipe.flips:
@@ -400,9 +386,9 @@ class Trainer:
             while self.step < self.total and not self._interrupted:
                 try:
                     loss, norm = self._optimize(batches)
-                except DataError:
+                except DataError as error:
                     self.save()  # the step has changed nothing yet
-                    raise
+                    raise DataError(f"data: {error} (the run is saved at step {self.step})") from None
                 except RuntimeError:
                     if self._interrupted:  # what stopped this process has ended its worker processes
                         break

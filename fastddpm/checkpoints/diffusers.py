@@ -147,7 +147,7 @@ def write(model: UNet, folder: Path, extra: dict | None = None) -> None:
     extra: entries for the network's config, there with a "_" in front, as diffusers then ignores them.
     """
     if model.class_names is not None:
-        warn_once(model, "class_names: diffusers' format has no place for names of classes; it is written without them")
+        warn_once(model, "class_names: left out, as diffusers' format has no place for names of classes")
     index = {
         "_class_name": "DDPMPipeline",
         "scheduler": ["diffusers", "DDPMScheduler"],
