@@ -170,10 +170,7 @@ class Load:
         self.forced = False
         seen = self.average if self.before is None else self.before
         if seen is not None and seen > BUSY:
-            message = f"other processes use {seen:.1f} of {os.cpu_count()} cores (load average {self.average:.1f})"
-            if not force:
-                sys.exit(f"{message}: timings would mean little. Wait for them to end, or pass --force.")
-            print(f"warning: {message}; go on, as --force was given", file=sys.stderr)
+            _busy(f"other processes use {seen:.1f} of {os.cpu_count()} cores (load average {self.average:.1f})", force)
             self.forced = True
         self._start, self._clock = _cpu_seconds(), time.perf_counter()
 
@@ -202,10 +199,14 @@ def refuse_if_used(force: bool) -> None:
     free, total = torch.cuda.mem_get_info()
     others = total - free - torch.cuda.memory_reserved()
     if others > 2 << 30:  # a context and its modules take some hundreds of MiB
-        message = f"other processes hold {others / 2**30:.1f} GiB of this GPU's memory"
-        if not force:
-            sys.exit(f"{message}: timings would mean little. Wait for them to end, or pass --force.")
-        print(f"warning: {message}; go on, as --force was given", file=sys.stderr)
+        _busy(f"other processes hold {others / 2**30:.1f} GiB of this GPU's memory", force)
+
+
+def _busy(message: str, force: bool) -> None:
+    if not force:
+        print(f"{message}: timings would mean little. Wait for them to end, or pass --force.", file=sys.stderr)
+        sys.exit(2)  # nothing is wrong, and nothing was run
+    print(f"warning: {message}; go on, as --force was given", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------- what was measured

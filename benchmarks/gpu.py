@@ -17,6 +17,7 @@ or something not run, and 0 otherwise. A peer that isn't installed is a line, an
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import filecmp
 import functools
@@ -27,7 +28,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import kernels
@@ -54,7 +54,6 @@ CHUNKS = {  # of the tests, each in a process of its own: a kernel that goes ast
 UNITS = [(network, batch) for (kind, network), all_of in BATCHES.items() if kind == "cuda" for batch in all_of]
 UNITS.sort(key=lambda unit: unit not in (("cifar10", 1), ("cifar10", 256), ("lsun256", 4)))  # these have bars
 SHORTEST, FOR_PROFILE = 30, 60  # seconds without which no unit is begun, and that ncu may take
-SECTIONS = "SpeedOfLight ComputeWorkloadAnalysis SchedulerStats WarpStateStats LaunchStats Occupancy"  # of ncu
 Judgement = tuple[list[str], list[str]]  # what is wrong; what is missed or was not measured
 
 
@@ -103,8 +102,7 @@ def obstacle() -> str | None:
     names = [str(path.relative_to(ours)) for path in ours.rglob("*.py")]
     _, differ, missing = filecmp.cmpfiles(ours, installed, names, shallow=False)
     if stale := ", ".join([*differ, *missing][:3]):
-        how = "install it: rm -f build/gpu-installed; make gpu-check"
-        return f"the fastddpm in {installed} is not this checkout's ({stale} differ); {how}"
+        return f"{installed} is not this checkout's ({stale} differ); install it: rm -f build/gpu-installed; make gpu-check"
     return "; ".join(why for kind in ("cuda", "triton") if (why := backend.unavailable(kind))) or None
 
 
@@ -114,17 +112,17 @@ def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS)
     # -P: the installed package is what imports, not the source tree beside it.
     pytest = [sys.executable, "-P", "-u", "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
     threads = max(1, (os.cpu_count() or 1) // max(1, len(chunks) - len(TOOLS)))  # the sanitizers need few
-    running, about = {}, {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": str(threads)}}
-    try:
-        for name, arguments in chunks.items():
-            command = ["timeout", "-k", "5", f"{clock.left():.0f}", *pytest, *arguments]
-            with open(folder / f"{name}.log", "w") as log:
-                running[name] = subprocess.Popen(command, stdout=log, stderr=log, **about)
-        while waiting := [name for name in running if name not in results]:  # each is stored as it ends
-            name = next((name for name in waiting if running[name].poll() is not None), None) or time.sleep(0.2)
-            if name is None:
-                continue
-            status, said = running[name].wait(), (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+    pytest = ["env", f"OMP_NUM_THREADS={threads}", "timeout", "-k", "5", f"{clock.left():.0f}", *pytest]
+
+    def run(name: str, arguments: list[str]) -> int:
+        with open(folder / f"{name}.log", "w") as log:
+            return subprocess.run([*pytest, *arguments], stdout=log, stderr=log, cwd=ROOT).returncode
+
+    with concurrent.futures.ThreadPoolExecutor(len(chunks)) as pool:
+        running = {pool.submit(run, *chunk): chunk[0] for chunk in chunks.items()}
+        for done in concurrent.futures.as_completed(running):  # each is stored as it ends
+            name, status = running[done], done.result()
+            said = (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
             words = re.findall(r"::.* (PASSED|FAILED|ERROR|SKIPPED)\b", said)
             counts = {word: words.count(word) for word in sorted(set(words))}
             right = status == 0 and "PASSED" in counts  # tests that are all skipped prove nothing
@@ -138,9 +136,6 @@ def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS)
                 wrong.append(f"{name}: pytest ended with {status}")
             clock.say(f"{name}: {'right' if right else 'NOT RIGHT'}, {counts}")
             print("".join(f"    {line}\n" for line in lines), flush=True)
-    finally:
-        for process in running.values():
-            process.terminate()  # timeout passes it on to what it runs
     return wrong, short
 
 
@@ -148,10 +143,10 @@ def profile(to: Path) -> str:
     """What ncu says of the hot kernels goes into a file, which may be that it has no permission; or no more than a line."""
     if (ncu := tool("ncu")) is None:
         return "no profile: ncu is not on the PATH"
-    command = ["timeout", str(FOR_PROFILE), ncu, "--profile-from-start", "off", "--csv", "--print-details", "all"]
-    command += [word for section in SECTIONS.split() for word in ("--section", section)]
+    options = ["--profile-from-start", "off", "--csv", "--print-details", "all", "--set", "detailed"]
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import kernels; kernels.run_hot()"
-    done = subprocess.run([*command, sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    command = ["timeout", str(FOR_PROFILE), ncu, *options, sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
     to.write_text(done.stdout, encoding="utf-8")
     return f"ncu ended with {done.returncode}; it wrote {to}\n{done.stderr[-999:]}"
 
@@ -192,7 +187,7 @@ def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, com
     results.write(profile=profile(results.path.with_name(f"{results.path.stem}_ncu.csv")))
     print(results.header["profile"])
     without = ["diffusers"] if UNet2DModel is None else []
-    print("".join(f"{who} is not installed, and no bar asks for it\n" for who in without), end="")
+    print(*(f"{who} is not installed, and no bar asks for it" for who in without), sep="\n")
     short += [unit for unit, stored in results.items() if not {F32, BF16} <= stored["contestants"].keys()]
     return wrong, short + [bar for bar in missed(rows, without) if "best peer" not in bar]
 

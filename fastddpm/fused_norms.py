@@ -215,8 +215,8 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
             swapped["GroupNorm"] += layer not in inside
             swap(layer, FusedGroupNorm)
     for p in module.parameters():
-        stays = p.device.type == "cpu" and not torch.cuda.is_available()  # else it may be on its way to a GPU
-        if stays and (reason := backend.no_products(p.device, p.dtype)):
+        moves = p.device.type == "cpu" and torch.cuda.is_available()  # it may be on its way to a GPU
+        if not moves and (reason := backend.no_products(p.device, p.dtype)):
             warn_once(module, backend.slow_module(reason))
             break
     return FusedNorms({kind: count for kind, count in swapped.items() if count}, left, before, classes)

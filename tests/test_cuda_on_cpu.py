@@ -5,21 +5,17 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
-import simulated
-import torch
-from conftest import SERVERS, _server, same_bits
-
-from fastddpm import backend, ops, parity
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import _bars
 import kernels
 import ptxas
+import pytest
+import simulated
+import torch
+from conftest import SERVERS, _server, same_bits
 from gpu import UNITS
+
+from fastddpm import backend, ops, parity
 
 SANITIZER = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}  # neither follows fibers
 
@@ -244,6 +240,11 @@ def test_planned_launches_fill_the_device():
     found = ptxas.splits(ptxas.registers(BUDGET))
     assert list(ptxas.unexpected(found, BUDGET["exceptions"])) == []
     assert {launch.kernel for split in found for launch in split.launches} == set(ptxas.HOT)
+    # Why a case is excepted: however it is split, its input takes more than the registers of one wave, and less than of 1.5.
+    for split in found:
+        if str(split.case) in BUDGET["exceptions"]["waves"]:
+            elements = 2 * 384 * ptxas.HOT[split.launches[0].kernel].elements  # that a multiprocessor holds
+            assert 1 < split.case.bytes_read() / 2 / (ptxas.SMS * elements) < 1.5
 
 
 @pytest.mark.parametrize(

@@ -353,6 +353,8 @@ def test_a_dtype_without_products_is_said_once(float32_alone, monkeypatch):
         fuse_norms(model)
         fuse_norms(copy.deepcopy(model).float())
     assert len(said) == 1
+    with pytest.warns(UserWarning, match="no products of torch.bfloat16"):  # on a meta device, where a GPU would be
+        fuse_norms(nn.GroupNorm(2, 4, device="meta", dtype=torch.bfloat16))
 
 
 @given(st.data())

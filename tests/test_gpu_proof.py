@@ -5,22 +5,17 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+import _bars
+import _cases
+import _contestants
+import gpu
+import kernels
+import ptxas
 import pytest
+import steps_per_sec
 import torch
 from conftest import NO_GPU
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import _bars  # noqa: E402
-import _cases  # noqa: E402
-import _contestants  # noqa: E402
-import gpu  # noqa: E402
-import kernels  # noqa: E402
-import ptxas  # noqa: E402
-import steps_per_sec  # noqa: E402
 
 HEADER = {"sources": "1", "versions": {"torch": "2"}, "triton": "3"}
 
@@ -76,10 +71,7 @@ def test_check_runs_what_needs_a_gpu_and_nothing_else(results, tmp_path, monkeyp
     wrong, short = gpu.check(results, gpu.Clock(15), {**chunks, **skipped})
     found = json.loads(results.path.read_text())["results"]
     assert {line.partition(":")[0] for line in wrong} == {"wrong", *skipped} - {"memcheck"}
-    assert set(short) == {
-        "slow: out of time",
-        *(f"{name}: skipped, as its log says" for name in {"memcheck"} & {*skipped}),
-    }
+    assert set(short) == {"slow: out of time", *(f"{n}: skipped, as its log says" for n in {"memcheck"} & {*skipped})}
     assert (found["right"]["right"], found["right"]["counts"]) == (True, {"PASSED": 1})
     assert any("assert 1 == 2" in line for line in found["wrong"]["end"])
     for name in skipped:
@@ -173,7 +165,7 @@ def test_the_gpus_cases():
     assert sum(norms.values()) == 2 * 22 + 6 + 1
     assert _cases.ops.group_norm_silu.__name__ == "group_norm_silu"  # the hook is gone
     assert len({(c.op, c.name) for c in cases}) == len(cases)
-    for bar in (*map(_bars.network, _bars.BATCHES), _bars.BATCH_1):
+    for bar in (*_bars.BATCHES.values(), _bars.BATCH_1):
         assert sum(c.calls for c in cases if bar in c.bars) == sum(norms.values())
         assert sum(bar in c.bars for c in cases) == len(norms)
     for case in (case for case in cases if case.op in ("group_norm_silu", "ddpm_step_")):

@@ -9,20 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import _bars
+import _contestants
+import _harness
+import _isa
 import pytest
+import steps_per_sec
 import torch
 
+from fastddpm import UNet, UNetConfig, backend
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import _bars  # noqa: E402
-import _contestants  # noqa: E402
-import _harness  # noqa: E402
-import _isa  # noqa: E402
-import steps_per_sec  # noqa: E402
-
-from fastddpm import UNet, UNetConfig, backend  # noqa: E402
-
 CPU = torch.device("cpu")
 
 

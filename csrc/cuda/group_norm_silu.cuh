@@ -331,7 +331,7 @@ void limit_batch(Split& s, const Args& args, const Device& device) {
 // tried: a call may have many parts, and its host little time.
 inline void fill_waves(Split& s, const Limits& limits, const Device& device) {
     const auto busiest = [&](const Split& t) {  // pixels or vectors of a multiprocessor
-        const int64_t resident = 2 * limits.threads / t.threads;
+        const int64_t resident = (t.columns ? 2 : 1) * limits.threads / t.threads;  // as __launch_bounds__ has it
         return ceil_div(t.blocks(t.batch), device.sms * resident) * resident * t.part_size;
     };
     const int64_t least = s.parts;

@@ -183,9 +183,7 @@ class _Fused:
                 f"model_output: got shape {list(model_output.shape)}; expected {expected}"
                 + (", with the learned variance" if learned else ", as sample")
             )
-        if model_output.device.type == "cpu" and (
-            reason := backend.no_products(model_output.device, model_output.dtype)
-        ):
+        if reason := backend.no_products(model_output.device, model_output.dtype):
             warn_once(self, backend.slow_module(reason).replace("the module", "the model"))
         dtype = sample.dtype
         if model_output.dtype != dtype:
