@@ -16,12 +16,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from fastddpm import Schedule, UNet, backend, ops, samplers, unet
-from fastddpm.ops._library import as_int64_bits
+from fastddpm import Schedule, UNet, backend, ops
+from fastddpm.diffusion import coefficients
+from fastddpm.models import unet
 from fastddpm.ops.ddpm_step import _launch as _launch_step
 from fastddpm.ops.group_norm_silu import _launch_backward, _launch_forward
-from fastddpm.ops.philox_normal import Stream
 from fastddpm.ops.philox_normal import _launch as _launch_normal
+from fastddpm.ops.rng import Stream, as_int64_bits
 
 try:
     from diffusers import DDPMScheduler
@@ -304,7 +305,7 @@ def cifar10_norms() -> Counter[tuple[int, int, int]]:
 
 def _row() -> torch.Tensor:
     """From the middle of the paper's chain."""
-    return samplers.table(Schedule.linear(T)).rows[T - 1 - STEP]
+    return coefficients.table(Schedule.linear(T)).rows[T - 1 - STEP]
 
 
 def ddpm_step(shape: tuple[int, ...]) -> Case:

@@ -22,11 +22,13 @@ from _cases import inductor_settings
 from torch import nn
 from tqdm.auto import tqdm
 
-from fastddpm import Schedule, UNet, backend, memory, ops, samplers
-from fastddpm.checkpoints.diffusers import unet_options
-from fastddpm.engine import network
-from fastddpm.sampling import prepared
-from fastddpm.unet import Attention, GroupNormSiLU, TimestepEmbedding
+from fastddpm import Schedule, UNet, backend, ops
+from fastddpm.checkpoints.diffusers_options import unet_options
+from fastddpm.diffusion import coefficients
+from fastddpm.engine import memory
+from fastddpm.engine.cache import network
+from fastddpm.models.unet import Attention, GroupNormSiLU, TimestepEmbedding
+from fastddpm.sampling.loop import prepared
 
 try:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -202,7 +204,7 @@ def ours(model: UNet, batch: int, precision: str, name: str | None = None) -> It
     device, shape = next(model.parameters()).device, (batch, *model.shape)
     # A model has one engine at a time, so that each contestant has a model: of the same tensors.
     model = copy.deepcopy(model, {id(v): v for v in model.parameters()})
-    table, bar = samplers.table(Schedule.linear(T)), tqdm(disable=True)
+    table, bar = coefficients.table(Schedule.linear(T)), tqdm(disable=True)
     x_T, out = torch.randn(shape, device=device), torch.empty(shape, device=device)
     with contextlib.ExitStack() as stack:
         with backend.use(name):
@@ -395,7 +397,7 @@ def captured(model: UNet, batch: int, options: dict[str, object]) -> Iterator[Co
     """What a skilled user writes: the whole step under torch.compile, nothing of it on the host, in a CUDA graph by hand."""
     device, dtype = next(model.parameters()).device, torch.bfloat16
     unet = Peer(model).to(device, dtype, memory_format=torch.channels_last)
-    table = samplers.table(Schedule.linear(T))
+    table = coefficients.table(Schedule.linear(T))
     timesteps, rows = table.timesteps.to(device), table.rows[:, [0, 1, 2, 3, 6]].float().to(device)
 
     def one(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:

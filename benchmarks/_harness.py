@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 import fastddpm
-from fastddpm.files import whole
+from fastddpm.utils.files import whole
 
 BUSY = 0.3  # cores' worth of other processes beyond which a machine is not idle
 

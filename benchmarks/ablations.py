@@ -44,11 +44,14 @@ from digits_quality import trained as trained_classifier
 from tqdm.auto import tqdm
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, diffusion, training, unet
-from fastddpm.coding import likelihood
+from fastddpm import Schedule, UNet, UNetConfig, errors
 from fastddpm.data import ArrayImages
-from fastddpm.features import Statistics, frechet, statistics
-from fastddpm.files import whole
+from fastddpm.evaluation.distances import Statistics, frechet, statistics
+from fastddpm.evaluation.likelihood import likelihood
+from fastddpm.models import unet
+from fastddpm.training import loss
+from fastddpm.training.trainer import CHECKPOINT, VARIANCES, Recipe, Trainer
+from fastddpm.utils.files import whole
 
 SIDE = 14
 NETWORK = UNetConfig(
@@ -134,9 +137,9 @@ def judge(settings: argparse.Namespace, digits: dict[str, np.ndarray]) -> Judge:
 # ----------------------------------------------------------------------------------------------- trainings
 
 
-def recipe(settings: argparse.Namespace, objective: str) -> training.Recipe:
+def recipe(settings: argparse.Namespace, objective: str) -> Recipe:
     """The same for all, but for the objective."""
-    return training.Recipe(
+    return Recipe(
         objective=objective,
         steps=settings.steps,
         batch_size=64,
@@ -156,7 +159,7 @@ def recipe(settings: argparse.Namespace, objective: str) -> training.Recipe:
 def folder(settings: argparse.Namespace, variant: Variant) -> Path:
     """Where the variant's run lies: another recipe, network, data set or objective's code asks for another one."""
     facts = (NETWORK, recipe(settings, variant.objective), settings.variance, checksum(settings.data))
-    code = "".join(map(inspect.getsource, (halved, diffusion, unet)))
+    code = "".join(map(inspect.getsource, (halved, loss, unet)))
     return settings.cache / f"{variant.name}-{hashlib.sha256(f'{facts} {code}'.encode()).hexdigest()[:12]}"
 
 
@@ -167,11 +170,11 @@ def train(settings: argparse.Namespace, variant: Variant, dataset: ArrayImages) 
     others nothing would be compared.
     """
     out, device = folder(settings, variant), torch.device("cpu")
-    if (out / training.CHECKPOINT).is_file():
-        trainer = training.Trainer.resume(dataset, out, device)
+    if (out / CHECKPOINT).is_file():
+        trainer = Trainer.resume(dataset, out, device)
     else:
         how = {"prediction": variant.prediction, "variance": settings.variance}
-        trainer = training.Trainer(dataset, out, NETWORK, recipe(settings, variant.objective), device, **how)
+        trainer = Trainer(dataset, out, NETWORK, recipe(settings, variant.objective), device, **how)
 
     def seconds() -> float:
         return sum(float(row["seconds"]) for row in trainer.rows)
@@ -182,7 +185,7 @@ def train(settings: argparse.Namespace, variant: Variant, dataset: ArrayImages) 
         late.start()
         try:
             trainer.run()
-        except training.TrainingError as error:  # it names a folder, which is nobody's business in a result
+        except errors.TrainingError as error:  # it names a folder, which is nobody's business in a result
             print(f"{variant.label}: {error}", file=sys.stderr)
             return {"diverged": trainer.step}
         finally:
@@ -289,7 +292,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of each training")
     parser.add_argument("--minutes", type=float, default=3.0, help="time limit of each training, at most 5")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of all trainings")
-    parser.add_argument("--variance", choices=training.VARIANCES, default="fixed_large", help="of all reverse steps")
+    parser.add_argument("--variance", choices=VARIANCES, default="fixed_large", help="of all reverse steps")
     parser.add_argument("--n", type=int, default=1000, help="samples to judge of each variant")
     parser.add_argument("--likelihood-images", type=int, default=1000, help="test images whose bits are counted")
     parser.add_argument("--timesteps", type=int, default=50, help="timesteps of each such image, besides t = 0")

@@ -33,9 +33,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import fastddpm
-from fastddpm.checkpoints import native
-from fastddpm.features import Statistics, frechet, statistics
-from fastddpm.files import whole
+from fastddpm.checkpoints import fastddpm_folder
+from fastddpm.evaluation.distances import Statistics, frechet, statistics
+from fastddpm.utils.files import whole
 
 TRAINED_ON = 50_000  # of the 60,000 training images; the others are the held-out ones
 EPOCHS, BATCH, RATE, SHIFT, SEED = 4, 128, 3e-3, 2, 0
@@ -233,7 +233,7 @@ def main() -> None:
     if source.suffix == ".npy":
         weights, samples = checksum(source), np.load(source)[: settings.n]
     else:
-        weights = checksum(native.find(settings.model) / native.WEIGHTS)
+        weights = checksum(fastddpm_folder.find(settings.model) / fastddpm_folder.WEIGHTS)
         samples = sampled(settings, weights)
     if samples.shape != (settings.n, 1, 32, 32):
         sys.exit(f"MODEL: the samples have shape {list(samples.shape)}; expected {[settings.n, 1, 32, 32]}")

@@ -44,7 +44,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 import fastddpm
 from fastddpm import Schedule, UNet, fuse_norms, ops
 from fastddpm.integrations.diffusers import FusedDDIMScheduler, FusedDDPMScheduler
-from fastddpm.ops.philox_normal import Stream
+from fastddpm.ops.rng import Stream
 
 SHAPE = (256, 3, 32, 32)
 CACHES = 256 << 20  # bytes of inputs that take turns, more than a CPU's caches hold

@@ -30,10 +30,10 @@ import torch
 from _harness import Load, alternate, arguments, check_inputs, check_outputs, print_table, provenance, write_json
 
 import fastddpm
-from fastddpm import memory
-from fastddpm.coding import Likelihood, RateDistortion, likelihood, rate_distortion, strata
 from fastddpm.data import ArrayImages
-from fastddpm.engine import network
+from fastddpm.engine import memory
+from fastddpm.engine.cache import network
+from fastddpm.evaluation.likelihood import Likelihood, RateDistortion, likelihood, rate_distortion, strata
 
 TIMED_IMAGES = 64
 MOST_TIMES_FORWARD = 1.1

@@ -32,7 +32,8 @@ import torch
 from _bars import OURS
 from _harness import print_table
 
-from fastddpm import UNet, unet
+from fastddpm import UNet
+from fastddpm.models import unet
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc" / "cuda"

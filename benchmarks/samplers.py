@@ -26,9 +26,12 @@ from digits_quality import TRAINED_ON, certainty, checksum, floor, judged, recip
 from tqdm.auto import tqdm
 
 import fastddpm
-from fastddpm import UNet, engine, evaluation, features, sampling
-from fastddpm.checkpoints import native
-from fastddpm.files import whole
+from fastddpm import UNet
+from fastddpm.checkpoints import fastddpm_folder
+from fastddpm.engine import runner
+from fastddpm.evaluation import distances, samples
+from fastddpm.sampling import loop
+from fastddpm.utils.files import whole
 
 STEPS = (100, 50, 20, 10)
 FEW = (20, 10)
@@ -53,25 +56,25 @@ def quality(settings: argparse.Namespace) -> dict[str, object]:
     path = settings.cache / f"classifier-{recipe(settings.data)}.safetensors"
     classifier = trained(path, x_train[:TRAINED_ON], y_train[:TRAINED_ON].long())
     held_features, held = judged(classifier, x_train[TRAINED_ON:])
-    test = features.statistics([judged(classifier, x_test)[0]])
+    test = distances.statistics([judged(classifier, x_test)[0]])
     floors = floor(held_features, settings.n, test)
     mean_floor = statistics.mean(floors)
 
     model = UNet.from_pretrained(settings.model).to(settings.device)
-    weights = checksum(native.find(settings.model) / native.WEIGHTS)
+    weights = checksum(fastddpm_folder.find(settings.model) / fastddpm_folder.WEIGHTS)
     chains = [(label, options, steps) for label, (options, many) in CHAINS.items() for steps in many]
     rows = []
     for label, options, steps in tqdm(chains, desc="chains", unit="chain", disable=None):
         name = f"{weights[:12]}-{label.replace(', ', '-')}-{steps}-{settings.dtype}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that fixed_large ruins images is what is shown here
-            shards = evaluation.draw(
+            shards = samples.draw(
                 model, settings.cache / name, settings.n, seed=settings.seed, batch_size=settings.batch_size,
                 dtype=getattr(torch, settings.dtype), device=settings.device, steps=steps, progress=False, **options,
             )  # fmt: skip
         pixels = torch.from_numpy(np.concatenate(list(shards.lots(settings.n))))
         seen, probabilities = judged(classifier, pixels)
-        distance = features.frechet(features.statistics([seen]), test)
+        distance = distances.frechet(distances.statistics([seen]), test)
         confident, shares = certainty(probabilities)
         rows.append(
             {"chain": label, "steps": steps, "confident": confident, "class_shares": shares, "frechet": distance,
@@ -130,7 +133,7 @@ def own(options: dict[str, object]) -> list[float]:
     torch.manual_seed(0)
     model = UNet.from_preset("cifar10").eval()
     inside = [0.0]
-    predict = engine.Engine.predict
+    predict = runner.Engine.predict
 
     def timed(self, *args):
         start = time.perf_counter()
@@ -139,19 +142,19 @@ def own(options: dict[str, object]) -> list[float]:
         return o
 
     taken = []
-    run = sampling.Chain.run
+    run = loop.Chain.run
 
     def timed_run(self, *args):
         inside[0], start = 0.0, time.perf_counter()
         run(self, *args)
         taken.append(1e3 * (time.perf_counter() - start - inside[0]) / OWN_STEPS)
 
-    engine.Engine.predict, sampling.Chain.run = timed, timed_run
+    runner.Engine.predict, loop.Chain.run = timed, timed_run
     try:
         for _ in range(OWN_ROUNDS + 1):
             fastddpm.sample(model, OWN_BATCH, steps=OWN_STEPS, seed=0, dtype=torch.bfloat16, progress=False, **options)
     finally:
-        engine.Engine.predict, sampling.Chain.run = predict, run
+        runner.Engine.predict, loop.Chain.run = predict, run
     return taken[1:]
 
 

@@ -24,23 +24,21 @@ import platform
 import warnings
 from pathlib import Path
 
-import torch  # before _C: torch brings the OpenMP runtime that _C's threads run on
+import torch
+
+from .errors import BackendError
 
 __all__ = ["NAMES", "describe", "use"]
-
 NAMES = ("reference", "cpu", "cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TRITON = (3, 6)
+
 
 try:
     from . import _C as native
 except ImportError as error:
     native = None
     _native_missing = str(error)
-
-
-class BackendError(RuntimeError):
-    """An explicitly chosen backend cannot serve this call."""
 
 
 @functools.cache

@@ -18,19 +18,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import __version__, backend, data, evaluation, images, pictures, samplers, training
-from .arguments import random_seed
-from .chains import Frames
-from .checkpoints import base, native, pretrained
-from .coding import LikelihoodError
-from .diffusion import OBJECTIVES
-from .features import inception, named
-from .files import whole
+from . import __version__, backend, data, images, pictures
+from .checkpoints import base, fastddpm_folder, pretrained
+from .diffusion import coefficients
+from .diffusion.schedule import Schedule
+from .errors import FastddpmError
+from .evaluation.api import evaluate
+from .evaluation.features import inception, named
+from .evaluation.samples import RESULT
+from .models.config import UNetConfig
+from .models.unet import UNet
 from .ops import philox_normal
-from .ops.philox_normal import Stream
-from .sampling import SamplingError, plan, sample
-from .schedule import Schedule
-from .unet import UNet, UNetConfig
+from .ops.rng import Stream, random_seed
+from .sampling.api import sample
+from .sampling.plan import plan
+from .sampling.trajectories import Frames
+from .training.loss import OBJECTIVES
+from .training.trainer import CHECKPOINT, RECIPES, Trainer, network_for
+from .training.trainer import VARIANCES as TRAINED_VARIANCES
+from .utils.files import whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RAW = (".npy", ".npz")
@@ -50,7 +56,7 @@ def main() -> None:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: click.echo(message, err=True)  # its place is of no use here
             cli()
-    except (ValueError, SamplingError, LikelihoodError, backend.BackendError, OSError) as error:
+    except (FastddpmError, ValueError, OSError) as error:
         click.echo(f"fastddpm: {error}", err=True)
         sys.exit(1)
 
@@ -83,17 +89,17 @@ def _sampler_options(command):
     for option in (
         click.option(
             "--variance",
-            type=click.Choice(samplers.VARIANCES),
+            type=click.Choice(coefficients.VARIANCES),
             help="ddpm's noise; default the model's own, but fixed_small for fixed_large with fewer steps.",
         ),
         click.option("--eta", type=float, help="ddim's noise, from 0 (none, the default) to 1."),
         click.option(
             "--spacing",
-            type=click.Choice(samplers.SPACINGS),
+            type=click.Choice(coefficients.SPACINGS),
             help="Which timesteps are visited; default trailing, for dpm++2m logsnr.",
         ),
         click.option("--steps", type=int, help="Steps; default all for ddpm, 50 for ddim, 20 for dpm++2m."),
-        click.option("--sampler", type=click.Choice(list(samplers.STEPS)), help="Default ddpm."),
+        click.option("--sampler", type=click.Choice(list(coefficients.STEPS)), help="Default ddpm."),
     ):
         command = option(command)
     return command
@@ -213,9 +219,13 @@ def _recipe_options(command):
     """One option for each field of the recipe that people change; None means the preset's value."""
     for name, kind, text in reversed(
         [
-            ("--prediction", click.Choice(samplers.PREDICTIONS), "What the network learns to answer; default epsilon."),
+            (
+                "--prediction",
+                click.Choice(coefficients.PREDICTIONS),
+                "What the network learns to answer; default epsilon.",
+            ),
             ("--objective", click.Choice(OBJECTIVES), "Squared error (default) or the variational bound."),
-            ("--variance", click.Choice(training.VARIANCES), "Of the reverse steps; default fixed_large."),
+            ("--variance", click.Choice(TRAINED_VARIANCES), "Of the reverse steps; default fixed_large."),
             ("--steps", int, "Optimizer steps in all."),
             ("--epochs", float, "Passes over the data in all, in place of --steps."),
             ("--batch-size", int, "Examples per optimizer step."),
@@ -253,7 +263,7 @@ def _data_options(command):
 @cli.command("train")
 @_data_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The run's folder.")
-@click.option("--preset", type=click.Choice(list(training.RECIPES)),
+@click.option("--preset", type=click.Choice(list(RECIPES)),
               help="Network and recipe: digits (the default), or cifar10, the paper's.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
 @click.option(
@@ -281,18 +291,18 @@ def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels
             raise ValueError(
                 f"{', '.join(sorted(foreign))}: a resumed run keeps its recipe; only --steps or --epochs may change"
             )
-        trainer = training.Trainer.resume(dataset, out, device, **changes)
+        trainer = Trainer.resume(dataset, out, device, **changes)
     else:
-        if (out / training.CHECKPOINT).exists():
+        if (out / CHECKPOINT).exists():
             raise ValueError(f"out: {out} already holds a run; pass --resume to go on with it, or name another folder")
         classes = dataset.classes
         preset = preset or "digits"
-        config = training.network_for(preset, dataset, classes=classes)
+        config = network_for(preset, dataset, classes=classes)
         if dtype == "auto":
             dtype = "bfloat16" if backend.no_products(device, torch.bfloat16) is None else "float32"
         trained_for = {name: changes.pop(name) for name in ("prediction", "variance") if name in changes}
-        recipe = dataclasses.replace(training.RECIPES[preset], dtype=dtype, **changes)
-        trainer = training.Trainer(dataset, out, config, recipe, device, **trained_for)
+        recipe = dataclasses.replace(RECIPES[preset], dtype=dtype, **changes)
+        trainer = Trainer(dataset, out, config, recipe, device, **trained_for)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     click.echo(
         f"{len(dataset)} images of {'x'.join(map(str, trainer.model.shape))}; {parameters:,} parameters; "
@@ -348,14 +358,14 @@ def evaluate_command(model, source, out, metrics, seed, device, dtype, features,
     elif inception_weights is not None:
         chosen = inception(inception_weights, device)
     try:
-        result = evaluation.evaluate(
+        result = evaluate(
             network, source, out, metrics=metrics, seed=seed, features=chosen,
             dtype=None if dtype is None else DTYPES[dtype], **options,
         )  # fmt: skip
     except KeyboardInterrupt:
         click.echo(f"{out}: stopped; the same command goes on", err=True)
         sys.exit(130)
-    click.echo(f"{result}\n{out / evaluation.RESULT}: the same, for programs")
+    click.echo(f"{result}\n{out / RESULT}: the same, for programs")
 
 
 @cli.command("convert")
@@ -418,7 +428,7 @@ def _described(found: base.Read) -> list[tuple[str, str]]:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def check_command(device) -> None:
     """Run every op on this machine's backends against float64 and print the parity table."""
-    from . import parity  # not needed by anything else
+    from . import parity
 
     rows = parity.run(_device(device))
     click.echo(parity.table(rows))
@@ -435,7 +445,7 @@ def info_command(as_json) -> None:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "numpy": version("numpy"),
-        "models": native.bundled(),
+        "models": fastddpm_folder.bundled(),
         **backend.describe(),
     }
     if as_json:

@@ -21,12 +21,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from . import pictures
-from .arguments import LEAST_BYTE, check_count, choice
-from .files import whole
-from .notices import warn_once
-from .ops._library import plain
-from .pictures import CHANNELS, DataError
-from .progress import bar as progress_bar
+from .errors import DataError
+from .pictures import CHANNELS
+from .utils.files import whole
+from .utils.progress import bar as progress_bar
+from .utils.validation import LEAST_BYTE, check_count, choice, plain
+from .utils.warn import warn_once
 
 # What np.load and the members of a .npz raise.
 UNREADABLE = (ValueError, OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from .files import whole
 from .pictures import CHANNELS, on_black
+from .utils.files import whole
 
 __all__ = ["to_pil", "to_uint8"]
 

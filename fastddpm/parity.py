@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from . import backend, ops, samplers
-from .ops._library import as_int64_bits, short
+from . import backend, ops
+from .diffusion import coefficients
+from .diffusion.schedule import Schedule
 from .ops.ddpm_step import C0, C1, C2, LV_HI, LV_LO, SIGMA, A, B, D
-from .ops.philox_normal import Stream, normals_float64
-from .schedule import Schedule
+from .ops.philox_normal import normals_float64
+from .ops.rng import Stream, as_int64_bits
+from .utils.validation import short
 
 NOISE = 4e-6  # of a normal against the float64 formula
 EMBEDDING = 2e-6
@@ -203,7 +205,7 @@ def step_in_place(x, o, row, *, noise=None, seed=0, t=0, first=0, x0_last=None, 
 
 def _ddpm_step(device: str) -> Iterator[Case]:
     schedule = Schedule.linear()
-    epsilon, mean = samplers.table(schedule), samplers.table(schedule, prediction="mean")
+    epsilon, mean = coefficients.table(schedule), coefficients.table(schedule, prediction="mean")
     learned = epsilon.rows.clone()
     learned[:, SIGMA], learned[:, LV_HI] = 1, schedule.betas.log().flip(0)
     learned[:-1, LV_LO] = schedule.posterior_variance[1:].log().flip(0)

@@ -17,17 +17,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .errors import DataError
+
 RULES = 1  # raised when a file is read otherwise than before, as checks of files are remembered
 MODES = ("L", "LA", "RGB", "RGBA")
 CHANNELS = (1, 3, 4)  # of grey, RGB and RGBA
+
+
 # Pillow identifies these without decoding them, or runs another program to decode them.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 BITS, PHOTOMETRIC, MAXIMUM, SAMPLE_FORMAT = 258, 262, 281, 339  # tags of TIFF
 WHITE_IS_ZERO, SIGNED = 0, 2  # a PhotometricInterpretation, a SampleFormat
-
-
-class DataError(ValueError):
-    """Training data that cannot be used: what is wrong, and with which file."""
 
 
 class Facts(NamedTuple):

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, arguments, evaluation
+from fastddpm import Schedule, UNet, UNetConfig
+from fastddpm.evaluation import samples
+from fastddpm.inputs import arguments, resolve
 
 SHORT = Schedule.linear(3, 0.01, 0.5)
 COSINE = {"schedule": Schedule.cosine(6), "prediction": "v_prediction", "variance": "fixed_small", "clip": 0.5}
@@ -138,7 +140,7 @@ def test_every_function_reads_through_one(call):
 def test_an_evaluation_draws_through_one(tmp_path):
     model = unet()
     drawn = [
-        evaluation.draw(m, tmp_path / name, 2).rows(range(2)).astype(int)
+        samples.draw(m, tmp_path / name, 2).rows(range(2)).astype(int)
         for name, m in (("a", model), ("b", Average(model)), ("c", functools.partial(model)))
     ]
     assert all(abs(images - drawn[0]).max() <= 1 for images in drawn)  # of a grey level
@@ -164,16 +166,16 @@ def test_what_is_taken_from_inside_is_said_once_where_it_is_not_the_papers():
 def test_a_wrappers_own_attributes_win():
     wrapper = Average(unet())
     wrapper.prediction = "sample"
-    found = arguments.trained_for(wrapper)
+    found = resolve.trained_for(wrapper)
     assert found == (COSINE["schedule"], "sample", "fixed_small", 0.5)
-    assert arguments.trained_for(wrapper, prediction="mean", clip=False) == (
+    assert resolve.trained_for(wrapper, prediction="mean", clip=False) == (
         COSINE["schedule"],
         "mean",
         "fixed_small",
         False,
     )
     scheduler = DDPMScheduler(num_train_timesteps=4, beta_end=0.5)
-    assert arguments.trained_for(Average(unet()), scheduler)[1:] == ("epsilon", "fixed_small", True)
+    assert resolve.trained_for(Average(unet()), scheduler)[1:] == ("epsilon", "fixed_small", True)
 
 
 @pytest.mark.parametrize("name", ["schedule", "prediction", "variance", "clip"])
@@ -314,9 +316,7 @@ def test_what_x_T_keeps_is_not_said_of_a_chain_that_begins_with_a_picture():
 
 
 def test_drawing_for_an_evaluation_says_it_once(tmp_path):
-    _, messages = told(
-        lambda: evaluation.draw(lambda x, t: x / 2, tmp_path / "e", 5, shape=(1, 4, 4), steps=2, shard=2)
-    )
+    _, messages = told(lambda: samples.draw(lambda x, t: x / 2, tmp_path / "e", 5, shape=(1, 4, 4), steps=2, shard=2))
     assert sum("assumed" in m for m in messages) == 1
 
 
@@ -350,7 +350,7 @@ def test_an_answer_of_another_batch_size_names_the_cause():
     says = r"output has shape \[6, 1, 8, 8\]; expected \[2, 1, 8, 8\]. It was called with 2 images; .*torch.arange\(n\)"
     with pytest.raises(fastddpm.sampling.SamplingError, match=says):
         fastddpm.sample(lambda x, t: conditions, 6, shape=(1, 8, 8), **options)
-    with pytest.raises(fastddpm.coding.LikelihoodError, match=says):
+    with pytest.raises(fastddpm.errors.LikelihoodError, match=says):
         fastddpm.likelihood(lambda x, t: conditions, PICTURES, **options)
     with pytest.raises(fastddpm.sampling.SamplingError, match=r"expected \[2, 1, 8, 8\]$"):
         fastddpm.sample(lambda x, t: conditions[:2, :, 1:], 6, shape=(1, 8, 8), **options)
@@ -420,12 +420,12 @@ def test_integers_of_other_kinds(kind):
 @pytest.mark.parametrize("kind", INTEGERS)
 def test_an_evaluation_takes_them_and_writes_the_same(kind, tmp_path):
     model = unet({"classes": 4})
-    evaluation.draw(
+    samples.draw(
         model, tmp_path / "e", kind(3), seed=kind(1), shard=kind(2), batch_size=kind(2), steps=kind(2), class_labels=kind(3),
         sampler="ddim", eta=np.float32(0.5), clip=torch.tensor(0.5),
     )  # fmt: skip
     same = {"seed": 1, "steps": 2, "class_labels": 3, "sampler": "ddim", "eta": 0.5, "clip": 0.5}
-    shards = evaluation.draw(model, tmp_path / "e", 3, **same)  # refused where settings.json has another value
+    shards = samples.draw(model, tmp_path / "e", 3, **same)  # refused where settings.json has another value
     assert len(shards.rows(range(3))) == 3
 
 

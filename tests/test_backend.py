@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import python
 
-from fastddpm import backend, ops
+from fastddpm import backend, errors, ops
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -81,7 +81,7 @@ def test_use_restores_what_was_before():
 
 
 def test_a_refused_choice_changes_nothing():
-    without_gpu = [] if torch.cuda.is_available() else [("cuda", backend.BackendError)]
+    without_gpu = [] if torch.cuda.is_available() else [("cuda", errors.BackendError)]
     for name, error in (("gpu", ValueError), ("", ValueError), *without_gpu):
         with pytest.raises(error):
             backend.use(name)
@@ -91,20 +91,20 @@ def test_a_refused_choice_changes_nothing():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: this is about having none")
 def test_what_needs_a_gpu_says_so(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(backend.BackendError, match="'cuda' was asked for, but (the compiled module|PyTorch finds no)"):
+    with pytest.raises(errors.BackendError, match="'cuda' was asked for, but (the compiled module|PyTorch finds no)"):
         backend.use("cuda")
     with pytest.raises(
-        backend.BackendError, match="'triton' was asked for, but (Triton is not|Triton .* is older|PyTorch finds no)"
+        errors.BackendError, match="'triton' was asked for, but (Triton is not|Triton .* is older|PyTorch finds no)"
     ):
         backend.use("triton")
 
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(backend, "_triton_version", lambda: None)
-    with pytest.raises(backend.BackendError, match="Triton is not installed; PyTorch's CUDA builds bring it"):
+    with pytest.raises(errors.BackendError, match="Triton is not installed; PyTorch's CUDA builds bring it"):
         backend.use("triton")
     monkeypatch.setattr(backend, "_triton_version", lambda: "3.2.0")
-    with pytest.raises(backend.BackendError, match=r"Triton 3.2.0 is older than 3.6; torch 2.11 and newer bring one"):
+    with pytest.raises(errors.BackendError, match=r"Triton 3.2.0 is older than 3.6; torch 2.11 and newer bring one"):
         backend.use("triton")
 
 
@@ -118,17 +118,17 @@ def test_kernels_that_do_not_start_are_left_out(monkeypatch):
     backend._warn.cache_clear()
     with backend.use(None), pytest.warns(UserWarning, match="the triton backend is left out, as Triton does not start"):
         assert backend.choose(CUDA) == "reference"
-    with pytest.raises(backend.BackendError, match="'triton' was asked for, but Triton does not start: no compiler"):
+    with pytest.raises(errors.BackendError, match="'triton' was asked for, but Triton does not start: no compiler"):
         backend.use("triton")
 
 
 def test_errors_say_what_and_why(kernels):
     with pytest.raises(ValueError, match="backend: unknown name 'gpu'; expected one of reference, cpu, cuda, triton"):
         backend.use("gpu")
-    with pytest.raises(backend.BackendError, match="it serves CPU tensors and this one is on cuda; move or cast"):
+    with pytest.raises(errors.BackendError, match="it serves CPU tensors and this one is on cuda; move or cast"):
         backend.choose(CUDA)
     with pytest.raises(
-        backend.BackendError, match="it serves float32, bfloat16 and float16 and this tensor is float64; move or cast"
+        errors.BackendError, match="it serves float32, bfloat16 and float16 and this tensor is float64; move or cast"
     ):
         norm(torch.float64)
     with backend.use("reference"):
@@ -153,7 +153,7 @@ def test_environment_variable(monkeypatch, calls):
     for value, message in (("gpu", "unknown name 'gpu'"), *missing):
         read(value)
         for _ in range(2):  # and again at each use
-            with pytest.raises((ValueError, backend.BackendError), match=message):
+            with pytest.raises((ValueError, errors.BackendError), match=message):
                 norm()
     read("")
     norm()
@@ -205,7 +205,7 @@ def test_without_the_compiled_module(tmp_path):
     """Everything works by the reference, and who asks for the kernels hears why there are none."""
     result = python(WITHOUT_COMPILED_MODULE, tmp_path, FASTDDPM_CPU_VARIANT="")
     assert result.stderr.splitlines()[-1].startswith(
-        "fastddpm.backend.BackendError: backend 'cpu' was asked for, but the compiled module fastddpm._C does not import"
+        "fastddpm.errors.BackendError: backend 'cpu' was asked for, but the compiled module fastddpm._C does not import"
     )
     assert "reinstall with a C++ compiler" in result.stderr
 

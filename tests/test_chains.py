@@ -9,8 +9,9 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from test_sampling import MEAN, SHAPE, SHORT, STD, ideal, small_unet
 
 import fastddpm
-from fastddpm import Schedule, ops, samplers
-from fastddpm.ops.philox_normal import Stream
+from fastddpm import Schedule, ops
+from fastddpm.diffusion import coefficients
+from fastddpm.ops.rng import Stream
 
 LINEAR = Schedule.linear()
 pytestmark = pytest.mark.filterwarnings("ignore:fastddpm. variance")
@@ -33,7 +34,7 @@ def factors(steps, spacing, std):
         x0 = (1 - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
         return math.sqrt(to) * x0 + math.sqrt(1 - to) * eps
 
-    up = LINEAR.alphas_cumprod[samplers.spaced(LINEAR, steps, spacing).flip(0)].tolist()
+    up = LINEAR.alphas_cumprod[coefficients.spaced(LINEAR, steps, spacing).flip(0)].tolist()
     there = math.prod(step(a, to, to) for a, to in zip([1.0, *up], up, strict=False))
     back = math.prod(step(a, to, a) for to, a in zip([1.0, *up], up, strict=False))
     return there, back
@@ -41,12 +42,12 @@ def factors(steps, spacing, std):
 
 def round_trip(steps, spacing, prediction, std):
     """(x_T, x_0 again) of x_0 = 1 in float64, for data of mean 0."""
-    model, t = ideal(LINEAR, prediction, 0.0, std), samplers.spaced(LINEAR, steps, spacing)
+    model, t = ideal(LINEAR, prediction, 0.0, std), coefficients.spaced(LINEAR, steps, spacing)
     x = torch.ones(1, 1, 1, dtype=torch.float64)
     results = []
     for table in (
-        samplers.inversion(LINEAR, prediction=prediction, timesteps=t),
-        samplers.table(LINEAR, sampler="ddim", prediction=prediction, timesteps=t),
+        coefficients.inversion(LINEAR, prediction=prediction, timesteps=t),
+        coefficients.table(LINEAR, sampler="ddim", prediction=prediction, timesteps=t),
     ):
         for timestep, row in zip(table.timesteps.tolist(), table.rows, strict=True):
             x, _ = ops.ddpm_step_ref(x, model.slope[timestep] * x, row, clip=None)
@@ -54,7 +55,7 @@ def round_trip(steps, spacing, prediction, std):
     return results
 
 
-@pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
+@pytest.mark.parametrize("prediction", coefficients.PREDICTIONS)
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "logsnr"])
 def test_the_round_trip_is_the_product_of_its_factors(prediction, spacing):
     for steps in (1, 2, 50):
@@ -74,8 +75,8 @@ def test_its_error_halves_when_steps_double(std):
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_encode_is_diffusers_inverse(spacing):
     """Step by step in float64, unclipped; its timesteps are the ones that a step goes to, too."""
-    t = samplers.spaced(LINEAR, 50, spacing)
-    table = samplers.inversion(LINEAR, timesteps=t)
+    t = coefficients.spaced(LINEAR, 50, spacing)
+    table = coefficients.inversion(LINEAR, timesteps=t)
     theirs = DDIMInverseScheduler(clip_sample=False, timestep_spacing=spacing)
     theirs.set_timesteps(50)
     theirs.alphas_cumprod, theirs.initial_alpha_cumprod = LINEAR.alphas_cumprod, torch.ones((), dtype=torch.float64)
@@ -88,7 +89,7 @@ def test_encode_is_diffusers_inverse(spacing):
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
+@pytest.mark.parametrize("prediction", coefficients.PREDICTIONS)
 def test_encode_and_back_through_the_kernels(prediction):
     """float32, with a mean: each pixel's distance from the mean has the factors of above."""
     x = pictures()
@@ -107,9 +108,9 @@ def test_encode_and_back_through_the_kernels(prediction):
 
 def test_encode_does_not_clip():
     """x0 as the network sees it leaves [-1, 1] here."""
-    x, t = pictures(), samplers.spaced(SHORT, 20, "trailing")
+    x, t = pictures(), coefficients.spaced(SHORT, 20, "trailing")
     x_T = fastddpm.encode(lambda x, t: 2 * x, x, schedule=SHORT, steps=20)
-    table, expected, far = samplers.inversion(SHORT, timesteps=t), x.double(), 0.0
+    table, expected, far = coefficients.inversion(SHORT, timesteps=t), x.double(), 0.0
     for row in table.rows:
         expected, x0 = ops.ddpm_step_ref(expected, 2 * expected, row, clip=None)
         far = max(far, float(x0.abs().max()))
@@ -163,8 +164,8 @@ def test_there_and_back_with_zero_snr(prediction):
         [0.05, 0.3, 1.0]
     )  # whose last step loses much: up it undoes the step down, where they see the same x0
     t = torch.tensor([2, 1])
-    up = samplers.inversion(few, prediction=prediction, timesteps=t).rows[-1]
-    down = samplers.table(few, sampler="ddim", prediction=prediction, timesteps=t).rows[0]
+    up = coefficients.inversion(few, prediction=prediction, timesteps=t).rows[-1]
+    down = coefficients.table(few, sampler="ddim", prediction=prediction, timesteps=t).rows[0]
     o, begin = (torch.randn(1, 1, 4, 4, dtype=torch.float64) for _ in range(2))
     there = ops.ddpm_step_ref(begin, o, up, clip=None)[0]
     torch.testing.assert_close(ops.ddpm_step_ref(there, o, down, clip=None)[0], begin, rtol=1e-12, atol=1e-12)

@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig
 from fastddpm.checkpoints import diffusers as interchange
-from fastddpm.checkpoints import openai, pretrained, scheduler, tensors
-from fastddpm.checkpoints.base import CheckpointError, check
+from fastddpm.checkpoints import diffusers_options, openai, pretrained, scheduler, tensors
+from fastddpm.checkpoints.base import check
+from fastddpm.errors import CheckpointError
 
 SMALL = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4)
 
@@ -497,9 +498,14 @@ def test_options_that_a_config_leaves_out_are_the_classs():
     diffusers = pytest.importorskip("diffusers")
     parameters = inspect.signature(diffusers.UNet2DModel.__init__).parameters
     theirs = {name: p.default for name, p in parameters.items() if name != "self"}  # older ones have fewer
-    assert theirs == {name: interchange.DEFAULTS[name] for name in theirs}
-    ours = interchange.unet_config({"sample_size": 8})
-    assert ours == interchange.unet_config(interchange.unet_options(ours)) and ours.widths == [224, 448, 672, 896]
+    assert theirs == {name: diffusers_options.DEFAULTS[name] for name in theirs}
+    ours = diffusers_options.unet_config({"sample_size": 8})
+    assert ours == diffusers_options.unet_config(diffusers_options.unet_options(ours)) and ours.widths == [
+        224,
+        448,
+        672,
+        896,
+    ]
     assert (ours.flip_sin_to_cos, ours.freq_shift, ours.eps, ours.pad, ours.head_channels) == (True, 0, 1e-5, "both", 8)
     for cls in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
         for name, p in inspect.signature(cls.__init__).parameters.items():

@@ -16,7 +16,7 @@ from PIL import Image
 
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, cli
-from fastddpm.unet import PRESETS
+from fastddpm.models.config import PRESETS
 
 
 @pytest.fixture

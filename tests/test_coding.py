@@ -16,11 +16,14 @@ from scipy.stats import norm
 from torch import nn
 
 import fastddpm
-from fastddpm import Schedule, UNetConfig, ops, samplers
-from fastddpm.coding import LikelihoodError, likelihood, rate_distortion, strata
-from fastddpm.diffusion import Bound
-from fastddpm.engine import network
-from fastddpm.ops.philox_normal import Stream, first_words
+from fastddpm import Schedule, UNetConfig, ops
+from fastddpm.diffusion import coefficients
+from fastddpm.diffusion.bound import Bound
+from fastddpm.engine.cache import network
+from fastddpm.errors import LikelihoodError
+from fastddpm.evaluation.likelihood import likelihood, rate_distortion, strata
+from fastddpm.ops.philox_normal import first_words
+from fastddpm.ops.rng import Stream
 
 SHAPE = (3, 8, 8)
 SHORT = Schedule.linear(50, 1e-3, 0.2)
@@ -48,7 +51,7 @@ def gain_of(schedule):
 def ideal(schedule, prediction="epsilon", v=None):
     """The network that knows E[x0 | x_t], and says v (float64 [T]) of the variance; in float64 inside."""
     gain, _ = gain_of(schedule)
-    a, b = samplers.to_x0(schedule, prediction)
+    a, b = coefficients.to_x0(schedule, prediction)
     offset = MEAN * (1 - gain * schedule.alphas_cumprod.sqrt())
 
     def model(x, t):
@@ -166,7 +169,7 @@ def test_the_bound_is_the_true_code_length_and_its_gap(variance):
     assert result.standard_error < 0.15 * gap
 
 
-@pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
+@pytest.mark.parametrize("prediction", coefficients.PREDICTIONS)
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "learned_range"])
 def test_prediction_types_give_the_same_numbers(prediction, variance):
     v = known_v(SHORT) if variance == "learned_range" else None
@@ -178,12 +181,12 @@ def test_prediction_types_give_the_same_numbers(prediction, variance):
     torch.testing.assert_close(result.mse, reference.mse, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
+@pytest.mark.parametrize("prediction", coefficients.PREDICTIONS)
 @pytest.mark.parametrize("clip", [True, False, 0.3, 1.5])
 def test_equals_the_terms_written_out(prediction, clip):
     """One pair after another with the seed's noise; x0_hat far outside [-1, 1] shows where it is clipped."""
     s, images = SHORT, torch.randint(0, 256, (2, 2, 3, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    a, b = samplers.to_x0(s, prediction)
+    a, b = coefficients.to_x0(s, prediction)
 
     def model(x, t):
         return (2 * x.double() + 0.5 - a[t][:, None, None, None] * x) / b[t][:, None, None, None]  # x0_hat = 2x + 0.5

@@ -11,7 +11,7 @@ from PIL import Image
 import fastddpm
 from fastddpm import data, images, pictures
 from fastddpm.data import DataError
-from fastddpm.files import whole
+from fastddpm.utils.files import whole
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 5), dtype=np.uint8)
 

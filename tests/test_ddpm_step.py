@@ -7,12 +7,13 @@ import torch
 from conftest import DTYPES, LAYOUTS, like_on, misaligned, on_variant, over_shapes, same_bits
 from hypothesis import strategies as st
 
-from fastddpm import Schedule, backend, ops, parity, samplers
+from fastddpm import Schedule, backend, errors, ops, parity
+from fastddpm.diffusion import coefficients
 from fastddpm.ops.ddpm_step import C1, C2, LV_HI, LV_LO, SIGMA, A, B, D
-from fastddpm.ops.philox_normal import Stream
+from fastddpm.ops.rng import Stream
 
 SCHEDULE = Schedule.linear()
-ROWS = samplers.table(SCHEDULE).rows  # t = 999 first
+ROWS = coefficients.table(SCHEDULE).rows  # t = 999 first
 EVERY_TERM = torch.tensor([1.1, -0.4, 0.7, 0.2, -0.3, 0.25, 0.4, 0, 0], dtype=torch.float64)  # but a learned variance
 LEARNED = torch.tensor([1.1, -0.4, 0.7, 0.2, 0, 0, 1, -4.0, -3.0], dtype=torch.float64)
 SEED, FIRST, T = (1 << 63) + 5, (1 << 40) + 3, 321
@@ -82,10 +83,10 @@ def test_reference_is_diffusers(monkeypatch, prediction, variance, clip, t):
     x, o, z = (randn(2, 3, 4, 5).double() for _ in range(3))
     if variance == "learned_range":
         o = torch.cat((o, randn(2, 3, 4, 5).double()), dim=1)
-        row = samplers.table(SCHEDULE, prediction=prediction).rows[999 - t].clone()
+        row = coefficients.table(SCHEDULE, prediction=prediction).rows[999 - t].clone()
         row[SIGMA:] = learned_row(t)[SIGMA:]
     else:
-        row = samplers.table(SCHEDULE, prediction=prediction, variance=variance).rows[999 - t]
+        row = coefficients.table(SCHEDULE, prediction=prediction, variance=variance).rows[999 - t]
 
     peer = scheduling_ddpm.DDPMScheduler(
         prediction_type=prediction, variance_type=variance, clip_sample=clip is not None, clip_sample_range=clip or 1.0
@@ -101,7 +102,7 @@ def test_mean_prediction_reports_x0():
     """The output is the mean itself; x0 is the one whose posterior mean it would be."""
     x, x0, z = (randn(2, 3, 4, 5).double() for _ in range(3))
     for t in (999, 500, 1):
-        row = samplers.table(SCHEDULE, prediction="mean").rows[999 - t]
+        row = coefficients.table(SCHEDULE, prediction="mean").rows[999 - t]
         mean = SCHEDULE.posterior_mean_coef1[t] * x0 + SCHEDULE.posterior_mean_coef2[t] * x
         got = ops.ddpm_step_ref(x, mean, row, noise=z, clip=None)
         expected = mean + SCHEDULE.betas[t].sqrt() * z, x0
@@ -658,5 +659,5 @@ def test_bad_input_in_place(arguments, message):
 
 
 def test_an_explicit_backend_that_cannot_serve(kernels):
-    with pytest.raises(backend.BackendError, match=r"'cpu' was asked for, but it serves .* this tensor is float64"):
+    with pytest.raises(errors.BackendError, match=r"'cpu' was asked for, but it serves .* this tensor is float64"):
         ops.ddpm_step(X.double(), X.double(), ROWS[0], seed=0, t=0)

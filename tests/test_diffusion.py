@@ -8,8 +8,10 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, samplers
-from fastddpm.diffusion import Bound, draw_noise, draw_timesteps
+from fastddpm import Schedule, UNet, UNetConfig
+from fastddpm.diffusion import coefficients
+from fastddpm.diffusion.bound import Bound
+from fastddpm.training.loss import draw_noise, draw_timesteps
 
 SHORT = Schedule.linear(20, 1e-3, 0.3)
 TIMES = torch.tensor([0, 1, 7, 19])
@@ -25,7 +27,7 @@ def on_grid(*shape):
 
 def output(prediction, schedule, x0, x_t, t, error):
     """What a network answers whose x0_hat is x0 - error."""
-    a, b = (v[t][:, None, None, None] for v in samplers.to_x0(schedule, prediction))
+    a, b = (v[t][:, None, None, None] for v in coefficients.to_x0(schedule, prediction))
     return (x0 - error - a * x_t) / b
 
 
@@ -78,7 +80,7 @@ def test_variances():
             Bound(SHORT, variance)
 
 
-@pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
+@pytest.mark.parametrize("prediction", coefficients.PREDICTIONS)
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_bound_is_the_definition(prediction, variance):
     """Each L_t by torch's own KL between the posterior and the model's normal distribution, both as the paper writes them."""
@@ -151,7 +153,7 @@ def test_prior_is_the_definition():
         torch.testing.assert_close(Bound(schedule, "fixed_small").prior(x0), exact, rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
+@pytest.mark.parametrize("prediction", coefficients.PREDICTIONS)
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_the_bound_can_be_differentiated(prediction, variance):
     x0 = on_grid(4, 1, 2, 2)

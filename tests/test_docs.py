@@ -20,8 +20,10 @@ from pesser_unet import PesserUNet
 from PIL import Image
 
 import fastddpm
-from fastddpm import UNet, UNetConfig, training, unet
+from fastddpm import UNet, UNetConfig
 from fastddpm.cli import cli
+from fastddpm.models import config
+from fastddpm.training import trainer
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
@@ -183,9 +185,9 @@ def test_examples_run(page, made, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))  # where fastddpm evaluate puts the reader's folder
     monkeypatch.delitem(sys.modules, "mynet", raising=False)
     smaller = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4}
-    monkeypatch.setitem(unet.PRESETS, "digits", dataclasses.replace(unet.PRESETS["digits"], **smaller))
-    monkeypatch.setattr(training, "GRID", (2, 1))
-    monkeypatch.setattr(training, "MOST_ROWS", 2)
+    monkeypatch.setitem(config.PRESETS, "digits", dataclasses.replace(config.PRESETS["digits"], **smaller))
+    monkeypatch.setattr(trainer, "GRID", (2, 1))
+    monkeypatch.setattr(trainer, "MOST_ROWS", 2)
     names = dict(GIVEN.get(page, {}))
     for language, line, text in blocks(page):
         if language == "python":

@@ -24,10 +24,12 @@ from test_unet import as_diffusers
 from torch import nn
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, backend, graphs, merged, sampling
-from fastddpm import engine as engines
-from fastddpm.engine import Engine
-from fastddpm.unet import Upsample
+from fastddpm import Schedule, UNet, UNetConfig, backend
+from fastddpm.engine import cache, convolution, graphs, layers
+from fastddpm.engine import runner as engines
+from fastddpm.engine.runner import Engine
+from fastddpm.models.unet import Upsample
+from fastddpm.sampling import loop
 
 CPU = torch.device("cpu")
 CONFIGS = {
@@ -93,7 +95,7 @@ def test_wide_layers_go_winograd_s_way(config, dtype, bound):
         got = engine(x.to(dtype, memory_format=torch.channels_last), t, None).double()
         expected = model.double()(x.double(), t)
     assert (got - expected).norm() <= bound * expected.norm()
-    used = [m.winograd for m in engine.model.modules() if isinstance(m, merged.Convolution)]
+    used = [m.winograd for m in engine.model.modules() if isinstance(m, convolution.Convolution)]
     assert sum(used) >= 10 and not all(used)
 
 
@@ -115,7 +117,7 @@ def added_bytes(engine, model):
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     tensors = [*engine.model.parameters(), *engine.model.buffers()]
     added = sum(v.numel() * v.element_size() for v in tensors if v.untyped_storage().data_ptr() not in own)
-    packed = [m.packed for m in engine.model.modules() if isinstance(m, merged.Convolution)]
+    packed = [m.packed for m in engine.model.modules() if isinstance(m, convolution.Convolution)]
     return added + sum(v.numel() * v.element_size() for v in packed if v is not None)
 
 
@@ -164,7 +166,7 @@ def test_attention_on_one_image_stays_channels_last(name):
     """Else torch.cat, and all that follows, works on the other layout at batch 1."""
     engine, seen = Engine(randomised(CONFIGS[name]), CPU, torch.float32), []
     for layer in engine.model.modules():
-        if isinstance(layer, (merged.MergedAttention, merged.MergedHeads)):
+        if isinstance(layer, (layers.MergedAttention, layers.MergedHeads)):
             layer.register_forward_hook(lambda _, __, y: seen.append(torch.cat((y, y), dim=1)))
     x = torch.randn(1, *engine.model.shape).to(memory_format=torch.channels_last)
     with torch.inference_mode():
@@ -200,7 +202,7 @@ def test_a_16_bit_model_keeps_as_many_transformed_weights(float32_alone):
     kept = []
     for kind in (torch.float32, torch.bfloat16):
         engine = Engine(model.to(kind), CPU, kind)
-        kept.append([m.fast for m in engine.model.modules() if isinstance(m, merged.Convolution)])
+        kept.append([m.fast for m in engine.model.modules() if isinstance(m, convolution.Convolution)])
     assert any(kept[0]) and not all(kept[0]) and kept[0] == kept[1]
 
 
@@ -244,7 +246,7 @@ def as_on_a_gpu(monkeypatch):
 def test_every_convolution_finds_its_settings(monkeypatch, as_on_a_gpu):
     """Step by step, while steps are captured and replayed, backwards, and in the bound: on cuDNN's own it is a matter of the
     sizes whether float32 gives the same bits twice."""
-    model, found, forward, cudnn = small(), [], merged.Convolution.forward, torch.backends.cudnn
+    model, found, forward, cudnn = small(), [], convolution.Convolution.forward, torch.backends.cudnn
 
     def settings():
         return cudnn.deterministic, cudnn.allow_tf32
@@ -257,7 +259,7 @@ def test_every_convolution_finds_its_settings(monkeypatch, as_on_a_gpu):
         step()
         return dict.fromkeys(counts, types.SimpleNamespace(replay=step))
 
-    monkeypatch.setattr(merged.Convolution, "forward", recorded)
+    monkeypatch.setattr(convolution.Convolution, "forward", recorded)
     images = draw(model, schedule=Schedule.linear(3, 0.5, 0.99))
     fastddpm.encode(model, images.clamp(-1, 1), steps=2)
     fastddpm.likelihood(model, images.clamp(-1, 1), quantize=True, subsample=2, seed=0, progress=False)
@@ -272,10 +274,10 @@ def test_another_chain_s_settings_make_no_new_engine(as_on_a_gpu):
     """They are the process's, and what an engine asks for is the same each time."""
     model = small()
     x = draw(model)
-    engine = engines._kept[model].engine
+    engine = cache._kept[model].engine
     with graphs.cudnn_for(torch.device("cuda", 0)):
         assert torch.equal(draw(model), x)
-    assert engines._kept[model].engine is engine
+    assert cache._kept[model].engine is engine
 
 
 class Graph:
@@ -382,14 +384,14 @@ def test_every_layer_that_can_be_merged_is():
     for config, attentions in (("two levels", (6, 0)), ("guided diffusion's", (0, 4)), ("every other option", (0, 4))):
         model = randomised(CONFIGS[config])
         kinds = [type(m) for m in Engine(model, CPU, torch.float32).model.modules()]
-        assert (kinds.count(merged.MergedAttention), kinds.count(merged.MergedHeads)) == attentions
-        assert kinds.count(merged.MergedResBlock) == len(model.resblocks())
+        assert (kinds.count(layers.MergedAttention), kinds.count(layers.MergedHeads)) == attentions
+        assert kinds.count(layers.MergedResBlock) == len(model.resblocks())
         assert nn.Conv2d not in kinds and Upsample not in kinds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_onednn(monkeypatch, dtype):
-    monkeypatch.setattr(merged, "_onednn_takes", lambda x: False)
+    monkeypatch.setattr(convolution, "_onednn_takes", lambda x: False)
     model = randomised(CONFIGS["two levels"]).to(dtype)
     expected, got = both(model, dtype)
     assert (got - expected).norm() <= (2e-5 if dtype == torch.float32 else 2e-2) * expected.norm()
@@ -400,7 +402,7 @@ def test_weights_are_packed_once():
     """And serve any batch size; the unpacked ones are let go."""
     model = randomised(CONFIGS["two levels"])
     engine = Engine(model, CPU, torch.float32)
-    layers = [m for m in engine.model.modules() if isinstance(m, merged.Convolution)]
+    layers = [m for m in engine.model.modules() if isinstance(m, convolution.Convolution)]
     packed = []
     for n in (2, 5):
         x, t = torch.randn(n, *model.shape), torch.arange(n)
@@ -425,7 +427,7 @@ def test_large_images_go_winograds_way_with_weights_that_are_not_kept(monkeypatc
         x, t = torch.randn(n, *model.shape), torch.arange(n)
         with torch.inference_mode():
             torch.testing.assert_close(engine(x, t, None), model(x, t), rtol=0, atol=2e-5)
-        layers = [m for m in engine.model.modules() if isinstance(m, merged.Convolution) and m.winograd]
+        layers = [m for m in engine.model.modules() if isinstance(m, convolution.Convolution) and m.winograd]
         assert any(layer.packed is None for layer in layers) == some
         assert all((layer.packed is None) == (layer.weight is not None) for layer in layers)
 
@@ -436,7 +438,7 @@ def test_onednn_switched_off():
         engine = Engine(model, CPU, torch.float32)
         with torch.inference_mode():
             engine(torch.randn(1, *model.shape), torch.arange(1), None)
-    assert all(m.packed is None for m in engine.model.modules() if isinstance(m, merged.Convolution))
+    assert all(m.packed is None for m in engine.model.modules() if isinstance(m, convolution.Convolution))
 
 
 class Adapted(nn.Module):
@@ -584,11 +586,11 @@ def draw(model, n=2, **options):
 
 
 def kept(model):
-    return engines._kept[model].engine
+    return cache._kept[model].engine
 
 
 def packed(engine):
-    return [m.packed for m in engine.model.modules() if isinstance(m, merged.Convolution)]
+    return [m.packed for m in engine.model.modules() if isinstance(m, convolution.Convolution)]
 
 
 def test_an_unchanged_model_keeps_its_engine():
@@ -982,7 +984,7 @@ def test_two_models_keep_an_engine_each():
 # --------------------------------------------------------------------------------------------- the fingerprint
 
 
-@pytest.mark.parametrize("checksum", [engines._digest, lambda v: int(engines._sum(v))], ids=["digest", "sum"])
+@pytest.mark.parametrize("checksum", [cache._digest, lambda v: int(cache._sum(v))], ids=["digest", "sum"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
 def test_checksums_see_every_bit_and_every_place(checksum, dtype):
     layouts = [
@@ -1025,11 +1027,11 @@ def test_the_sum_is_that_of_splitmix64():
 
     for values in ([0], [-5, 2**62, 17], [-(2**63), 2**63 - 1]):
         expected = sum(mixed(0x9E3779B97F4A7C15 * i + v) for i, v in enumerate(values, 1))
-        assert int(engines._sum(torch.tensor(values))) % 2**64 == expected % 2**64
+        assert int(cache._sum(torch.tensor(values))) % 2**64 == expected % 2**64
 
 
 def test_an_empty_tensor_has_a_checksum():
-    for checksum in (engines._digest, engines._sum):
+    for checksum in (cache._digest, cache._sum):
         checksum(torch.empty(0, 3))
 
 
@@ -1038,14 +1040,14 @@ def test_an_empty_tensor_has_a_checksum():
 
 def test_threads_take_turns_at_a_model(monkeypatch):
     model = small().train()
-    expected, order, step = draw(model), [], sampling.Chain.step
+    expected, order, step = draw(model), [], loop.Chain.step
 
     def logged(self, *args):
         order.append(threading.get_ident())
         time.sleep(0.01)  # in which another thread would come
         step(self, *args)
 
-    monkeypatch.setattr(sampling.Chain, "step", logged)
+    monkeypatch.setattr(loop.Chain, "step", logged)
     for x in in_threads(*[lambda: draw(model)] * 3):
         assert torch.equal(x, expected)
     assert [len(list(run)) for _, run in itertools.groupby(order)] == [3, 3, 3]

@@ -22,10 +22,14 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, cli, evaluation
-from fastddpm.coding import likelihood
-from fastddpm.features import Features, Statistics, frechet, inception, kernel_distance, statistics
-from fastddpm.shards import EvaluationError, Shards
+from fastddpm import Schedule, UNet, UNetConfig, cli
+from fastddpm.errors import EvaluationError
+from fastddpm.evaluation import api
+from fastddpm.evaluation import samples as sampling
+from fastddpm.evaluation.distances import Statistics, frechet, kernel_distance, statistics
+from fastddpm.evaluation.features import Features, checksum, inception
+from fastddpm.evaluation.likelihood import likelihood
+from fastddpm.evaluation.shards import Shards
 
 pytestmark = [  # what most of these tests' few images bring about
     pytest.mark.filterwarnings("ignore:.*every subset is all of them"),
@@ -244,7 +248,7 @@ def test_shards_are_cut_as_in_an_unbroken_run(tmp_path):
 
 def test_draw_is_the_sequence_of_the_seed(tmp_path):
     model = network()
-    shards = evaluation.draw(model, tmp_path / "e", 10, seed=3, shard=4, progress=False)
+    shards = sampling.draw(model, tmp_path / "e", 10, seed=3, shard=4, progress=False)
     assert sorted(p.name for p in (tmp_path / "e" / "samples").iterdir()) == [
         "00000000-00000003.npy",
         "00000004-00000007.npy",
@@ -254,7 +258,7 @@ def test_draw_is_the_sequence_of_the_seed(tmp_path):
     # Other batch sizes: pictures are the same to the tolerance of test_sampling.py, 1e-3, so at most a grey level off.
     assert np.abs(shards.rows(range(10)).astype(int) - whole.numpy()).max() <= 1
     assert len(np.unique(whole.reshape(10, -1), axis=0)) == 10
-    alike = evaluation.draw(model, tmp_path / "f", 10, seed=3, progress=False)  # as sample does it: to the bit
+    alike = sampling.draw(model, tmp_path / "f", 10, seed=3, progress=False)  # as sample does it: to the bit
     assert np.array_equal(alike.rows(range(10)), whole.numpy())
 
 
@@ -267,31 +271,31 @@ def test_an_interrupted_drawing_goes_on_and_draws_nothing_twice(tmp_path, monkey
         spans.append(range(first, first + arguments[1]))
         return fastddpm.sample(*arguments, first=first, **options)
 
-    unbroken = evaluation.draw(model, tmp_path / "a", 23, shard=5, progress=False).rows(range(23))
-    monkeypatch.setattr(evaluation, "sample", sample)
+    unbroken = sampling.draw(model, tmp_path / "a", 23, shard=5, progress=False).rows(range(23))
+    monkeypatch.setattr(sampling, "sample", sample)
     with pytest.raises(KeyboardInterrupt):
-        evaluation.draw(model, tmp_path / "b", 23, shard=5, progress=False)
+        sampling.draw(model, tmp_path / "b", 23, shard=5, progress=False)
     (tmp_path / "b" / "samples" / ".00000010-00000014.77.npy").write_bytes(b"half")  # as a killed process leaves it
     monkeypatch.setattr(
-        evaluation,
+        sampling,
         "sample",
         lambda *a, **k: spans.append(range(k["first"], k["first"] + a[1])) or fastddpm.sample(*a, **k),
     )
-    resumed = evaluation.draw(model, tmp_path / "b", 23, shard=5, progress=False)
+    resumed = sampling.draw(model, tmp_path / "b", 23, shard=5, progress=False)
     assert sorted(i for span in spans for i in span) == list(range(23))
     assert np.array_equal(resumed.rows(range(23)), unbroken)
     spans.clear()
-    more = evaluation.draw(model, tmp_path / "b", 31, shard=5, progress=False)  # n may grow, and shrink
+    more = sampling.draw(model, tmp_path / "b", 31, shard=5, progress=False)  # n may grow, and shrink
     assert spans == [range(23, 25), range(25, 30), range(30, 31)]
     assert np.array_equal(more.rows(range(23)), unbroken) and len(np.unique(more.rows(range(31)), axis=0)) == 31
-    assert len(evaluation.draw(model, tmp_path / "b", 4, progress=False).rows(range(4))) == 4
+    assert len(sampling.draw(model, tmp_path / "b", 4, progress=False).rows(range(4))) == 4
 
 
 def test_a_folder_holds_one_set_of_samples(tmp_path):
     model, folder = network(), tmp_path / "e"
     draw = {"shard": 4, "progress": False}
     deeper = UNet(dataclasses.replace(model.config, attention=(4,)), schedule=model.schedule)
-    evaluation.draw(model, folder, 4, **draw)
+    sampling.draw(model, folder, 4, **draw)
     before = (folder / "settings.json").read_text()
     for options, says in (
         ({"seed": 1}, "seed 0, now 1"),
@@ -304,26 +308,26 @@ def test_a_folder_holds_one_set_of_samples(tmp_path):
         ({"model": deeper}, r"config.attention \[\], now \[4\]"),
     ):
         with pytest.raises(EvaluationError, match=f"drawn otherwise .*{says}.*name another folder, or delete this"):
-            evaluation.draw(options.pop("model", model), folder, 4, **options, **draw)
+            sampling.draw(options.pop("model", model), folder, 4, **options, **draw)
     with pytest.raises(EvaluationError, match="weights [0-9a-f]{12}, now "):
-        evaluation.draw(network(seed=1), folder, 4, **draw)
-    evaluation.draw(model, folder, 4, sampler="ddpm", steps=12, variance="fixed_large", eta=0.0, clip=1.0,
+        sampling.draw(network(seed=1), folder, 4, **draw)
+    sampling.draw(model, folder, 4, sampler="ddpm", steps=12, variance="fixed_large", eta=0.0, clip=1.0,
                     dtype=torch.float32, batch_size=2, **draw)  # the same in words  # fmt: skip
     assert (folder / "settings.json").read_text() == before
     with pytest.raises(TypeError, match="noise: no such option"):
-        evaluation.draw(model, folder, 4, noise=torch.zeros(4, 1, 8, 8), **draw)
+        sampling.draw(model, folder, 4, noise=torch.zeros(4, 1, 8, 8), **draw)
 
 
 def test_a_broken_or_foreign_file_is_an_error_and_stays(tmp_path):
     model, folder = network(), tmp_path / "e"
-    evaluation.draw(model, folder, 8, shard=4, progress=False)
+    sampling.draw(model, folder, 8, shard=4, progress=False)
     second = folder / "samples" / "00000004-00000007.npy"
     good = second.read_bytes()
 
     def refused(says, path=second):
         content = path.read_bytes()
         with pytest.raises(EvaluationError, match=says):
-            evaluation.draw(model, folder, 12, shard=4, progress=False)
+            sampling.draw(model, folder, 12, shard=4, progress=False)
         assert path.read_bytes() == content and len(list((folder / "samples").iterdir())) <= 3
 
     for content in (good[:-1], good[:90], b""):
@@ -346,7 +350,7 @@ def test_a_broken_or_foreign_file_is_an_error_and_stays(tmp_path):
         refused(says, foreign)
         foreign.unlink()
     second.unlink()
-    evaluation.draw(model, folder, 8, shard=4, progress=False)
+    sampling.draw(model, folder, 8, shard=4, progress=False)
     assert second.read_bytes() == good
     for content in ("[]", "{", "[[1, 2]]"):
         (folder / "settings.json").write_text(content)
@@ -357,12 +361,12 @@ def test_a_broken_or_foreign_file_is_an_error_and_stays(tmp_path):
 
 def test_classes_are_drawn_in_turn(tmp_path):
     model = network(classes=3)
-    shards = evaluation.draw(model, tmp_path / "e", 7, shard=4, batch_size=4, progress=False)
+    shards = sampling.draw(model, tmp_path / "e", 7, shard=4, batch_size=4, progress=False)
     labels = torch.arange(7) % 3
     truth = fastddpm.sample(model, 7, seed=0, class_labels=labels, batch_size=4, progress=False)
     assert np.abs(shards.rows(range(7)).astype(int) - fastddpm.to_uint8(truth).numpy()).max() <= 1
     with pytest.raises(EvaluationError, match="class_labels each in turn, now 1"):
-        evaluation.draw(model, tmp_path / "e", 7, class_labels=1, progress=False)
+        sampling.draw(model, tmp_path / "e", 7, class_labels=1, progress=False)
 
 
 def test_a_bare_callable(tmp_path):
@@ -370,7 +374,7 @@ def test_a_bare_callable(tmp_path):
         return x * 0.5
 
     options = {"shape": (1, 4, 4), "schedule": Schedule.linear(5, 0.1, 0.4), "progress": False}
-    shards = evaluation.draw(model, tmp_path / "e", 3, **options)
+    shards = sampling.draw(model, tmp_path / "e", 3, **options)
     assert shards.rows(range(3)).shape == (3, 1, 4, 4)
     assert json.loads((tmp_path / "e" / "settings.json").read_text())["weights"] is None
 
@@ -413,9 +417,9 @@ def test_a_model_is_told_by_what_it_answers_too(metric, here):
 def test_the_probe_lets_bfloat16_pass():
     """The bundled network in bfloat16 answers as in float32, to the tolerance: machines differ by less."""
     model = fastddpm.UNet.from_pretrained("digits")
-    exact, rounded = (evaluation._answer(model, model.shape, 1000, None, d) for d in (None, torch.bfloat16))
+    exact, rounded = (sampling._answer(model, model.shape, 1000, None, d) for d in (None, torch.bfloat16))
     assert exact.shape == (8 * 32 * 32, 2) and not np.array_equal(exact, rounded)
-    assert (np.abs(exact - rounded).max(0) < evaluation.ALIKE / 2 * np.abs(exact).max(0)).all()
+    assert (np.abs(exact - rounded).max(0) < sampling.ALIKE / 2 * np.abs(exact).max(0)).all()
 
 
 def test_a_model_that_answers_wrongly_is_refused_before_anything_is_written(tmp_path):
@@ -425,7 +429,7 @@ def test_a_model_that_answers_wrongly_is_refused_before_anything_is_written(tmp_
         (lambda x, t: 3, "returned int"),
     ):
         with pytest.raises(EvaluationError, match=f"model: it.* {says}"):
-            evaluation.draw(model, tmp_path / "e", 3, **options)
+            sampling.draw(model, tmp_path / "e", 3, **options)
     for bad, says in (
         ({"clip": -1}, "clip: got -1"),
         ({"clip": "yes"}, "clip: got 'yes'"),
@@ -433,7 +437,7 @@ def test_a_model_that_answers_wrongly_is_refused_before_anything_is_written(tmp_
         ({"model": network(), "class_labels": 0}, "class_labels: given, but the network has no classes"),
     ):
         with pytest.raises(ValueError, match=says):
-            evaluation.draw(bad.pop("model", network()), tmp_path / "e", 3, progress=False, **bad)
+            sampling.draw(bad.pop("model", network()), tmp_path / "e", 3, progress=False, **bad)
     assert not (tmp_path / "e").exists()
 
 
@@ -443,7 +447,7 @@ def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
 
     def drawing(model=model, folder="e", **changed):
         options = {"n": 9, "seed": 0, "shard": 3, "batch_size": None, "device": None, "dtype": None, "options": {}}
-        return evaluation._Drawing(model, tmp_path / folder, *[{**options, **changed}[name] for name in names])
+        return sampling._Drawing(model, tmp_path / folder, *[{**options, **changed}[name] for name in names])
 
     first, equal, other, further = drawing(), drawing(), drawing(seed=1), drawing(seed=1, n=12)
     drawn = first.run(False).rows(range(9))
@@ -473,7 +477,7 @@ def test_settings_are_written_by_one_process(tmp_path, monkeypatch):
         aside.write_text("mine")
         path.write_text("theirs")
 
-    evaluation._once(path, late)
+    sampling._once(path, late)
     assert path.read_text() == "theirs" and list(tmp_path.iterdir()) == [path]
     path.unlink()
 
@@ -482,10 +486,10 @@ def test_settings_are_written_by_one_process(tmp_path, monkeypatch):
 
     for link in (os.link, refused):
         monkeypatch.setattr(os, "link", link)
-        evaluation._once(path, lambda aside: aside.write_text("mine"))
+        sampling._once(path, lambda aside: aside.write_text("mine"))
         assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
         path.unlink()
-    mine, theirs = (evaluation._Probe(tmp_path, np.full((2, 2), value), "another") for value in (1.0, 2.0))
+    mine, theirs = (sampling._Probe(tmp_path, np.full((2, 2), value), "another") for value in (1.0, 2.0))
     theirs.keep()
     with pytest.raises(EvaluationError, match="another"):
         mine.keep()
@@ -559,8 +563,8 @@ def test_the_command_from_end_to_end(here, capsys, monkeypatch):
 
     mine = sys.modules["mine"]
     monkeypatch.setattr(mine, "low", Counted())
-    monkeypatch.setattr(evaluation, "sample", None)  # nothing is drawn, and no bound computed, again
-    monkeypatch.setattr(evaluation, "likelihood", None)
+    monkeypatch.setattr(sampling, "sample", None)  # nothing is drawn, and no bound computed, again
+    monkeypatch.setattr(api, "likelihood", None)
     code, again, _ = run(capsys, monkeypatch, *arguments)
     assert code == 0 and again == out and mine.low.images == 8  # the probe alone
 
@@ -572,7 +576,7 @@ def test_ctrl_c_says_how_to_go_on(here, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "sample", interrupted)
+        patch.setattr(sampling, "sample", interrupted)
         code, _, err = run(capsys, monkeypatch, *arguments)
     assert code == 130 and err.endswith("e: stopped; the same command goes on\n")
     code, out, _ = run(capsys, monkeypatch, *arguments, "--sampler", "ddpm", "--variance", "fixed_large")
@@ -601,7 +605,7 @@ def test_a_killed_command_goes_on(here, capsys, monkeypatch):
 
 
 def evaluated(here, out="e", n=30, metrics=("fid",), model=None, **options):
-    return evaluation.evaluate(
+    return api.evaluate(
         network() if model is None else model,
         here / "x.npz",
         here / out,
@@ -671,7 +675,7 @@ def test_a_module_is_known_by_its_weights(here):
         evaluated(here, features=Features(net, "net"))
         counts.append(net.images)
     assert counts == [8 + 40 + 30, 8 + 40 + 30, 8]
-    (kept,) = (here / "evaluation-cache").glob(f"net-1x8x8-{evaluation.checksum(net)[:12]}/reference-*.npz")
+    (kept,) = (here / "evaluation-cache").glob(f"net-1x8x8-{checksum(net)[:12]}/reference-*.npz")
     good = kept.read_bytes()
     flipped = bytearray(good)
     flipped[good.index(b"mean.npy") + 400] ^= 1  # in a member, which is read later
@@ -703,9 +707,9 @@ def test_a_checksum_of_extra_state():
     class Thing:
         pass
 
-    one, two = evaluation.checksum(Extra({"scale": 1})), evaluation.checksum(Extra({"scale": 2}))
-    assert one == evaluation.checksum(Extra({"scale": 1})) != two
-    assert evaluation.checksum(Extra(Thing())) == evaluation.checksum(Extra(Thing()))  # wherever they are
+    one, two = checksum(Extra({"scale": 1})), checksum(Extra({"scale": 2}))
+    assert one == checksum(Extra({"scale": 1})) != two
+    assert checksum(Extra(Thing())) == checksum(Extra(Thing()))  # wherever they are
 
 
 class Weighted(nn.Module):
@@ -736,7 +740,7 @@ def test_too_few_images_for_the_features_are_warned_of(here):
 
 
 def test_bits_per_dimension_resume_and_say_what_they_are_of(here, monkeypatch):
-    monkeypatch.setattr(evaluation, "CPU_LOT", 4)
+    monkeypatch.setattr(sampling, "CPU_LOT", 4)
     calls = []
 
     def stopping(model, images, **options):
@@ -745,7 +749,7 @@ def test_bits_per_dimension_resume_and_say_what_they_are_of(here, monkeypatch):
         calls.append(options["first"])
         return likelihood(model, images, **options)
 
-    monkeypatch.setattr(evaluation, "likelihood", stopping)
+    monkeypatch.setattr(api, "likelihood", stopping)
     options = {"metrics": ["bpd"], "subsample": 3, "seed": 5, "dtype": None}
     with pytest.raises(KeyboardInterrupt):
         evaluated(here, **options)
@@ -755,7 +759,7 @@ def test_bits_per_dimension_resume_and_say_what_they_are_of(here, monkeypatch):
         "4 images: the x_test of x.npz, padded from 6x6 to 8x8; 3 timesteps drawn for each" in row.protocol
         and len(calls) == 3
     )
-    monkeypatch.setattr(evaluation, "likelihood", lambda *a, **k: calls.append(k["first"]) or likelihood(*a, **k))
+    monkeypatch.setattr(api, "likelihood", lambda *a, **k: calls.append(k["first"]) or likelihood(*a, **k))
     (row,) = evaluated(here, **options).rows
     assert calls == ["", 0, 4, 8, 12]
     test = fastddpm.data.load_test(here / "x.npz").pad_to(8).pixels
@@ -799,7 +803,7 @@ def test_bits_per_dimension_of_a_network_with_classes(here):
 
 def test_options_reach_the_bound(here, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluation, "likelihood", lambda *a, **k: seen.append(k["batch_size"]) or likelihood(*a, **k))
+    monkeypatch.setattr(api, "likelihood", lambda *a, **k: seen.append(k["batch_size"]) or likelihood(*a, **k))
     evaluated(here, metrics=["bpd"], batch_size=7, clip=None, variance=None)
     assert seen == [7]
     with pytest.raises(TypeError, match="clipp, noise: no such option; expected some of schedule"):
@@ -808,14 +812,14 @@ def test_options_reach_the_bound(here, monkeypatch):
 
 def test_images_of_the_models_size_are_not_padded(here):
     np.save("x.npy", np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8))
-    (row,) = evaluation.evaluate(network(), "x.npy", here / "e", metrics=["bpd"], progress=False).rows
+    (row,) = api.evaluate(network(), "x.npy", here / "e", metrics=["bpd"], progress=False).rows
     assert "4 images: the training images of x.npy; all timesteps" in row.protocol
 
 
 @pytest.mark.parametrize("metric", ["fid", "kid"])
 def test_the_reference_is_looked_at_before_hours_of_sampling(metric, here, monkeypatch):
     """A network that fails on real images does so before anything is drawn."""
-    monkeypatch.setattr(evaluation, "sample", None)
+    monkeypatch.setattr(sampling, "sample", None)
     with np.load("x.npz") as arrays:
         black = {**arrays, "x_train": np.zeros_like(arrays["x_train"])}
     np.savez("x.npz", **black)

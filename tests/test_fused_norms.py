@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastddpm
-from fastddpm import backend, foreign, fuse_norms, fused_norms
-from fastddpm.fused_norms import FusedGroupNorm, FusedSequential
+from fastddpm import backend, fuse_norms
+from fastddpm.inputs import adopt
+from fastddpm.integrations import fused_layers
+from fastddpm.integrations.fused_layers import FusedGroupNorm, FusedSequential
 
 TINY = {
     "sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1,
@@ -50,9 +52,9 @@ def unet2d(**options):
 def calls(monkeypatch):
     """How often the kernel is called, and whether with a SiLU."""
     seen = []
-    op = fused_norms.ops.group_norm_silu
+    op = fused_layers.ops.group_norm_silu
     monkeypatch.setattr(
-        fused_norms.ops,
+        fused_layers.ops,
         "group_norm_silu",
         lambda *args, **options: seen.append(options["silu"]) or op(*args, **options),
     )
@@ -411,7 +413,7 @@ def test_a_fused_unet2dmodel_is_sampled_as_a_unet():
     model, scheduler = unet2d(), diffusers.DDPMScheduler(num_train_timesteps=3)
     expected = fastddpm.sample(model, 2, schedule=scheduler, seed=0)
     fuse_norms(model)
-    assert isinstance(foreign.adopted(model), fastddpm.UNet)
+    assert isinstance(adopt.adopted(model), fastddpm.UNet)
     assert same_bits(fastddpm.sample(model, 2, schedule=scheduler, seed=0), expected)
 
 

@@ -13,10 +13,14 @@ import torch
 from conftest import NO_GPU, in_threads, misaligned, python, randomised, same_bits
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, backend, graphs, ops, parity, samplers, sampling
-from fastddpm import engine as engines
-from fastddpm.ops._library import as_int64_bits
-from fastddpm.ops.philox_normal import Stream, normals_float64
+from fastddpm import Schedule, UNet, UNetConfig, backend, ops, parity
+from fastddpm.diffusion import coefficients
+from fastddpm.engine import cache, graphs
+from fastddpm.engine import runner as engines
+from fastddpm.inputs import adopt
+from fastddpm.ops.philox_normal import normals_float64
+from fastddpm.ops.rng import Stream, as_int64_bits
+from fastddpm.sampling import loop
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 KINDS = ("cuda", "triton")
@@ -255,7 +259,7 @@ def test_a_process_may_begin_with_a_capture(tmp_path, backend_name, name):
 
 def test_one_graph_serves_every_row_seed_and_first(kind):
     """And records the first row whose o is not finite, as the call without a graph does."""
-    table = samplers.table(Schedule.linear())
+    table = coefficients.table(Schedule.linear())
     rows, timesteps = table.rows.float().cuda(), table.timesteps.cuda()
     shape = (4, 3, 33, 31)
     outputs = [randn(*shape, seed=i, dtype=torch.bfloat16, layout="channels_last") for i in range(4)]
@@ -409,7 +413,7 @@ def eager(model, n=3, **options):
 
 
 def chain_of(model):
-    return engines._kept[model].engine.chain
+    return cache._kept[model].engine.chain
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -492,7 +496,7 @@ def test_a_live_unet2dmodel_is_replayed(kind, untuned):
     model = unet2d()
     scheduler = pytest.importorskip("diffusers").DDPMScheduler(num_train_timesteps=43)
     got = draw(model, schedule=scheduler)
-    assert set(chain_of(fastddpm.foreign.adopted(model)).graphs) == {1, 10}
+    assert set(chain_of(adopt.adopted(model)).graphs) == {1, 10}
     expected = draw(lambda x, t: model(x, t).sample, shape=(3, 16, 16), schedule=scheduler, device="cuda")
     assert (got - expected).abs().max() <= 5e-3
 
@@ -522,7 +526,7 @@ def test_weights_that_change_between_replays(kind, untuned):
 def test_the_checksum_is_that_of_a_cpu():
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         for v in (randn(70, 33).to(dtype), randn(3, 8, 5, 7).to(dtype, memory_format=torch.channels_last)):
-            assert int(engines._sum(v)) == int(engines._sum(v.cpu()))
+            assert int(cache._sum(v)) == int(cache._sum(v.cpu()))
 
 
 def test_the_host_does_not_wait_for_a_segment(kind):
@@ -530,7 +534,7 @@ def test_the_host_does_not_wait_for_a_segment(kind):
     model = small()
     engine = engines.Engine(model, next(model.parameters()).device, torch.bfloat16)
     with torch.no_grad():
-        chain = sampling.prepared(engine, samplers.table(model.schedule), (2, 3, 16, 16), 1.0, False, False)
+        chain = loop.prepared(engine, coefficients.table(model.schedule), (2, 3, 16, 16), 1.0, False, False)
         for graphs_of_chain in (chain.graphs, {}):
             chain.graphs = graphs_of_chain
             chain.state.zero_()
@@ -566,7 +570,7 @@ def test_a_failed_capture_falls_back(kind, untuned, monkeypatch):
         state.tolist()
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampling.ops, "ddpm_step_", that_waits)
+        patch.setattr(loop.ops, "ddpm_step_", that_waits)
         with pytest.warns(UserWarning, match="could not be captured as a CUDA graph"):
             x = draw(model)
         assert not chain_of(model).graphs
@@ -644,7 +648,7 @@ def test_the_engine_is_the_network(kind, dtype, bound):
     usual = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
     engine = engines.Engine(model, device, dtype)
     with torch.no_grad(), engine.settings():
-        chain = sampling.prepared(engine, samplers.table(model.schedule), (2, 3, 16, 16), 1.0, False, False)
+        chain = loop.prepared(engine, coefficients.table(model.schedule), (2, 3, 16, 16), 1.0, False, False)
         for step in range(0, 1000, 50):
             x = randn(2, 3, 16, 16, seed=step)
             chain.input.copy_(x)
@@ -762,7 +766,7 @@ def test_a_step_of_more_than_2_to_the_31_elements(kind):
     x, o = torch.zeros(n, *shape, device="cuda"), torch.zeros(n, *shape, dtype=torch.bfloat16, device="cuda")
     assert x.numel() > 1 << 31
     x[-1], o[-1] = randn(*shape, seed=1), randn(*shape, seed=2)
-    row = samplers.table(Schedule.linear()).rows[500:501].float().cuda()
+    row = coefficients.table(Schedule.linear()).rows[500:501].float().cuda()
 
     def in_place(x, o, first):
         next_input = torch.empty_like(o)

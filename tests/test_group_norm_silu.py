@@ -9,7 +9,7 @@ from conftest import DTYPES, LAYOUTS, like_on, misaligned, over_shapes, same_bit
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from fastddpm import backend, ops, parity
+from fastddpm import backend, errors, ops, parity
 
 EPS = 1e-6
 
@@ -410,7 +410,7 @@ def test_a_forward_derivative_lies_as_x_does(layout):
 def test_a_backend_that_was_asked_for_has_no_forward_derivative(kernels):
     x, weight, bias, _ = inputs((2, 4, 3, 3))
     with pytest.raises(
-        backend.BackendError, match="group_norm_silu: backend 'cpu' was asked for, but only the reference"
+        errors.BackendError, match="group_norm_silu: backend 'cpu' was asked for, but only the reference"
     ):
         torch.func.jvp(lambda x: ops.group_norm_silu(x, 2, weight, bias), (x,), (x,))
     ops.group_norm_silu(x, 2, weight, bias)
@@ -602,5 +602,5 @@ def test_bad_input(device, arguments, message):
 
 def test_an_explicit_backend_that_cannot_serve(kernels):
     message = "backend 'cpu' was asked for, but it serves float32, bfloat16 and float16 and this tensor is float64"
-    with pytest.raises(backend.BackendError, match=message):
+    with pytest.raises(errors.BackendError, match=message):
         ops.group_norm_silu(X.double(), 2, ONES.double(), ONES.double())

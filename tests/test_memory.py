@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from fastddpm import memory
+from fastddpm.engine import memory
 
 resource = pytest.importorskip("resource")
 pytestmark = [

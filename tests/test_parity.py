@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import NO_GPU, on_variant
 
-from fastddpm import backend, ops, parity
+from fastddpm import backend, errors, ops, parity
 
 OPS = {
     "philox_normal", "timestep_embedding", "ddpm_step", "ddpm_step_", "group_norm_silu", "group_norm_silu_backward"
@@ -39,7 +39,8 @@ def test_on_a_gpu():
 
 VARIANT = """
 import json, torch, torch.nn.functional as F
-from fastddpm import backend, parity, winograd
+from fastddpm import backend, parity
+from fastddpm.ops import winograd
 torch.use_deterministic_algorithms(True)  # poisons new memory
 
 def error_of_winograd(upsample):
@@ -94,7 +95,7 @@ def test_backends_that_cannot_run():
     with pytest.raises(ValueError, match="unknown name 'gpu'"):
         parity.run(backends=["gpu"])
     if not torch.cuda.is_available():
-        with pytest.raises(backend.BackendError, match="'cuda' was asked for"):
+        with pytest.raises(errors.BackendError, match="'cuda' was asked for"):
             parity.run(backends=["cuda"])
 
 

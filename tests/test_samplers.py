@@ -15,9 +15,10 @@ from hypothesis import given
 from test_sampling import MEAN, SHAPE, SHORT, STD, ideal, small_unet
 
 import fastddpm
-from fastddpm import Schedule, ops, samplers
-from fastddpm.ops.philox_normal import Stream
-from fastddpm.sampling import SamplingError
+from fastddpm import Schedule, ops
+from fastddpm.diffusion import coefficients
+from fastddpm.errors import SamplingError
+from fastddpm.ops.rng import Stream
 
 logging.set_verbosity_error()
 pytestmark = [
@@ -70,7 +71,7 @@ def test_spacing_falls_through_distinct_timesteps(spacing, data):
     start = data.draw(st.one_of(st.none(), st.integers(0, T - 1)))
     top = T if start is None else start + 1
     steps = data.draw(st.integers(1, top))
-    t = samplers.spaced(schedule, steps, spacing, start)
+    t = coefficients.spaced(schedule, steps, spacing, start)
     assert t.dtype == torch.int64 and t.shape == (steps,) and (t.diff() < 0).all()
     assert 0 <= t[-1] and t[0] <= top - 1
     if spacing != "leading":
@@ -89,7 +90,7 @@ def test_spacing_is_that_of_diffusers(spacing, kind):
         theirs = kind(timestep_spacing=spacing)
         theirs.set_timesteps(steps)
         if len(theirs.timesteps) == steps:
-            ours = samplers.spaced(LINEAR, steps, spacing)
+            ours = coefficients.spaced(LINEAR, steps, spacing)
             far = (ours - theirs.timesteps).abs()
             numerator = 999 * torch.arange(steps) if spacing == "linspace" else 1000 * torch.arange(1, steps + 1)
             tie = (2 * numerator % (steps - (spacing == "linspace")) == 0).flip(0)
@@ -106,20 +107,20 @@ def test_logsnr_is_the_nearest_there_is():
         wanted = torch.linspace(float(lam[0]), float(lam[-1]), steps + 1, dtype=torch.float64)[1:]
         t = (lam[:, None] - wanted).abs().argmin(0).flip(0)
         if (t.diff() < 0).all():
-            assert torch.equal(samplers.spaced(LINEAR, steps, "logsnr"), t)
-    assert (samplers.spaced(Schedule.cosine(1000), 20, "logsnr") > 985).sum() == 3  # evenly down to T - 1: 8
+            assert torch.equal(coefficients.spaced(LINEAR, steps, "logsnr"), t)
+    assert (coefficients.spaced(Schedule.cosine(1000), 20, "logsnr") > 985).sum() == 3  # evenly down to T - 1: 8
 
 
 def test_tables_whatever_the_default_device_is():
     with torch.device("meta"):
-        for sampler, spacing in itertools.product(samplers.STEPS, samplers.SPACINGS):
-            t = samplers.spaced(LINEAR, 7, spacing)
-            table = samplers.table(LINEAR, sampler=sampler, timesteps=t)
-            assert table.rows.device.type == samplers.inversion(LINEAR, timesteps=t).rows.device.type == "cpu"
+        for sampler, spacing in itertools.product(coefficients.STEPS, coefficients.SPACINGS):
+            t = coefficients.spaced(LINEAR, 7, spacing)
+            table = coefficients.table(LINEAR, sampler=sampler, timesteps=t)
+            assert table.rows.device.type == coefficients.inversion(LINEAR, timesteps=t).rows.device.type == "cpu"
 
 
 def test_logsnr_is_even_in_lambda():
-    t = samplers.spaced(LINEAR, 20, "logsnr")
+    t = coefficients.spaced(LINEAR, 20, "logsnr")
     bar = LINEAR.alphas_cumprod[t]
     h = (bar / (1 - bar)).sqrt().log().diff()
     assert h[:-4].max() / h[:-4].min() < 1.05  # as far as timesteps are dense enough to choose from
@@ -135,8 +136,8 @@ def test_logsnr_is_even_in_lambda():
 )
 def test_ddpm_is_diffusers(variance, prediction, steps, spacing):
     """1e-12 on every row but one: diffusers adds noise on a last row with t > 0, where nothing is left to be noisy."""
-    table = samplers.table(
-        LINEAR, prediction=prediction, variance=variance, timesteps=samplers.spaced(LINEAR, steps, spacing)
+    table = coefficients.table(
+        LINEAR, prediction=prediction, variance=variance, timesteps=coefficients.spaced(LINEAR, steps, spacing)
     )
     theirs = exact(DDPMScheduler(variance_type=variance, prediction_type=prediction))
     if steps < 1000:
@@ -158,8 +159,8 @@ def test_ddpm_is_diffusers(variance, prediction, steps, spacing):
 @pytest.mark.parametrize("prediction", KINDS)
 @pytest.mark.parametrize(("steps", "spacing"), [(1000, "leading"), (50, "leading"), (20, "trailing"), (10, "leading")])
 def test_ddim_is_diffusers(eta, prediction, steps, spacing):
-    table = samplers.table(
-        LINEAR, sampler="ddim", prediction=prediction, eta=eta, timesteps=samplers.spaced(LINEAR, steps, spacing)
+    table = coefficients.table(
+        LINEAR, sampler="ddim", prediction=prediction, eta=eta, timesteps=coefficients.spaced(LINEAR, steps, spacing)
     )
     theirs = exact(DDIMScheduler(prediction_type=prediction))
     theirs.set_timesteps(steps)
@@ -176,7 +177,7 @@ def test_ddim_is_diffusers(eta, prediction, steps, spacing):
 def test_ddim_where_diffusers_goes_wrong(steps, spacing):
     """diffusers' DDIM takes t - T // steps for the next timestep, whatever the spacing (its issue 12633): here the paper's
     eq. 12 is the truth, written out."""
-    table = samplers.table(LINEAR, sampler="ddim", eta=0.7, timesteps=samplers.spaced(LINEAR, steps, spacing))
+    table = coefficients.table(LINEAR, sampler="ddim", eta=0.7, timesteps=coefficients.spaced(LINEAR, steps, spacing))
     theirs = exact(DDIMScheduler())
     theirs.set_timesteps(steps)
     theirs.timesteps = table.timesteps
@@ -198,8 +199,8 @@ def test_ddim_where_diffusers_goes_wrong(steps, spacing):
 @pytest.mark.parametrize("spacing", ["logsnr", "trailing"])
 def test_dpm_is_diffusers(prediction, steps, spacing):
     """1e-5: its sigmas and its step are float32."""
-    table = samplers.table(
-        LINEAR, sampler="dpm++2m", prediction=prediction, timesteps=samplers.spaced(LINEAR, steps, spacing)
+    table = coefficients.table(
+        LINEAR, sampler="dpm++2m", prediction=prediction, timesteps=coefficients.spaced(LINEAR, steps, spacing)
     )
     theirs = DPMSolverMultistepScheduler(prediction_type=prediction, thresholding=True, sample_max_value=1.0)
     theirs.alphas_cumprod = LINEAR.alphas_cumprod
@@ -208,13 +209,14 @@ def test_dpm_is_diffusers(prediction, steps, spacing):
         close(x_prev, theirs.step(o, t, x).prev_sample, 1e-5)
 
 
-@pytest.mark.parametrize("sampler", samplers.STEPS)
+@pytest.mark.parametrize("sampler", coefficients.STEPS)
 def test_the_mean_is_a_prediction_like_others(sampler):
     """From the mean that the network would give for some x0 (eq. 7), unclipped, comes the step for this x0."""
     for steps in (50, 1000):
-        timesteps = samplers.spaced(LINEAR, steps, "trailing")
+        timesteps = coefficients.spaced(LINEAR, steps, "trailing")
         by_x0, by_mean = (
-            samplers.table(LINEAR, sampler=sampler, prediction=kind, timesteps=timesteps) for kind in ("sample", "mean")
+            coefficients.table(LINEAR, sampler=sampler, prediction=kind, timesteps=timesteps)
+            for kind in ("sample", "mean")
         )
         last = None
         for i, t in enumerate(timesteps.tolist()):
@@ -229,14 +231,14 @@ def test_the_mean_is_a_prediction_like_others(sampler):
 
 def test_the_whole_chain_is_the_papers():
     """Of all T steps: Ho et al.'s own coefficients, from the schedule's."""
-    rows, t = samplers.table(LINEAR).rows, torch.arange(1000).flip(0)
+    rows, t = coefficients.table(LINEAR).rows, torch.arange(1000).flip(0)
     for column, expected in [
         (2, LINEAR.posterior_mean_coef1), (3, LINEAR.posterior_mean_coef2), (6, LINEAR.betas.sqrt()),
     ]:  # fmt: skip
         torch.testing.assert_close(rows[:-1, column], expected[t][:-1], rtol=1e-11, atol=0)
     assert rows[-1, 6] == 0 and rows[-1, 2] == pytest.approx(1) and rows[-1, 3] == 0
     torch.testing.assert_close(
-        samplers.table(LINEAR, variance="fixed_small").rows[:-1, 6],
+        coefficients.table(LINEAR, variance="fixed_small").rows[:-1, 6],
         LINEAR.posterior_variance.sqrt()[t][:-1],
         rtol=1e-11,
         atol=0,
@@ -299,7 +301,7 @@ def test_gaussian_data_after_every_sampler(sampler, steps, variance, eta):
         ideal(LINEAR), 64, shape=(3, 32, 32), schedule=LINEAR, sampler=sampler, steps=steps, eta=eta, variance=variance,
         clip=False, seed=0, progress=False,
     ).double()  # fmt: skip
-    timesteps = samplers.spaced(LINEAR, steps, samplers.SPACING[sampler])
+    timesteps = coefficients.spaced(LINEAR, steps, coefficients.SPACING[sampler])
     mean, var = moments(sampler, timesteps, variance, eta)
     assert abs(x.mean().item() - mean) <= 5 * math.sqrt(var / x.numel()) + 1e-5
     assert abs(x.var().item() - var) <= 5 * var * math.sqrt(2 / x.numel()) + 1e-6 * var + 1e-9
@@ -311,8 +313,8 @@ def test_gaussian_data_after_every_sampler(sampler, steps, variance, eta):
 
 def end_error(sampler, steps):
     """How far a chain of the ideal network is, at the last grid point, from the exact solution of the ODE that it solves."""
-    t = samplers.spaced(LINEAR, steps, "logsnr")
-    rows = samplers.table(LINEAR, sampler=sampler, timesteps=t).rows
+    t = coefficients.spaced(LINEAR, steps, "logsnr")
+    rows = coefficients.table(LINEAR, sampler=sampler, timesteps=t).rows
     model, bar = ideal(LINEAR), LINEAR.alphas_cumprod[t]
     spread = (bar * STD**2 + 1 - bar).sqrt()
     x, last = torch.tensor([[[0.7]]], dtype=torch.float64), None
@@ -342,7 +344,7 @@ def test_prediction_types_give_the_same_images_with_every_sampler():
                 steps=steps,
                 seed=3,
             )
-            for kind in samplers.PREDICTIONS
+            for kind in coefficients.PREDICTIONS
         ]
         for x in drawn[1:]:
             torch.testing.assert_close(x, drawn[0], rtol=0, atol=5e-5)
@@ -357,15 +359,15 @@ def test_tables_of_zero_snr_are_finite(data):
     betas = data.draw(st.lists(st.floats(1e-6, 0.9), min_size=T - 1, max_size=T - 1))
     schedule = Schedule([*betas, 1.0])
     assert all(v.isfinite().all() for v in vars(schedule).values())
-    sampler = data.draw(st.sampled_from(sorted(samplers.STEPS)))
+    sampler = data.draw(st.sampled_from(sorted(coefficients.STEPS)))
     options = {"prediction": data.draw(st.sampled_from(["sample", "v_prediction", "mean"]))}
     if sampler == "ddpm":
-        options["variance"] = data.draw(st.sampled_from(samplers.VARIANCES))
+        options["variance"] = data.draw(st.sampled_from(coefficients.VARIANCES))
     elif sampler == "ddim":
         options["eta"] = data.draw(st.floats(0, 1))
-    t = samplers.spaced(schedule, data.draw(st.integers(1, T)), data.draw(st.sampled_from(SPACINGS)))
+    t = coefficients.spaced(schedule, data.draw(st.integers(1, T)), data.draw(st.sampled_from(SPACINGS)))
     assert (t.diff() < 0).all()
-    table = samplers.table(schedule, sampler=sampler, timesteps=t, **options)
+    table = coefficients.table(schedule, sampler=sampler, timesteps=t, **options)
     assert table.rows.isfinite().all() and table.rows.float().isfinite().all()
     if t[0] == T - 1:
         assert table.rows[0, 0] == 0  # x_T says nothing of x_0
@@ -376,8 +378,8 @@ def test_tables_of_zero_snr_are_finite(data):
 @pytest.mark.parametrize(("steps", "spacing"), [(50, "trailing"), (7, "linspace"), (2, "trailing"), (1, "trailing")])
 def test_ddpm_with_zero_snr_is_diffusers(variance, prediction, steps, spacing):
     """But for the first step of fixed_large, whose noise is 1 with diffusers and the posterior's here, and the last's."""
-    table = samplers.table(
-        ZERO, prediction=prediction, variance=variance, timesteps=samplers.spaced(ZERO, steps, spacing)
+    table = coefficients.table(
+        ZERO, prediction=prediction, variance=variance, timesteps=coefficients.spaced(ZERO, steps, spacing)
     )
     theirs = exact(DDPMScheduler(variance_type=variance, prediction_type=prediction, rescale_betas_zero_snr=True), ZERO)
     theirs.set_timesteps(timesteps=table.timesteps.tolist())
@@ -398,8 +400,8 @@ def test_ddpm_with_zero_snr_is_diffusers(variance, prediction, steps, spacing):
 @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
 @pytest.mark.parametrize("steps", [50, 10, 2, 1])
 def test_ddim_with_zero_snr_is_diffusers(eta, prediction, steps):
-    table = samplers.table(
-        ZERO, sampler="ddim", prediction=prediction, eta=eta, timesteps=samplers.spaced(ZERO, steps, "trailing")
+    table = coefficients.table(
+        ZERO, sampler="ddim", prediction=prediction, eta=eta, timesteps=coefficients.spaced(ZERO, steps, "trailing")
     )
     theirs = exact(
         DDIMScheduler(prediction_type=prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing"), ZERO
@@ -474,7 +476,7 @@ def test_gaussian_data_with_zero_snr(sampler, steps, variance, eta, prediction):
         ideal(ZERO, prediction), 16, shape=(3, 32, 32), schedule=ZERO, sampler=sampler, prediction=prediction, steps=steps,
         eta=eta, variance=variance, clip=False, seed=0, progress=False,
     ).double()  # fmt: skip
-    timesteps = samplers.spaced(ZERO, steps, samplers.SPACING[sampler])
+    timesteps = coefficients.spaced(ZERO, steps, coefficients.SPACING[sampler])
     mean, var = moments(sampler, timesteps, variance, eta, schedule=ZERO)
     assert abs(x.mean().item() - mean) <= 5 * math.sqrt(var / x.numel()) + 1e-5
     assert abs(x.var().item() - var) <= 5 * var * math.sqrt(2 / x.numel()) + 1e-5
@@ -534,7 +536,9 @@ def test_a_network_draws_what_its_plain_callable_does(sampler):
 
 def test_learned_range():
     """v = 1 is the large variance, v = -1 the small one; other samplers don't read it, and another width is refused."""
-    assert samplers.table(SHORT, variance="learned_range").rows.isfinite().all()  # the posterior's log 0 is replaced
+    assert (
+        coefficients.table(SHORT, variance="learned_range").rows.isfinite().all()
+    )  # the posterior's log 0 is replaced
 
     def with_v(v):
         model = ideal(SHORT)

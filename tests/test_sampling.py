@@ -11,10 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, backend, graphs, merged, ops, samplers, sampling
-from fastddpm.engine import Engine, Plain
-from fastddpm.ops.philox_normal import Stream
-from fastddpm.sampling import SamplingError
+from fastddpm import Schedule, UNet, UNetConfig, backend, ops
+from fastddpm.diffusion import coefficients
+from fastddpm.engine import convolution, graphs
+from fastddpm.engine.runner import Engine, Plain
+from fastddpm.errors import SamplingError
+from fastddpm.ops.rng import Stream
+from fastddpm.sampling import loop
 
 SHAPE = (3, 4, 5)
 SHORT = Schedule.linear(20, 1e-3, 0.3)
@@ -45,7 +48,7 @@ def ideal(schedule, prediction="epsilon", mean=MEAN, std=STD):
 
 def exact_moments(schedule, variance):
     """Mean and variance of the chain's x_0, by carrying them through its affine steps in float64."""
-    model, table = ideal(schedule), samplers.table(schedule, variance=variance)
+    model, table = ideal(schedule), coefficients.table(schedule, variance=variance)
     m, v = 0.0, 1.0
     for t, (a, b, c0, c1, _, _, sigma, _, _) in zip(table.timesteps.tolist(), table.rows.tolist(), strict=True):
         slope, shift = float(model.slope[t]), float(model.shift[t])
@@ -71,7 +74,7 @@ def test_gaussian_data_has_its_exact_mean_and_variance(variance):
         assert var < 1e-4 * STD**2  # without fresh noise it collapses to an average
 
 
-@pytest.mark.parametrize("prediction", samplers.PREDICTIONS)
+@pytest.mark.parametrize("prediction", coefficients.PREDICTIONS)
 def test_prediction_types_give_the_same_chain(prediction):
     expected = fastddpm.sample(ideal(SHORT), 2, shape=SHAPE, schedule=SHORT, clip=False, seed=3)
     got = fastddpm.sample(
@@ -350,11 +353,11 @@ def started(chain):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_device_may_know_the_step_alone(monkeypatch, dtype, classes):
     """As a graph has it: the same bits as with the step's number from the host, and nothing that waits for the device."""
-    monkeypatch.setattr(merged, "_onednn_takes", lambda x: False)  # there is no packing on a GPU either
+    monkeypatch.setattr(convolution, "_onednn_takes", lambda x: False)  # there is no packing on a GPU either
     monkeypatch.setattr(graphs, "usable", lambda device: True)
     monkeypatch.setattr(graphs, "capture", lambda step, counts, device: {})
     engine = Engine(small_unet(classes=classes), torch.device("cpu"), dtype)
-    chain = sampling.prepared(engine, samplers.table(SHORT), (3, 1, 8, 8), 1.0, classes is not None, True)
+    chain = loop.prepared(engine, coefficients.table(SHORT), (3, 1, 8, 8), 1.0, classes is not None, True)
     if classes:
         chain.labels.copy_(torch.arange(3))
     results = []
@@ -509,7 +512,7 @@ def test_two_segments_on_their_way(bad):
         return torch.where(t[:, None, None, None] == 119 - (-1 if bad is None else bad), float("nan"), 0.5 * x)
 
     net = Plain(model, torch.device("cpu"), torch.float32)
-    chain = sampling.prepared(net, samplers.table(schedule), (2, *SHAPE), 1.0, False, False)
+    chain = loop.prepared(net, coefficients.table(schedule), (2, *SHAPE), 1.0, False, False)
     chain.in_flight = 2
     out, bar = torch.empty(1, *SHAPE), tqdm(total=120, file=io.StringIO())
     if bad is None:

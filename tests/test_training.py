@@ -13,10 +13,13 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import fastddpm
-from fastddpm import Schedule, UNet, UNetConfig, cli, data, ops, training
-from fastddpm.diffusion import draw_timesteps
-from fastddpm.ops.philox_normal import Stream, philox_words_ref
-from fastddpm.training import Draws, Recipe, Trainer, TrainingError
+from fastddpm import Schedule, UNet, UNetConfig, cli, data, ops
+from fastddpm.errors import TrainingError
+from fastddpm.ops.philox_normal import philox_words_ref
+from fastddpm.ops.rng import Stream
+from fastddpm.training import trainer as training
+from fastddpm.training.loss import draw_timesteps
+from fastddpm.training.trainer import Draws, Recipe, Trainer
 
 TINY = UNetConfig(
     sample_size=8, in_channels=1, channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4, dropout=0.1

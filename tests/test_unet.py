@@ -8,7 +8,7 @@ import torch
 from conftest import randomised
 
 from fastddpm import Schedule, UNet, UNetConfig, backend
-from fastddpm.unet import GroupNormSiLU
+from fastddpm.models.unet import GroupNormSiLU
 
 SMALL = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4)
 

@@ -7,7 +7,10 @@ from conftest import randomised, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastddpm import UNetConfig, backend, merged, ops, winograd
+from fastddpm import UNetConfig, backend, ops
+from fastddpm.engine import convolution
+from fastddpm.engine.layers import merge, spend
+from fastddpm.ops import winograd
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -216,28 +219,32 @@ def test_where_it_is_used(monkeypatch):
 @pytest.fixture
 def network():
     model = randomised(UNetConfig(sample_size=16, channels=32, multipliers=(1, 2, 2), attention=(), groups=4))
-    merged.merge(model)
+    merge(model)
     return model
 
 
 def bytes_of(model):
-    return sum(m.weight.numel() * 4 for m in model.modules() if isinstance(m, merged.Convolution))
+    return sum(m.weight.numel() * 4 for m in model.modules() if isinstance(m, convolution.Convolution))
 
 
 def test_weights_grow_where_they_gain_most_and_no_further(network):
     """The largest images come first: each level has its convolutions before any of a smaller one."""
     plain = bytes_of(network)
     for allowance in (0, plain, 1.1 * plain, 1.3 * plain, 2 * plain):
-        layers = [m for m in network.modules() if isinstance(m, merged.Convolution)]
+        layers = [m for m in network.modules() if isinstance(m, convolution.Convolution)]
         for layer in layers:
             layer.fast = False
-        merged.spend(network, torch.float32, allowance)
+        spend(network, torch.float32, allowance)
         grown = sum((16 / 9 - 1) * m.weight.numel() * 4 for m in layers if m.fast and not m.upsample)
         assert plain + grown <= max(allowance, plain)
         levels = [[*network.down_blocks[i].modules(), *network.up_blocks[-1 - i].modules()] for i in range(3)]
         levels[2] += network.mid_block.modules()
         able = [
-            [m for m in level if isinstance(m, merged.Convolution) and winograd.shaped(m.weight, m.stride, m.padding)]
+            [
+                m
+                for m in level
+                if isinstance(m, convolution.Convolution) and winograd.shaped(m.weight, m.stride, m.padding)
+            ]
             for level in levels
         ]
         started = [any(m.fast and not m.upsample for m in level) for level in able]

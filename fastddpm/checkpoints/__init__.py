@@ -1,0 +1,1 @@
+"""Networks from files, and files from networks: this package's folders and other libraries' formats."""

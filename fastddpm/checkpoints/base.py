@@ -12,15 +12,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..samplers import check_prediction
-from ..schedule import Schedule
-from ..unet import UNet, UNetConfig
+from ..diffusion.coefficients import check_prediction
+from ..diffusion.schedule import Schedule
+from ..errors import CheckpointError
+from ..models.config import UNetConfig
+from ..models.unet import UNet
 
 SHOWN = 3  # of the keys that differ
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: what is wrong, and with which file."""
 
 
 @dataclasses.dataclass

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from ..schedule import Schedule
-from ..unet import UNetConfig
-from .base import CheckpointError, Read, multiples
+from ..diffusion.schedule import Schedule
+from ..errors import CheckpointError
+from ..models.config import UNetConfig
+from .base import Read, multiples
 
 ANCHOR = "input_blocks.0.0.weight"
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from ..samplers import check_prediction
-from ..unet import UNet
-from . import diffusers, hub, native, openai, pesser, tensors
-from .base import CheckpointError, Read, build
+from ..diffusion.coefficients import check_prediction
+from ..errors import CheckpointError
+from ..models.unet import UNet
+from . import diffusers, fastddpm_folder, hub, openai, pytorch_diffusion, tensors
+from .base import Read, build
 
-FORMATS = {"fastddpm": native.save, "diffusers": diffusers.write}
+FORMATS = {"fastddpm": fastddpm_folder.save, "diffusers": diffusers.write}
 # What OpenAI's training scripts write: averaged weights with their rate and step, and raw ones with their step.
 EMA, RAW = re.compile(r"ema_(?P<rate>[\d.]+)_(?P<step>\d+)\.pt"), re.compile(r"model(?P<step>\d+)\.pt")
 # By the names of their tensors, other people's networks.
@@ -45,7 +46,7 @@ def save(model: UNet, folder: str | Path, format: str) -> None:
     else:
         first = "which would be read in place of what is written"
         rivals = {
-            f"a model of fastddpm, {first}": native.is_own(folder),
+            f"a model of fastddpm, {first}": fastddpm_folder.is_own(folder),
             f"unet_ema, {first}": (folder / "unet_ema").exists(),
             f"weights in parts, {first}": (folder / "unet" / diffusers.WEIGHTS[0]).exists(),
         }
@@ -64,7 +65,7 @@ def read(name: str | Path, *, revision: str | None = None, flags: str | None = N
     if on_hub:
         path, called = hub.fetch(str(name), revision, _needed), [str(name).split("/")[1]]
     else:
-        path = Path(name) if Path(name).is_file() else native.find(name)
+        path = Path(name) if Path(name).is_file() else fastddpm_folder.find(name)
         called = list(path.absolute().parts[-1 if path.is_dir() else -2 :])
     found = _read_folder(path, flags) if path.is_dir() else _read_file(path, flags)
     if flags is not None and found.format != "openai":
@@ -87,7 +88,7 @@ def _needed(files: Collection[str]) -> list[str] | None:
     found = diffusers.layout(files)
     if found is not None and found.weights is not None:
         return found.files
-    own = [native.CONFIG, native.WEIGHTS]
+    own = [fastddpm_folder.CONFIG, fastddpm_folder.WEIGHTS]
     return own if set(own) <= set(files) else None
 
 
@@ -95,8 +96,10 @@ def _read_folder(folder: Path, flags: str | None) -> Read:
     within = [path for pattern in ("*", "unet/*", "unet_ema/*", "scheduler/*") for path in folder.glob(pattern)]
     files = {path.relative_to(folder).as_posix() for path in within if path.is_file()}
     found = diffusers.layout(files)
-    if native.is_own(folder) or (native.WEIGHTS in files and (found is None or found.weights is None)):
-        return native.read(folder)
+    if fastddpm_folder.is_own(folder) or (
+        fastddpm_folder.WEIGHTS in files and (found is None or found.weights is None)
+    ):
+        return fastddpm_folder.read(folder)
     if found is not None:
         return diffusers.read(folder, found)
     checkpoints = _newest(files)
@@ -117,10 +120,10 @@ def _newest(files: Collection[str]) -> list[str]:
 
 
 def _read_file(path: Path, flags: str | None) -> Read:
-    anchors = (diffusers.ANCHOR, pesser.ANCHOR, openai.ANCHOR)
+    anchors = (diffusers.ANCHOR, pytorch_diffusion.ANCHOR, openai.ANCHOR)
     state, averaged = tensors.network_in(tensors.read(path), path, anchors)
-    if pesser.ANCHOR in state:
-        return pesser.read(path, state, averaged)
+    if pytorch_diffusion.ANCHOR in state:
+        return pytorch_diffusion.read(path, state, averaged)
     if openai.ANCHOR in state:
         return openai.read(path, state, averaged, flags)
     if diffusers.ANCHOR in state:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..samplers import PREDICTIONS, VARIANCES
-from ..schedule import Schedule
+from ..diffusion.coefficients import PREDICTIONS, VARIANCES
+from ..diffusion.schedule import Schedule
 
 # How an option that a config leaves out stands in the classes that read all of them.
 DEFAULTS = {

@@ -20,7 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .base import CheckpointError
+from ..errors import CheckpointError
 
 # Under which names people keep the averaged weights, and the raw ones, in a file with more beside them.
 AVERAGED = ("averaged", "shadow")  # and whatever has "ema" in it as a word

@@ -40,9 +40,10 @@ from typing import NamedTuple
 import torch
 
 from .. import backend
-from ..notices import warn_once
 from ..ops import ddpm_step
-from ..ops._library import check_first, check_seed, layout
+from ..ops._register import layout
+from ..ops.rng import check_first, check_seed
+from ..utils.warn import warn_once
 
 try:
     import diffusers

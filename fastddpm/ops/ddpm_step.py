@@ -17,18 +17,10 @@ from collections.abc import Sequence
 import torch
 
 from .. import backend
-from ._library import (
-    as_int64_bits,
-    check_first,
-    check_seed,
-    forward_mode,
-    has_tangent,
-    layout,
-    native_layout,
-    register,
-    short,
-)
-from .philox_normal import Stream, normals_float64
+from ..utils.validation import short
+from ._register import forward_mode, has_tangent, layout, native_layout, register
+from .philox_normal import normals_float64
+from .rng import Stream, as_int64_bits, check_first, check_seed
 
 A, B, C0, C1, C2, D, SIGMA, LV_LO, LV_HI = range(9)
 O_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -267,7 +259,7 @@ def ddpm_step(
     """(x_prev, x0), both like x, by the formula at the top of this file.
 
     x: float32 [N, C, *spatial] (float64 goes to the reference). o: the network's output, float32, bfloat16 or float16,
-    [N, C, ...] or [N, 2C, ...]. row: 9 coefficients (see `fastddpm.samplers`), rounded to float32 by the kernels.
+    [N, C, ...] or [N, 2C, ...]. row: 9 coefficients (see diffusion/coefficients.py), rounded to float32 by the kernels.
     noise: z, like x; else z is drawn for (seed, t, first + i): seed in [0, 2^64), t the training timestep.
     clip: bound on x0, None for none. Raises ValueError naming the argument that does not fit, also if x or o require grad.
     """

@@ -14,7 +14,8 @@ import math
 import torch
 
 from .. import backend
-from ._library import forward_mode, native_layout, register, short
+from ..utils.validation import short
+from ._register import forward_mode, native_layout, register
 
 # ---------------------------------------------------------------------------------------------- reference
 

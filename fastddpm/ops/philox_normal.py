@@ -11,26 +11,15 @@ e is the element's index in the sample's C*H*W order, whatever the memory layout
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Sequence
 
 import torch
 
 from .. import backend
-from ._library import UINT64, as_int64_bits, check_first, check_seed, register, short
-
-
-class Stream(enum.IntEnum):
-    """What a draw is for; streams never share a counter."""
-
-    X_T = 0  # the chain's start, t = 0
-    REVERSE = 1  # a reverse step's z
-    FORWARD = 2  # q(x_t | x_0)
-    TIMESTEP = 3  # training timestep, t = (w0 T) >> 32
-    FLIP = 4
-    DROPOUT = 5
-
+from ..utils.validation import short
+from ._register import register
+from .rng import UINT64, Stream, as_int64_bits, check_first, check_seed
 
 _MASK = 0xFFFFFFFF
 

@@ -12,7 +12,8 @@ import math
 import torch
 
 from .. import backend
-from ._library import forward_mode, register, short
+from ..utils.validation import short
+from ._register import forward_mode, register
 
 
 def _rate(dim: int, max_period: float, freq_shift: float) -> float:

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._library import layout
+from .._register import layout
 from .launch import OPTIONS, cdiv, needs_int64, on, power_of_2
 from .philox import normals
 

@@ -1,0 +1,175 @@
+"""fastddpm's own folder: config.json (architecture, schedule, what was trained) and model.safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from ..diffusion.coefficients import PREDICTIONS, VARIANCES
+from ..diffusion.schedule import Schedule
+from ..errors import CheckpointError
+from ..models.config import UNetConfig
+from ..models.unet import UNet
+from ..utils.files import made, whole
+from ..utils.validation import bound_of, choice
+from . import tensors
+from .base import Read, check
+
+ARCHITECTURE = "fastddpm.UNet"
+BUNDLED = Path(__file__).parent.parent / "pretrained"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def bundled() -> list[str]:
+    return sorted(folder.name for folder in BUNDLED.iterdir() if (folder / WEIGHTS).is_file())
+
+
+def find(name: str | Path) -> Path:
+    """The folder of a bundled model's name or of a path."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if str(name) in bundled():
+        return BUNDLED / str(name)
+    raise CheckpointError(
+        f"model: {str(name)!r} is neither a folder nor a bundled model ({', '.join(bundled()) or 'none is bundled'}), nor a "
+        "file, nor a model on the Hugging Face Hub, as those are called owner/name"
+    )
+
+
+def save(
+    model: UNet, folder: str | Path, *, state: dict[str, torch.Tensor] | None = None, extra: dict | None = None
+) -> None:
+    """Write `model` (with the weights of `state`, where given) and config.json with the entries of `extra` beside its own."""
+    folder = Path(folder)
+    state = model.state_dict() if state is None else state
+    config = {
+        "architecture": ARCHITECTURE,
+        "unet": dataclasses.asdict(model.config),
+        "schedule": _describe(model.schedule),
+        "prediction": choice("prediction", model.prediction, PREDICTIONS),
+        "variance": choice("variance", model.variance, VARIANCES),
+        "clip": model.clip,
+        **({} if model.class_names is None else {"class_names": model.class_names}),
+        **(extra or {}),
+    }
+    bound_of(model.clip)
+    if (folder / CONFIG).exists() and not is_own(folder):
+        raise ValueError(f"folder: {folder} has the {CONFIG} of another model; name another folder")
+    dense = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with (
+        made(folder),
+        whole(folder / CONFIG) as described,
+        whole(folder / WEIGHTS) as weights,
+    ):  # of which the weights are renamed first
+        weights.write_bytes(safetensors.torch.save(dense))  # save_file would leave a file that only its owner can read
+        described.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def is_own(folder: Path) -> bool:
+    """Whether the folder's config.json says that it is of this kind."""
+    path = folder / CONFIG
+    return path.is_file() and f'"{ARCHITECTURE}"' in path.read_text(encoding="utf-8", errors="replace")
+
+
+def read(folder: Path) -> Read:
+    config = read_config(folder)
+    path, weights = folder / CONFIG, folder / WEIGHTS
+    network, schedule = _unet_config(config, path), _schedule(config, path)
+    prediction, variance = (
+        _choice(config, name, choices, path) for name, choices in (("prediction", PREDICTIONS), ("variance", VARIANCES))
+    )
+    clip = config.get("clip", True)  # which older folders don't say
+    try:
+        bound_of(clip)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not weights.is_file():
+        raise CheckpointError(f"{weights}: missing; a model folder holds {CONFIG} and {WEIGHTS}")
+    averaged = config.get("averaged", True if "training" in config else None)  # a run saves the average as its model
+    state, fill = tensors.begin([weights])
+    names = _class_names(config, network, path)
+    return Read(
+        "fastddpm",
+        weights,
+        network,
+        state,
+        schedule,
+        prediction,
+        variance,
+        clip,
+        averaged,
+        fill=fill,
+        class_names=names,
+    )
+
+
+def load_state(model: UNet, state: dict[str, torch.Tensor], path: Path) -> None:
+    """model.load_state_dict(state), with an error that says what differs."""
+    check(model.state_dict(), state, path)
+    model.load_state_dict(state)
+
+
+def read_config(folder: Path) -> dict:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; a model folder holds {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("architecture") != ARCHITECTURE:
+        raise CheckpointError(
+            f'{path}: no "architecture": "{ARCHITECTURE}" in it; is it another library\'s checkpoint?'
+        )
+    return config
+
+
+def _describe(schedule: Schedule) -> dict:
+    """The paper's schedule by its name, any other by its numbers."""
+    linear = {"kind": "linear", "T": len(schedule), "start": float(schedule.betas[0]), "end": float(schedule.betas[-1])}
+    line = torch.linspace(linear["start"], linear["end"], linear["T"], dtype=torch.float64, device="cpu")
+    if torch.equal(line, schedule.betas):
+        return linear
+    return {"kind": "betas", "betas": schedule.betas.tolist()}
+
+
+def _schedule(config: dict, path: Path) -> Schedule:
+    try:
+        kind, values = config["schedule"]["kind"], config["schedule"]
+        if kind == "linear":
+            start, end = float(values["start"]), float(values["end"])  # of None it would be another schedule
+            return Schedule.linear(values["T"], start, end)
+        if kind == "betas":
+            return Schedule(values["betas"])
+        raise ValueError(f"unknown kind {kind!r}; expected linear or betas")
+    except KeyError as error:
+        raise CheckpointError(f"{path}: schedule: {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: schedule: {error}") from error
+
+
+def _unet_config(config: dict, path: Path) -> UNetConfig:
+    try:
+        return UNetConfig(**config["unet"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: unet: {error}") from error
+
+
+def _class_names(config: dict, network: UNetConfig, path: Path) -> list[str] | None:
+    names = config.get("class_names")
+    if names is not None and not (
+        isinstance(names, list) and len(names) == network.classes and all(isinstance(name, str) for name in names)
+    ):
+        raise CheckpointError(f"{path}: class_names: got {names!r}; expected {network.classes or 'no'} names")
+    return names
+
+
+def _choice(config: dict, name: str, choices: tuple[str, ...], path: Path) -> str:
+    if config.get(name) not in choices:
+        raise CheckpointError(f"{path}: {name}: got {config.get(name)!r}; expected one of {', '.join(choices)}")
+    return config[name]

@@ -1,0 +1,1 @@
+"""The paper's mathematics without a network: schedules, step coefficients, the variational bound."""

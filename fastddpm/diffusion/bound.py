@@ -1,0 +1,94 @@
+"""The terms of the variational bound (Ho et al. 2020, eqs. 5 and 13)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .coefficients import VARIANCES
+from .schedule import Schedule
+
+
+class Bound:
+    """The terms of the variational bound L = L_T + ... + L_1 + L_0 (eq. 5), in bits per dimension: [N], means over an image.
+
+    t counts from 0: L_t with t >= 1 is the KL of q(x_{t-1} | x_t, x_0) and the model's step from x_t, L_0 the decoder's part
+    (eq. 13). The model's mean is the posterior's with x0_hat for x_0, so that all take error = x_0 - x0_hat.
+
+    log_variance: float64 [T], the model's log sigma^2 if it is fixed; None for "learned_range". The posterior's variance is 0
+    at t = 0; there that of t = 1 takes its place, and beta's (as in the paper's code for CIFAR-10). With T = 1 beta stays.
+    At alphas_cumprod = 0 "fixed_large" is the posterior's too, as the chain's step is; L_T is 0 then.
+    """
+
+    def __init__(self, schedule: Schedule, variance: str, device: torch.device | str = "cpu") -> None:
+        """variance: "fixed_large", "fixed_small" or "learned_range"; "none" has no density: ValueError."""
+        if variance not in VARIANCES or variance == "none":
+            raise ValueError(
+                f"variance: got {variance!r}; the variational bound needs a density: expected one of "
+                f"{', '.join(v for v in VARIANCES if v != 'none')}"
+            )
+        self.last = float(schedule.alphas_cumprod[-1])
+        log_beta, log_posterior = schedule.betas.log(), schedule.posterior_variance.log()
+        log_posterior[0] = log_posterior[1] if len(schedule) > 1 else log_beta[0]
+        large = torch.where(schedule.alphas_cumprod > 0, log_beta, log_posterior)
+        fixed = {"fixed_large": torch.cat((log_posterior[:1], large[1:])), "fixed_small": log_posterior}
+        self.log_beta, self.log_posterior = log_beta.to(device), log_posterior.to(device)
+        self.log_variance = fixed[variance].to(device) if variance in fixed else None
+        self.coefficient = schedule.posterior_mean_coef1.to(device)
+
+    def prior(self, x0: torch.Tensor) -> torch.Tensor:
+        """L_T = KL(q(x_T | x_0) || N(0, 1)) for x0 [N, ...], in x0's dtype."""
+        return _bits((x0.square() * self.last - math.log1p(-self.last) - self.last) / 2)
+
+    def kl(self, t: torch.Tensor, error: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
+        """L_t for t int64 [N], each >= 1 (for 0 a finite number that means nothing); error [N, ...] gives the dtype.
+
+        v: like error, the second half of the output of a model with "learned_range".
+        """
+        gap = self.coefficient[t].square() / 2
+        if self.log_variance is not None:  # a constant, and a multiple of the squared error
+            log_variance = self.log_variance[t]
+            constant = self._spread(log_variance - self.log_posterior[t]) / math.log(2)
+            return constant.to(error.dtype) + (gap * (-log_variance).exp()).to(error.dtype) * _bits(error.square())
+        log_variance = self._log_variance(t, v)
+        spread = self._spread(log_variance - _like(self.log_posterior[t], v))
+        return _bits(spread + _like(gap, error) * error.square() * (-log_variance).exp())
+
+    def decoder(self, x0: torch.Tensor, error: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
+        """L_0: minus the log mass of N(x0 - error, sigma^2) between x0 - 1/255 and x0 + 1/255, float64 [N] (eq. 13).
+
+        The interval of x0 = -1 is open below, that of x0 = 1 above. x0, error, v: [N, ...], of any floating-point dtype.
+        """
+        x0, error = x0.double(), error.double()
+        if self.log_variance is None:
+            log_variance = self._log_variance(torch.zeros(len(x0), dtype=torch.int64, device=x0.device), v.double())
+        else:
+            log_variance = self.log_variance[0]
+        scale = (-log_variance / 2).exp()
+        centre, half = error * scale, scale / 255
+        # By symmetry the interval lies to the left, where log_ndtr keeps all its digits.
+        upper, lower = torch.special.log_ndtr(half - centre.abs()), torch.special.log_ndtr(-half - centre.abs())
+        inside = upper + (-torch.expm1(lower - upper)).log()
+        edge = torch.special.log_ndtr(half - x0 * centre)  # x0 is -1 or 1 where this counts
+        return _bits(-torch.where(x0.abs() > 0.999, edge, inside))
+
+    def _log_variance(self, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """log sigma^2 between log beta and the posterior's, as v in [-1, 1] says (Nichol & Dhariwal 2021, eq. 15)."""
+        fraction = (v + 1) / 2
+        return fraction * _like(self.log_beta[t], v) + (1 - fraction) * _like(self.log_posterior[t], v)
+
+    @staticmethod
+    def _spread(log_ratio: torch.Tensor) -> torch.Tensor:
+        """KL of two normals with one mean, in nats, from the log of (second variance / first)."""
+        return (log_ratio + torch.expm1(-log_ratio)) / 2
+
+
+def _bits(nats: torch.Tensor) -> torch.Tensor:
+    """[N, ...] -> [N], bits per dimension."""
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """values [N] in x's dtype, shaped to broadcast over it."""
+    return values.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))

@@ -1,0 +1,140 @@
+"""The forward process: betas and every coefficient that follows from them, in float64."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+
+import torch
+
+from ..utils.warn import warn_once
+
+__all__ = ["Schedule"]
+
+
+class Schedule:
+    """A variance schedule beta_1..beta_T (Ho et al. 2020, section 2), everything derived from it in float64 on the CPU.
+
+    betas: T numbers in (0, 1), T at most 2^20; the last may be 1, which leaves nothing of x_0 in x_T (zero terminal SNR, Lin et
+    al. 2023), for networks that predict x_0, v or the mean. Timesteps are 0-based: t = 0 is the paper's t = 1.
+
+    Attributes, float64 [T]: `betas`; `alphas` = 1 - betas; `alphas_cumprod` (the paper's alpha-bar); `alphas_cumprod_prev`
+    (shifted by one, first entry 1); the posterior q(x_{t-1} | x_t, x_0) of eqs. 6 and 7: `posterior_variance`,
+    `posterior_mean_coef1` (of x_0), `posterior_mean_coef2` (of x_t).
+    """
+
+    def __init__(self, betas: torch.Tensor | Sequence[float]) -> None:
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").clone()
+        if betas.dim() != 1 or not 1 <= betas.numel() < 1 << 20:
+            raise ValueError(f"betas: got shape {list(betas.shape)}; expected [T] with T from 1 to 2^20 - 1")
+        outside = ~((betas > 0) & (betas < 1))  # also true for NaN
+        outside[-1] &= betas[-1] != 1
+        if outside.any():
+            t = int(outside.nonzero()[0])
+            raise ValueError(
+                f"betas: betas[{t}] = {float(betas[t])}; expected every beta in (0, 1), of which the last may be 1"
+            )
+        self.betas = betas
+        self.alphas = 1 - betas
+        self.alphas_cumprod = self.alphas.cumprod(0)
+        if (self.alphas_cumprod[:-1] == 0).any():
+            t = int((self.alphas_cumprod == 0).nonzero()[0])
+            raise ValueError(
+                f"betas: alphas_cumprod is 0 from t = {t} on, as float64 has nothing so small; expected betas that leave "
+                "something of x_0 before the last timestep: fewer or smaller ones"
+            )
+        self.alphas_cumprod_prev = torch.cat(
+            (torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod[:-1])
+        )
+        self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        self.posterior_mean_coef1 = self.alphas_cumprod_prev.sqrt() * betas / (1 - self.alphas_cumprod)
+        self.posterior_mean_coef2 = self.alphas.sqrt() * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @classmethod
+    def linear(cls, T: int = 1000, start: float | None = None, end: float | None = None) -> Schedule:
+        """The paper's schedule: betas from `start` to `end` in T equal steps.
+
+        start, end: default the paper's 1e-4 and 0.02 times 1000/T, at most 0.999, so that x_T is as noisy as after its 1000
+        steps (Nichol & Dhariwal 2021). With another T what was taken is said once.
+        """
+        T = _count(T)
+        ends = [min(1000 / T * e, 0.999) if given is None else given for e, given in ((1e-4, start), (0.02, end))]
+        if T == 1:
+            ends[0] = ends[1]  # the one step has to take the whole picture
+        schedule = cls(torch.linspace(*ends, T, dtype=torch.float64, device="cpu"))
+        if T != 1000 and (start is None or end is None):
+            first, last = schedule.betas[[0, -1]].tolist()
+            warn_once(
+                cls,
+                f"Schedule.linear({T}): takes betas from {first:.4g} to {last:.4g}; a start or end that is not given is the "
+                "paper's 1e-4 or 0.02 times 1000/T, at most 0.999. Pass both to say which betas a network was trained with",
+            )
+        return schedule
+
+    @classmethod
+    def cosine(cls, T: int = 1000) -> Schedule:
+        """Nichol & Dhariwal 2021, eq. 17: alpha-bar(t) = cos^2((t/T + 0.008)/1.008 * pi/2), betas capped at 0.999."""
+        T = _count(T)
+        bar = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
+        return cls([min(1 - bar[t + 1] / bar[t], 0.999) for t in range(T)])
+
+    def __len__(self) -> int:
+        """T, the number of timesteps."""
+        return self.betas.numel()
+
+    def __repr__(self) -> str:
+        return f"Schedule(T={len(self)}, betas {float(self.betas[0]):.3g} to {float(self.betas[-1]):.3g})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schedule) and torch.equal(self.betas, other.betas)
+
+    __hash__ = None
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+        """x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps (eq. 4).
+
+        x0, noise: [N, ...] of one shape. t: an int, or int64 [N], in 0..T-1. Coefficients are taken in float64 and rounded once.
+        """
+        if noise.shape != x0.shape:
+            raise ValueError(f"noise: got shape {list(noise.shape)}; expected x0's {list(x0.shape)}")
+        signal = _extract(self.alphas_cumprod.sqrt(), t, x0)
+        return signal * x0 + _extract((1 - self.alphas_cumprod).sqrt(), t, x0) * noise
+
+
+def _index(value: object) -> int | None:
+    """A whole number of any kind, NumPy's and tensors' without dimensions among them, as an int; None for what is none."""
+    if isinstance(value, bool) or getattr(value, "shape", ()) != ():
+        return None
+    if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _count(T: object) -> int:
+    count = _index(T)
+    if count is None or not 1 <= count < 1 << 20:
+        raise ValueError(f"T: got {T!r}; expected a number of timesteps from 1 to 2^20 - 1")
+    return count
+
+
+def _extract(values: torch.Tensor, t: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """values[t] in the dtype and on the device of `like`, shaped to broadcast over [N, ...]."""
+    steps = len(values)
+    if (number := _index(t)) is not None:
+        if not 0 <= number < steps:
+            raise ValueError(f"t: got {number}; expected 0..{steps - 1}")
+        return values[number].to(like)
+    if not isinstance(t, torch.Tensor):
+        raise ValueError(f"t: got {t!r}; expected an int in 0..{steps - 1}, or int64 [{like.shape[0]}]")
+    if t.dtype != torch.int64 or t.shape != like.shape[:1]:
+        raise ValueError(
+            f"t: got {str(t.dtype).removeprefix('torch.')} {list(t.shape)}; expected int64 [{like.shape[0]}]"
+        )
+    if t.device.type == "cpu" and t.numel() and not (0 <= int(t.min()) and int(t.max()) < steps):
+        raise ValueError(f"t: got values from {int(t.min())} to {int(t.max())}; expected 0..{steps - 1}")
+    chosen = values.to(like.device)[t.to(like.device)].to(like.dtype)
+    return chosen.reshape(-1, *[1] * (like.dim() - 1))

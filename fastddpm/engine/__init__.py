@@ -1,0 +1,1 @@
+"""The network for inference: its layers fused, its steps captured, kept from call to call."""

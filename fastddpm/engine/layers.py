@@ -1,0 +1,216 @@
+"""A UNet's layers as the engine runs them: the same functions of x with constant weights, in fewer products and passes."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..models.unet import (
+    Attention,
+    Downsample,
+    GroupNormSiLU,
+    Level,
+    Middle,
+    ResBlock,
+    TimestepEmbedding,
+    UNet,
+    Upsample,
+    conditions,
+    resampled,
+)
+from ..ops import winograd
+from .convolution import Convolution
+
+
+class MergedResBlock(nn.Module):
+    """`ResBlock` with the first convolution's bias in what is added behind it, and the last adding to the shortcut.
+
+    So on a GPU, where a bias is a pass of its own, it is none in most places.
+    """
+
+    def __init__(self, block: ResBlock) -> None:
+        super().__init__()
+        self.scale_shift, self.resample, self.divisor = block.scale_shift, block.resample, block.divisor
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.conv1 = Convolution.upsampling(block.conv1) if self.resample == "up" else Convolution.of(block.conv1)
+        self.conv2 = Convolution.of(block.conv2)
+        self.conv_shortcut = None if block.conv_shortcut is None else Convolution.of(block.conv_shortcut)
+        self.time_emb_proj = copy.copy(block.time_emb_proj)
+        self.register_buffer("added", None)
+        if self.scale_shift:
+            self.added = self.conv1.bias
+        else:
+            self.time_emb_proj._parameters = {
+                "weight": block.time_emb_proj.weight,
+                "bias": nn.Parameter(block.time_emb_proj.bias.detach() + self.conv1.bias, requires_grad=False),
+            }
+        self.conv1.bias = None
+        if self.conv_shortcut is not None:
+            self.conv_shortcut.bias, self.conv2.bias = self.conv_shortcut.bias + self.conv2.bias, None
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        # What lies between the convolutions needn't be rounded where both take float32 as it is.
+        exact = self.conv2.fast
+        if self.resample == "down":
+            h = self.conv1(resampled(self.norm1(x), self.resample))
+        else:
+            h = self.conv1.behind(self.norm1, x, exact=exact)
+        x = resampled(x, self.resample)
+        given = conditions(embedding, self.scale_shift)
+        if self.added is not None:
+            given["add"] = self.added
+        if self.conv_shortcut is None:
+            h = self.conv2.behind(self.norm2, h, x, **given)
+        else:
+            h = self.conv2.behind(self.norm2, h, self.conv_shortcut(x), overwrite=True, **given)
+        return h if self.divisor == 1 else h / self.divisor
+
+
+class MergedAttention(nn.Module):
+    """`Attention` of one head with two projections instead of four.
+
+    With one head as wide as x, and h the normalised x:
+      q_i . k_j = (Wk^T Wq h_i + Wk^T bq) . h_j + what is the same for all j, and leaves the softmax alone
+      Wo sum_j p_ij (Wv h_j + bv) + bo = sum_j p_ij (Wo Wv h_j + Wo bv + bo), as the p_ij sum to 1
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        q, k, v, out = attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
+        wq, bq, wk, wv, bv, wo, bo = (
+            p.detach().double() for p in (q.weight, q.bias, k.weight, v.weight, v.bias, out.weight, out.bias)
+        )
+        weight, bias = torch.cat((wk.T @ wq, wo @ wv)), torch.cat((wk.T @ bq, wo @ bv + bo))
+        self.group_norm, self.divisor = attention.group_norm, attention.divisor
+        self.projections = Convolution(weight[..., None, None], bias, stride=1, padding=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        c = x.shape[1]
+        h = x if self.group_norm is None else self.group_norm(x)
+        q, v = self.projections(h).flatten(2).transpose(1, 2).split(c, dim=-1)  # [N, H*W, C] each, views
+        # Allocated as an image: torch.cat would not take the reshaped result of a single image for channels_last.
+        y = torch.empty_like(x, memory_format=torch.channels_last)
+        k, residual, out = (image.flatten(2).transpose(1, 2) for image in (h, x, y))  # [N, H*W, C]; out is a view
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            # torch's flash attention on a CPU takes 1.7 times as long as the products written out, at 256 channels
+            scores = torch.baddbmm(x.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=c**-0.5)
+            torch.baddbmm(residual, scores.softmax(-1), v, out=out)
+        else:
+            attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]).squeeze(1)
+            torch.add(residual, attended, out=out)
+        return y if self.divisor == 1 else y / self.divisor
+
+
+class MergedHeads(nn.Module):
+    """`Attention` of several heads with its first three projections in one. Merged as above each head's would be as wide as x."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        parts = attention.to_q, attention.to_k, attention.to_v
+        weight, bias = (torch.cat([getattr(part, name).detach() for part in parts]) for name in ("weight", "bias"))
+        out = attention.to_out[0]
+        self.group_norm, self.heads, self.divisor = attention.group_norm, attention.heads, attention.divisor
+        self.projections = Convolution(weight[..., None, None], bias, stride=1, padding=0)
+        self.out = Convolution(out.weight.detach()[..., None, None], out.bias.detach(), stride=1, padding=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, height, width = x.shape
+        h = x if self.group_norm is None else self.group_norm(x)
+        q, k, v = self.projections(h).reshape(n, 3, self.heads, c // self.heads, -1).transpose(-1, -2).unbind(1)
+        y = F.scaled_dot_product_attention(q, k, v)  # [N, heads, H*W, C / heads]
+        y = y.permute(0, 2, 1, 3).reshape(n, height, width, c).permute(0, 3, 1, 2)  # channels_last
+        y = self.out(y, x)
+        return y if self.divisor == 1 else y / self.divisor
+
+
+def merged_attention(attention: Attention) -> nn.Module:
+    return MergedAttention(attention) if attention.heads == 1 else MergedHeads(attention)
+
+
+def merged_upsample(upsample: Upsample) -> Convolution:
+    return Convolution.upsampling(upsample.conv)
+
+
+MERGED = {
+    ResBlock: MergedResBlock,
+    Attention: merged_attention,
+    Upsample: merged_upsample,
+    nn.Conv2d: Convolution.of,
+}
+
+
+# (kernel, stride, padding) of the convolutions in unet.py
+MADE = {
+    ((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (0, 0)), ((3, 3), (2, 2), (1, 1)), ((1, 1), (1, 1), (0, 0)),
+}  # fmt: skip
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether nobody has hooked the module, or put a function or a tensor into it that is no parameter or buffer.
+
+    Functions may also hold the model itself, and such tensors change unseen.
+    """
+    state = {**vars(module), "_compiled_call_impl": None}  # of module.compile(), which copies don't have
+    return not any(callable(v) or isinstance(v, torch.Tensor) or ("_hooks" in name and v) for name, v in state.items())
+
+
+def _sized_as_made(part: nn.Module) -> bool:
+    if isinstance(part, nn.Conv2d):
+        usual = (part.padding_mode, part.dilation, part.groups) == ("zeros", (1, 1), 1) and part.bias is not None
+        return usual and (part.kernel_size, part.stride, part.padding) in MADE
+    if isinstance(part, nn.Linear):
+        return part.bias is not None
+    if isinstance(part, Upsample):
+        return (part.conv.kernel_size, part.conv.stride) == ((3, 3), (1, 1))
+    if isinstance(part, ResBlock):
+        return part.resample is None or (part.conv1.kernel_size, part.conv1.stride) == ((3, 3), (1, 1))
+    if isinstance(part, Attention):
+        return all(v.in_features == v.out_features for v in (part.to_q, part.to_k, part.to_v, part.to_out[0]))
+    return True
+
+
+def _as_made(layer: nn.Module) -> bool:
+    """Whether a layer, with all its parts, computes what its class says, in the sizes that its merged form assumes."""
+    known = (*MERGED, GroupNormSiLU, nn.Linear, nn.Dropout, nn.ModuleList)
+    parts = list(layer.modules())
+    return all(type(part) in known and untouched(part) for part in parts) and all(map(_sized_as_made, parts))
+
+
+# Layers that have no merged form; TimestepEmbedding stays out of the loop.
+PLAIN = (GroupNormSiLU, TimestepEmbedding, nn.Linear, nn.Embedding)
+
+
+def merge(network: nn.Module, prefix: str = "") -> list[str]:
+    """Replace, in place, the layers that have a merged form and are as this package made them; names of those left alone.
+
+    What others have put in or hooked is not looked into: it may read its convolutions' weights, which merged ones don't keep.
+    """
+    kept = []
+    for name, layer in network.named_children():
+        if type(layer) in MERGED and _as_made(layer):
+            setattr(network, name, MERGED[type(layer)](layer))
+        elif type(layer) in (Level, Middle, Downsample, nn.ModuleList) and untouched(layer):
+            kept += merge(layer, f"{prefix}{name}.")
+        elif not all(type(part) in PLAIN and untouched(part) for part in layer.modules()):
+            kept.append(prefix + name)
+    return kept
+
+
+def spend(network: UNet, dtype: torch.dtype, allowance: float) -> None:
+    """Let convolutions keep weights transformed for Winograd's method, those on the largest images first, while all weights
+    together stay below `allowance` bytes: transformed ones are larger."""
+    last = len(network.down_blocks) - 1
+    levels = [*enumerate(network.down_blocks), (last, network.mid_block)]
+    levels += [(last - i, level) for i, level in enumerate(network.up_blocks)]
+    layers = [layer for layer in network.modules() if isinstance(layer, Convolution)]
+    allowance -= sum(layer.weight.numel() for layer in layers) * dtype.itemsize
+    for _, level in sorted(levels, key=lambda entry: entry[0]):
+        for layer in level.modules():
+            if isinstance(layer, Convolution) and winograd.shaped(layer.weight, layer.stride, layer.padding):
+                growth = 0 if layer.upsample else (winograd.GROWTH - 1) * layer.weight.numel() * dtype.itemsize
+                if growth <= allowance:
+                    layer.fast = True
+                    allowance -= growth

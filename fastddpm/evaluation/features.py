@@ -1,0 +1,167 @@
+"""Images compared by what a network sees in them: the network, and the Frechet and kernel distance of its features."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import pickle
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import EvaluationError
+from ..inputs.arguments import device_of
+
+FEATURE_BATCH = 50  # images at once through the network
+
+
+class Features:
+    """A network that images are compared by: uint8 [N, C, H, W] -> float [N, D] on the CPU.
+
+    network: a module in eval mode, which gets images on its parameters' device, or any callable, which gets them on the CPU.
+    It returns floats [N, D]. name: what the metrics are called by; only `inception` makes a FID.
+    """
+
+    def __init__(self, network: Callable[[torch.Tensor], torch.Tensor], name: str) -> None:
+        if not callable(network) or isinstance(network, type):
+            raise ValueError(f"features: got {network!r}; expected a callable, uint8 [N, C, H, W] -> float [N, D]")
+        module = isinstance(network, nn.Module)
+        if module and network.training:
+            raise ValueError(f"features: {name} is in training mode; call its eval() first")
+        self.network, self.name = network, name
+        self.device = device_of(network, None)
+        self.checksum = checksum(network) if module else None
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float32 [N, D], or float64 where the network's are. Raises ValueError where it gives anything else."""
+        with torch.inference_mode():
+            return torch.cat([self._lot(lot) for lot in pixels.split(FEATURE_BATCH)])
+
+    def _lot(self, pixels: torch.Tensor) -> torch.Tensor:
+        out = self.network(pixels.to(self.device))
+        if (
+            not isinstance(out, torch.Tensor)
+            or not out.is_floating_point()
+            or out.dim() != 2
+            or len(out) != len(pixels)
+        ):
+            what = f"{out.dtype} {list(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
+            raise ValueError(
+                f"features: {self.name} gave {what} for uint8 {list(pixels.shape)}; expected floats [{len(pixels)}, D]"
+            )
+        if not out.isfinite().all():
+            raise ValueError(f"features: {self.name} gave a NaN or an infinity")
+        return out.cpu() if out.dtype == torch.float64 else out.float().cpu()
+
+    def title(self, metric: str) -> str:
+        """The name of "fid" or "kid" on these features."""
+        return f"{'Fréchet' if metric == 'fid' else 'kernel'} distance ({self.name} features)"
+
+
+class _Inception(Features):
+    def title(self, metric: str) -> str:
+        return metric.upper()
+
+
+class _Pooled(nn.Module):
+    """torch-fidelity's network, whose outputs come in a tuple, for grey images too."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.shape[1] not in (1, 3):
+            raise ValueError(f"features: Inception sees images of 1 or 3 channels; these have {pixels.shape[1]}")
+        return self.network(pixels.expand(-1, 3, -1, -1))[0]
+
+
+def inception(weights: str | Path | None = None, device: torch.device | str = "cpu") -> Features:
+    """The 2048 pooled features of FID's Inception-v3, as torch-fidelity has it: TensorFlow's weights, and its way to resize.
+
+    weights: a local copy of its weights' file; None: the library downloads it, once. Raises ValueError where that fails.
+    """
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as library
+    except ImportError as error:
+        raise EvaluationError(
+            f'features: Inception needs torch-fidelity ({error}): pip install "fastddpm[evaluate]", or give a network of your own'
+        ) from error
+    except RuntimeError as error:  # what a torchvision made for another torch raises
+        raise EvaluationError(
+            f"features: torchvision, which torch-fidelity needs, doesn't fit this torch ({error}); install the two "
+            "from one index, or give a network of your own"
+        ) from error
+    source = library.URL_INCEPTION_V3
+    if weights is not None:
+        try:  # the library would unpickle anything
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise EvaluationError(f"inception weights: {weights}: not readable ({error}); expected {source}") from error
+        except (RuntimeError, EOFError, pickle.UnpicklingError):  # whose texts advise to load it all the same
+            state = None
+        if not isinstance(state, dict):
+            raise EvaluationError(f"inception weights: {weights}: not a file of weights; expected {source}")
+        weights = str(weights)
+    try:
+        network = library.FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
+        )
+    except OSError as error:  # urllib's errors are such
+        raise EvaluationError(
+            f"features: Inception's weights could not be downloaded ({error}); fetch {source} where you can, and give the "
+            "file as --inception-weights, in Python as inception(weights=...)"
+        ) from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        what, do = f"{weights}: not this network's", f"expected {source}"
+        if weights is None:
+            what = f"{Path(torch.hub.get_dir(), 'checkpoints', Path(source).name)}: damaged"
+            do = f"delete it, and it is downloaded anew from {source}"
+        raise EvaluationError(f"inception weights: {what} ({str(error).partition(chr(10))[0]}); {do}") from error
+    return _Inception(_Pooled(network).to(device).eval(), "Inception")
+
+
+def named(spec: str, device: torch.device | str = "cpu") -> Features:
+    """The features of "PACKAGE.MODULE:NAME": a callable, a module, or a module's class; also of the working directory."""
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise ValueError(f"features: got {spec!r}; expected PACKAGE.MODULE:NAME")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as python -m has it; left there, for what the module imports later
+    try:
+        imported = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"features: {module} cannot be imported from here ({error})") from error
+    if not hasattr(imported, name):
+        raise ValueError(f"features: {module} has no {name}")
+    network = getattr(imported, name)
+    if isinstance(network, type):
+        try:
+            network = network()
+        except TypeError as error:
+            raise ValueError(
+                f"features: {spec} cannot be made without arguments ({error}); name an instance"
+            ) from error
+    if isinstance(network, nn.Module):
+        network = network.to(device).eval()
+    return Features(network, spec)
+
+
+def checksum(module: nn.Module) -> str:
+    """SHA-256 of the module's parameters and buffers, with their names, dtypes and shapes; of extra state, what it prints as."""
+    total = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if not isinstance(value, torch.Tensor):
+            total.update(f"{name} {re.sub(' at 0x[0-9a-fA-F]+', '', repr(value))}".encode())  # addresses change
+            continue
+        total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- figures

@@ -1,0 +1,413 @@
+"""`likelihood` and `rate_distortion`: the variational bound of given images in bits per dimension (Ho et al. 2020, eq. 5,
+section 4.3 and table 4), every term of it through the engine that `sample` uses.
+
+The bound is one network evaluation for each image and timestep, and none depends on another: they are a list of (image,
+timestep) pairs, taken in batches of any mixture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..diffusion.bound import Bound
+from ..diffusion.coefficients import to_x0
+from ..diffusion.schedule import Schedule
+from ..engine import memory
+from ..engine.cache import network
+from ..engine.runner import Plain
+from ..errors import LikelihoodError
+from ..inputs.adopt import adopted
+from ..inputs.arguments import check_fits, device_of, fitting_batch, labels_of, output_fault
+from ..inputs.resolve import trained_for
+from ..ops.philox_normal import first_words
+from ..ops.rng import Stream, check_first, seed_of
+from ..utils.files import whole
+from ..utils.progress import bar as progress_bar
+from ..utils.validation import bound_of, check_count, is_int, plain, short
+from ..utils.warn import warn_once
+
+__all__ = ["Likelihood", "LikelihoodError", "RateDistortion", "likelihood", "rate_distortion"]
+LARGEST = 256  # pairs in a batch unless told otherwise: more gains nothing, and there are always more
+LOOK = 32  # batches between two looks at the device: the bar moves and a bad output is noticed
+OFF_GRID = 1e-3  # of a grey level: far above float32's rounding of k/127.5 - 1, far below another image
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Likelihood:
+    """The variational bound on -log2 p(image) per dimension, a mean over N images. Tensors lie on the CPU.
+
+    bits_per_dim: the bound L = L_T + ... + L_0 (eq. 5), or its unbiased estimate from the timesteps that were drawn.
+    standard_error: of that, from the spread over images; as each image's noise and timesteps are its own, it holds their
+        variance too. NaN for a single image.
+    prior: L_T. terms: float64 [T], the mean of each L_t over the images that it was evaluated for, terms[0] being L_0; NaN at
+        timesteps that nobody drew. terms_error: their standard errors, NaN where there are fewer than two images.
+    mse: float64 [T], likewise the mean of (x_0 - x0_hat)^2, with x0_hat clipped to [-1, 1].
+    per_image: float64 [N], each image's own bound. evaluations: of the network.
+    """
+
+    bits_per_dim: float
+    standard_error: float
+    prior: float
+    terms: torch.Tensor
+    terms_error: torch.Tensor
+    mse: torch.Tensor
+    per_image: torch.Tensor
+    evaluations: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The normal 95 % confidence interval of bits_per_dim; NaN for a single image."""
+        return self.bits_per_dim - 1.96 * self.standard_error, self.bits_per_dim + 1.96 * self.standard_error
+
+    def __str__(self) -> str:
+        n = len(self.per_image)
+        low, high = self.interval
+        spread = "no interval from a single image" if n == 1 else f"95 % interval {low:.4f} to {high:.4f}"
+        first = float(self.terms[0])
+        last = len(self.terms) - 1
+        between_said = f"L_1..L_{last} {self.bits_per_dim - self.prior - first:.4f} + " if last else ""
+        return (
+            f"{self.bits_per_dim:.4f} bits/dim ({spread}; {n} image{'s' if n > 1 else ''}, {self.evaluations} evaluations)\n"
+            f"= L_T {self.prior:.3g} + {between_said}L_0 {first:.4f}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RateDistortion:
+    """What an image costs to send through the first k reverse steps, and how far off it then is (section 4.3, figure 5).
+
+    All float64 [T] on the CPU, index k - 1 for k = 1..T reverse steps, of which the last evaluates the network at t = T - k.
+    rate: bits per dimension, L_T + sum of L_s over s = T-1..T-k+1; with L_0 on top rate(T) is the bound. distortion: root mean
+    square of x_0 - x0_hat on the scale of 0 to 255. rate_error, distortion_error: standard errors over images, NaN for a
+    single one. likelihood: the bound itself.
+    """
+
+    rate: torch.Tensor
+    distortion: torch.Tensor
+    rate_error: torch.Tensor
+    distortion_error: torch.Tensor
+    likelihood: Likelihood
+
+    def __str__(self) -> str:
+        """The rows of the paper's table 4."""
+        T = len(self.rate)
+        lines = ["reverse steps  rate (bits/dim)  distortion (RMSE 0-255)"]
+        for k in sorted({-(-T * tenth // 10) for tenth in range(1, 11)}, reverse=True):
+            lines.append(f"{k:13d}  {float(self.rate[k - 1]):15.5f}  {float(self.distortion[k - 1]):23.5f}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Figure 5 to `path`, in the format of its suffix: distortion and rate by reverse steps, and one against the other.
+
+        Raises ImportError without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError('the plot needs matplotlib: pip install "fastddpm[plot]"') from error
+        steps = range(1, len(self.rate) + 1)
+        panels = [
+            ("reverse steps", steps, "distortion (RMSE, 0 to 255)", self.distortion),
+            ("reverse steps", steps, "rate (bits/dim)", self.rate),
+            ("rate (bits/dim)", self.rate, "distortion (RMSE, 0 to 255)", self.distortion),
+        ]
+        figure = Figure(figsize=(12, 3.6), layout="constrained")
+        for axis, (x_name, x, y_name, y) in zip(figure.subplots(1, 3), panels, strict=True):
+            axis.plot(x, y)
+            axis.set(xlabel=x_name, ylabel=y_name, ylim=(0, None), xlim=(0, None))
+        with whole(path) as aside:
+            figure.savefig(aside, dpi=150)
+
+
+def likelihood(
+    model: nn.Module | Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    *,
+    schedule: Schedule | Any | None = None,
+    prediction: str | None = None,
+    variance: str | None = None,
+    clip: bool | float | None = None,
+    class_labels: torch.Tensor | Sequence[int] | int | None = None,
+    subsample: int | None = None,
+    quantize: bool = False,
+    seed: int | torch.Generator | None = None,
+    first: int = 0,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+) -> Likelihood:
+    """The variational bound of the images, in bits per dimension.
+
+    model: a `UNet`, a diffusers UNet2DModel, or any callable model(x, t) -> prediction, as for `sample`.
+    images: uint8 [N, C, H, W], or floating point in [-1, 1] on the 8-bit grid k/127.5 - 1, N at least 1. The bound is on the
+        probability of 8-bit images, so others are refused; quantize=True rounds to the grid.
+    schedule, prediction: as for `sample`. variance: "fixed_large", "fixed_small" or "learned_range" (an output of 2C
+        channels); default the model's own, else "fixed_large". "none" is no density.
+    clip: bound on x0_hat, True is 1.0, False none; default the model's own, else True; where the mean is predicted, it is
+        taken as it is.
+    class_labels: an int, or N integers (a tensor, a list, an array), for a network with classes. A forward takes any of the
+        (image, timestep) pairs, and a callable gets each one's as model(x, t, class_labels): torch.arange(N) tells one that
+        holds a condition for each image which these are.
+    subsample: None evaluates all T timesteps of each image. K in 1..T-1: L_T and L_0 as they are, and the sum of the others
+        estimated from K draws, one uniform t from each of K parts of 1..T-1 (`strata`), weighted with
+        the part's size. This is unbiased, and each image draws for itself, so that the standard error over images covers
+        both the images and the timesteps. With few images and few parts the estimate may miss large terms, and its
+        interval be too narrow.
+    seed, first: image i is number first + i; its noise at t depends on (seed, first + i, t) alone, its drawn timesteps on
+        (seed, first + i, K).
+    batch_size: (image, timestep) pairs per forward; default what fits, at most 256. device, dtype, progress: as for `sample`.
+
+    Raises ValueError naming the argument that does not fit, before the network runs, and LikelihoodError where its
+    output has the wrong shape or is not finite.
+    """
+    measured = _measure(
+        model, images, schedule, prediction, variance, clip, class_labels, subsample, quantize, seed, first, batch_size,
+        device, dtype, progress,
+    )  # fmt: skip
+    with torch.inference_mode(False):
+        return _summary(measured)
+
+
+def rate_distortion(
+    model: nn.Module | Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    *,
+    schedule: Schedule | Any | None = None,
+    prediction: str | None = None,
+    variance: str | None = None,
+    clip: bool | float | None = None,
+    class_labels: torch.Tensor | Sequence[int] | int | None = None,
+    quantize: bool = False,
+    seed: int | torch.Generator | None = None,
+    first: int = 0,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+) -> RateDistortion:
+    """The progressive code of section 4.3, after each number of reverse steps. Arguments as for `likelihood`, but subsample."""
+    measured = _measure(
+        model, images, schedule, prediction, variance, clip, class_labels, None, quantize, seed, first, batch_size,
+        device, dtype, progress,
+    )  # fmt: skip
+    with torch.inference_mode(False):
+        rate, rate_error = _mean(torch.cat((measured.prior[:, None], measured.terms[:, 1:].flip(1)), dim=1).cumsum_(1))
+        mean_square, error = _mean(measured.mse.flip(1))
+        distortion = 127.5 * mean_square.sqrt()
+        # Of a square root, to first order; where every image is met exactly, 0.
+        distortion_error = torch.where(mean_square > 0, 127.5 * error / (2 * mean_square.sqrt()), error)
+        return RateDistortion(rate, distortion, rate_error, distortion_error, _summary(measured))
+
+
+class _Measured(NamedTuple):
+    """Each image's terms on the CPU, M for each: M = T, or K + 1 where K timesteps were drawn."""
+
+    T: int
+    timesteps: torch.Tensor  # int64 [N, M], the first of each row 0
+    sizes: torch.Tensor  # float64 [M]: how many timesteps each stands for
+    terms: torch.Tensor  # float64 [N, M], L_t in bits per dimension
+    mse: torch.Tensor  # float64 [N, M]
+    prior: torch.Tensor  # float64 [N]
+
+
+def _measure(
+    model, images, schedule, prediction, variance, clip, class_labels, subsample, quantize, seed, first, batch_size,
+    device, dtype, progress,
+) -> _Measured:  # fmt: skip
+    """What the model says of the images; arguments as for `likelihood`, all of them checked here."""
+    model = adopted(model)
+    pixels = _pixels(images, quantize)
+    n, *shape = pixels.shape
+    check_fits("images", model, shape)
+    schedule, prediction, variance, clip = trained_for(model, schedule, prediction, variance, clip)
+    seed, first = seed_of(seed), check_first(first)
+    device = device_of(model, device)
+    bound = Bound(schedule, variance, device)
+    limit = bound_of(clip)
+    class_labels = labels_of(class_labels, n, model)
+    timesteps, sizes = _timesteps(n, len(schedule), subsample, seed, first)
+    pairs = timesteps.numel()
+    if batch_size is None:
+        batch_size = min(LARGEST, fitting_batch(pairs, shape, device))
+    batch_size = min(check_count("batch_size", batch_size, 1), pairs)
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        memory.kept(device),
+        network(model, device, dtype, (batch_size, *shape)) as net,
+        progress_bar(progress, total=pairs, unit="evaluation", leave=progress is True) as bar,
+    ):
+        for notice in net.notices:
+            warn_once(model, notice)
+        labels = None if class_labels is None else class_labels.to(device)
+        pixels = pixels.to(device)
+        terms, mse = _run(
+            net, bound, pixels, timesteps.to(device), labels, schedule, prediction, limit, seed, first,
+            batch_size, bar,
+        )  # fmt: skip
+        prior = torch.cat([bound.prior(_scaled(part)) for part in pixels.split(batch_size)])
+        return _Measured(len(schedule), timesteps, sizes, terms.cpu(), mse.cpu(), prior.cpu())
+
+
+def _run(
+    net: Plain, bound: Bound, pixels, timesteps, labels, schedule, prediction, limit, seed, first, batch_size, bar
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(L_t, mean of (x_0 - x0_hat)^2), float64 [N, M] where the network is, for pixels uint8 [N, C, H, W] and timesteps [N, M].
+
+    Arithmetic around the network is float64: for the bundled digits it takes a few hundredths of the time.
+    """
+    n, m = timesteps.shape
+    learned = bound.log_variance is None
+    pairs, device = n * m, pixels.device
+    signal, scale = schedule.alphas_cumprod.sqrt(), (1 - schedule.alphas_cumprod).sqrt()
+    coefficients = torch.stack((signal, scale, *to_x0(schedule, prediction))).to(device)
+    terms, mse = (torch.empty(pairs, dtype=torch.float64, device=device) for _ in range(2))
+    bad = torch.full((), pairs, device=device)  # the first pair whose output is not finite
+    waiting = 0
+    looks = LOOK if device.type == "cuda" else 1
+    for number, start in enumerate(range(0, pairs, batch_size)):
+        stop = min(start + batch_size, pairs)
+        # The last batch is filled up with the last pair: another size would be packed and tuned for anew.
+        pair = torch.arange(start, start + batch_size, device=device).clamp_(max=pairs - 1)
+        image = pair // m
+        t = timesteps[image, pair % m]
+        x0 = _scaled(pixels[image])
+        noise = ops.philox_normal(x0.shape, seed=seed, t=t, stream=Stream.FORWARD, sample=first + image, device=device)
+        keep, add, a, b = coefficients[:, t].reshape(4, -1, 1, 1, 1)
+        x = keep * x0 + add * noise
+        with net.settings():
+            o = net.predict(
+                x.to(net.dtype, memory_format=net.memory_format), net.at(t), None if labels is None else labels[image]
+            )
+        fault = output_fault(o, list(x.shape), learned)
+        if fault is not None:
+            raise LikelihoodError(f"model: {fault}")
+        o = (o if learned else o[:, : x.shape[1]]).to(torch.float64, memory_format=torch.contiguous_format)
+        finite = o.flatten(1).sum(1).isfinite()
+        o, v = o.chunk(2, dim=1) if learned else (o, None)
+        x0_hat = a * x + b * o
+        error = x0 - (x0_hat if limit is None or prediction == "mean" else x0_hat.clamp(-limit, limit))
+        inside = error if prediction != "mean" and limit is not None and limit <= 1 else x0 - x0_hat.clamp(-1, 1)
+        value = bound.kl(t, error, v)
+        at_zero = slice(-start % m, None, m)  # known without a look at t
+        if -start % m < batch_size:
+            value[at_zero] = bound.decoder(x0[at_zero], error[at_zero], None if v is None else v[at_zero])
+        finite &= value.isfinite()  # which a variance far outside of its range is not, either
+        terms[start:stop] = value[: stop - start]
+        mse[start:stop] = inside.square().flatten(1).mean(1)[: stop - start]
+        bad = torch.minimum(bad, torch.where(finite, pairs, pair).min())
+        waiting += stop - start
+        if (number + 1) % looks == 0 or stop == pairs:
+            where = int(bad)
+            if where < pairs:
+                i, t = where // m, int(timesteps[where // m, where % m])
+                raise LikelihoodError(
+                    f"model: its output for image {i} at timestep {t} holds a NaN or an infinity, or gives one; "
+                    "try dtype=torch.float32, and check the weights"
+                )
+            bar.update(waiting)
+            waiting = 0
+    return terms.reshape(n, m), mse.reshape(n, m)
+
+
+def _scaled(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.double() / 127.5 - 1
+
+
+def _pixels(images: torch.Tensor, quantize: bool) -> torch.Tensor:
+    """uint8 [N, C, H, W], where the images are; ValueError for what is no image on the grid."""
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f"images: got {type(images).__name__}; expected a tensor [N, C, H, W], uint8 or in [-1, 1]")
+    if images.dim() != 4 or images.numel() == 0 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise ValueError(
+            f"images: got {short(images.dtype)} {list(images.shape)}; expected uint8, or floating point in [-1, 1], "
+            "[N, C, H, W] with at least one image"
+        )
+    if images.dtype == torch.uint8:
+        return images
+    level = (images.detach().double() + 1) * 127.5
+    low, high = float(level.min()), float(level.max())
+    if not (low >= -OFF_GRID and high <= 255 + OFF_GRID):  # also true for NaN
+        raise ValueError(
+            f"images: got values from {low / 127.5 - 1:.4g} to {high / 127.5 - 1:.4g}; expected [-1, 1], or uint8 from 0 to 255"
+        )
+    nearest = level.round()
+    off = float((level - nearest).abs().max())
+    if off > OFF_GRID and not quantize:
+        raise ValueError(
+            f"images: not on the 8-bit grid k/127.5 - 1 (off by up to {off:.2g} grey levels); the bound is on the "
+            "probability of 8-bit images: pass uint8, or quantize=True to round"
+        )
+    return nearest.clamp_(0, 255).to(torch.uint8)
+
+
+def strata(T: int, parts: int) -> list[int]:
+    """The edges, 1 to T, of so many parts of the timesteps 1..T-1. They grow with t, each edge T^(1/parts) times the one before
+    where whole numbers allow: L_t falls about as 1/t, so that each part has its share of the bound and little spread."""
+    edges = [round(T ** (j / parts)) for j in range(parts + 1)]
+    for j in range(1, parts + 1):
+        edges[j] = max(edges[j], edges[j - 1] + 1)
+    for j in range(parts + 1):
+        edges[-1 - j] = min(edges[-1 - j], T - j)
+    return edges
+
+
+def _timesteps(n: int, T: int, subsample: int | None, seed: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(timesteps, sizes) as `_Measured` has them: t_j = lo_j + (w0 size_j >> 32), with stream 3's words."""
+    if subsample is None:
+        return torch.arange(T, device="cpu").expand(n, T), torch.ones(T, dtype=torch.float64, device="cpu")
+    subsample = plain(subsample)
+    if not is_int(subsample) or not 1 <= subsample < T:
+        raise ValueError(
+            f"subsample: got {subsample!r}; expected None or an int in 1..{T - 1}, as there are {T} timesteps"
+        )
+    edges = torch.tensor([0, *strata(T, subsample)], device="cpu")
+    sizes = edges.diff()  # the first part is t = 0 alone
+    index = torch.arange(first, first + n, device="cpu")
+    words = [torch.zeros_like(index)]
+    words += [first_words(index, seed=seed, stream=Stream.TIMESTEP, t=j) for j in range(subsample)]
+    return edges[:-1] + (torch.stack(words, dim=1) * sizes >> 32), sizes.double()
+
+
+def _mean(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, standard error) over the first dimension; the error is NaN where that is 1."""
+    n = len(values)
+    error = values.std(0) / math.sqrt(n) if n > 1 else torch.full_like(values[0], math.nan)
+    return values.mean(0), error
+
+
+def _by_timestep(measured: _Measured, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, standard error) of values [N, M] at each timestep, float64 [T]; NaN where there are none, or too few."""
+    t, values = measured.timesteps.flatten(), values.flatten()
+
+    def total(v: torch.Tensor) -> torch.Tensor:
+        return v.new_zeros(measured.T).index_add_(0, t, v)
+
+    count = total(torch.ones_like(values))
+    mean = total(values) / count
+    return mean, (total((values - mean[t]).square()) / (count - 1) / count).sqrt()
+
+
+def _summary(measured: _Measured) -> Likelihood:
+    per_image = measured.prior + (measured.terms * measured.sizes).sum(1)
+    mean, error = _mean(per_image)
+    terms, terms_error = _by_timestep(measured, measured.terms)
+    return Likelihood(
+        bits_per_dim=float(mean),
+        standard_error=float(error),
+        prior=float(measured.prior.mean()),
+        terms=terms,
+        terms_error=terms_error,
+        mse=_by_timestep(measured, measured.mse)[0],
+        per_image=per_image,
+        evaluations=measured.terms.numel(),
+    )

@@ -1,0 +1,174 @@
+"""What `sample`, `likelihood` and their kin ask of the arguments that they share, in the words of whoever gave them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.unet import UNet
+from ..utils.validation import is_int, plain
+from .adopt import as_made, called, inside, is_diffusers
+from .resolve import _name, _speaks, check_callable
+
+
+def shape_of(model: object, shape: Sequence[int] | None) -> tuple[int, int, int]:
+    """The shape as given, else the model's own, else that of the model inside of it; ValueError where it can't be drawn."""
+    check_callable(model)
+    if shape is None:
+        shape = _shape_inside(model)
+        check_fits("shape", model, shape)
+        return shape
+    try:
+        shape = tuple(plain(side) for side in shape)
+    except TypeError:
+        raise ValueError(f"shape: got {shape!r}; expected (C, H, W), each an int >= 1") from None
+    if len(shape) != 3 or not all(is_int(side) and side >= 1 for side in shape):
+        said = f"shape: got {shape}; expected (C, H, W), each an int >= 1"
+        if shape and all(is_int(side) and side >= 1 for side in shape):
+            flat = shape[0], 1, math.prod(shape[1:])
+            within = ", ".join(map(str, shape))
+            said += (
+                f". Data of other dimensions can be drawn as images of as many elements: shape={flat} and "
+                f"lambda x, t: model(x.reshape(-1, {within}), t).reshape(x.shape)"
+            )
+        raise ValueError(said)
+    check_fits("shape", model, shape)
+    return shape
+
+
+def _own_shape(model: object) -> tuple[int, int, int] | None:
+    own = getattr(model, "shape", None)
+    if isinstance(own, tuple) and len(own) == 3 and all(isinstance(v, int) and v > 0 for v in own):
+        return own
+    side = model.config.sample_size if is_diffusers(model, "UNet2DModel") else None
+    return None if side is None else (model.config.in_channels, *((side, side) if isinstance(side, int) else side))
+
+
+def _shape_inside(model: object) -> tuple[int, int, int]:
+    bare = called(model)
+    own = _own_shape(bare)
+    if own is not None:
+        return own
+    held = inside(bare, lambda v: is_diffusers(v, "UNet2DModel") or (_speaks(v) and _own_shape(v) is not None))
+    shapes = list(dict.fromkeys(_own_shape(v) for v in held))
+    why = "a model that is not a fastddpm.UNet needs shape=(C, H, W)"
+    if len(shapes) > 1:
+        why = f"the {_name(bare)} holds models of different ones ({', '.join(map(str, shapes))}): pass shape=(C, H, W)"
+    elif shapes and shapes[0] is not None:
+        lacking = [v.config for v in held if as_made(v) is not None and v.config.in_channels > v.config.out_channels]
+        if not lacking:
+            return shapes[0]
+        why = (
+            f"the network in the {_name(bare)} takes {lacking[0].in_channels} channels and answers with "
+            f"{lacking[0].out_channels}, so that not all of them are x: pass shape=(C, H, W) of x"
+        )
+    raise ValueError(f"shape: missing; {why}")
+
+
+def check_fits(name: str, model: object, shape: Sequence[int]) -> None:
+    """Raise ValueError, naming the argument, where images of `shape` (C, H, W) are none for a UNet or UNet2DModel."""
+    network = as_made(model)
+    if network is None:
+        return
+    config, (channels, height, width) = network.config, shape
+    if config.in_channels > config.out_channels:
+        theirs = ".sample" if not isinstance(network, UNet) or network.schedule is None else ""
+        raise ValueError(
+            f"model: the network takes {config.in_channels} channels and answers with {config.out_channels}: it wants a "
+            f"condition of {config.in_channels - config.out_channels} channels beside x. Pass a callable that appends it, e.g. "
+            f"lambda x, t: unet(torch.cat((x, condition), 1), t){theirs}, with shape=({config.out_channels}, {height}, {width})"
+        )
+    if channels != config.in_channels:
+        raise ValueError(f"{name}: {channels} channels; the network takes {config.in_channels}")
+    halvings = len(config.multipliers if isinstance(network, UNet) else config.block_out_channels) - 1
+    if height % (1 << halvings) == 0 == width % (1 << halvings):
+        return
+    floor, ceiling = (
+        [(side + add) >> halvings << halvings for side in (height, width)] for add in (0, (1 << halvings) - 1)
+    )
+    fitting = " and ".join(f"{h}x{w}" for h, w in (floor, ceiling) if h and w)
+    made = None if name == "shape" else _own_shape(network)
+    way = "" if made is None else f"; it was made for {made[1]}x{made[2]}: pad them, as for its training"
+    raise ValueError(
+        f"{name}: {height}x{width} cannot be halved {halvings} times, as the network does; the nearest that can: {fitting}{way}"
+    )
+
+
+def device_of(model: object, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return device
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def labels_of(labels: Any, n: int, model: object) -> torch.Tensor | None:
+    classes = model.config.classes if isinstance(model, UNet) else None
+    if labels is None:
+        if classes is not None:
+            raise ValueError(f"class_labels: missing; the network has {classes} classes: pass an int or int64 [{n}]")
+        return None
+    if isinstance(model, UNet) and classes is None:
+        raise ValueError("class_labels: given, but the network has no classes")
+    labels = as_labels(labels, n)
+    check_labels(labels, classes)
+    return labels
+
+
+def check_labels(labels: torch.Tensor, classes: int | None) -> None:
+    if classes is not None and len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+        raise ValueError(
+            f"class_labels: got values from {int(labels.min())} to {int(labels.max())}; expected 0..{classes - 1}"
+        )
+
+
+def as_labels(labels: Any, n: int) -> torch.Tensor:
+    """int64 [n] of an int, or of n integers of any kind: a list, an array, a tensor."""
+    labels = plain(labels)
+    if is_int(labels):
+        return torch.full((n,), labels)
+    try:
+        given = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"class_labels: got {labels!r}; expected an int or int64 [{n}]") from None
+    if isinstance(labels, (list, tuple)) and not labels:
+        given = given.long()
+    no_integers = given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
+    if no_integers or tuple(given.shape) != (n,):
+        raise ValueError(f"class_labels: got {given.dtype} {list(given.shape)}; expected an int or int64 [{n}]")
+    return given.long()
+
+
+def fitting_batch(n: int, shape: tuple[int, int, int], device: torch.device) -> int:
+    """min(n, what fits): a quarter of the device's memory at 4 KiB a pixel, about what the paper's networks take in float32."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
+    return max(1, min(n, memory // 4 // (shape[1] * shape[2] * 4096)))
+
+
+def output_fault(o: object, shape: list[int], learned: bool) -> str | None:
+    """What is wrong with a model's output for x of `shape` [N, C, ...]; None: nothing. learned: it must hold a variance, which
+    it may hold all the same where it needn't."""
+    if not isinstance(o, torch.Tensor):
+        return f"it returned {type(o).__name__}; expected a tensor. Wrap it, e.g. lambda x, t: model(x, t).sample"
+    n, c, *spatial = shape
+    doubled = [n, 2 * c, *spatial]
+    if list(o.shape) == doubled or (not learned and list(o.shape) == shape):
+        return None
+    expected = f"{doubled}, with the learned variance" if learned else shape
+    said = f"its output has shape {list(o.shape)}; expected {expected}"
+    if list(o.shape[1:]) in (shape[1:], doubled[1:]):
+        said += (
+            f". It was called with {n} images; if it holds a condition for each image, pass class_labels=torch.arange(n): it is "
+            "then called as model(x, t, index), with the index of each image in x"
+        )
+    return said

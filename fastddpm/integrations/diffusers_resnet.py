@@ -1,0 +1,126 @@
+"""diffusers' ResnetBlock2D with its norms and SiLUs in one kernel each; `fastddpm.fuse_norms` puts it in place."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from ..ops import winograd
+from .fused_layers import as_rows, norm_silu, plain, rows_fit, serves, weighted
+
+LEAST = 256  # pixels in a batch, from which on transforming a convolution's weights in every call pays
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """ResnetBlock2D by `ops.group_norm_silu`; what of it somebody has replaced or hooked runs as diffusers runs it.
+
+    On a CPU norm and SiLU don't go to memory where the convolutions behind them can form them of their inputs.
+    """
+
+    @staticmethod
+    def why_not(block: ResnetBlock2D) -> str | None:
+        """What of its norms and nonlinearity is not as the fused forward takes it; None: nothing."""
+        for name, norm in (("norm1", block.norm1), ("norm2", block.norm2)):
+            if not (plain(norm, nn.GroupNorm) and weighted(norm)):
+                return f"its {name} has hooks, or is no GroupNorm with weights and a bias"
+        if not plain(block.nonlinearity, nn.SiLU):
+            return "its nonlinearity has hooks, or is no SiLU"
+        if block.time_emb_proj is not None and block.time_embedding_norm not in ("default", "scale_shift"):
+            return f"its time_embedding_norm is {block.time_embedding_norm!r}"
+        return None
+
+    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args, **kwargs) -> torch.Tensor:
+        usual = (temb is None) == (self.time_emb_proj is None) and (
+            temb is not None or self.time_embedding_norm != "scale_shift"
+        )
+        if args or kwargs or not usual or self.why_not(self):
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        x, given = input_tensor, {}
+        if temb is not None:
+            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+            if self.time_embedding_norm == "default":
+                given["add"] = temb
+            else:
+                given["scale"], given["shift"] = temb.chunk(2, dim=1)
+        resample = self.upsample or self.downsample
+        if resample is None and self._convolves(x, given):
+            h = self._convolved(x, as_rows(x, given))
+            return h.contiguous() if x.is_contiguous() else h
+        h = norm_silu(self.norm1, x)
+        if resample is not None:
+            if self.upsample is not None and len(x) >= 64:  # as diffusers does, for torch's kernel of upsampling
+                x, h = x.contiguous(), h.contiguous()
+            x, h = resample(x), resample(h)
+        h = self.conv2(self.dropout(norm_silu(self.norm2, self.conv1(h), **given)))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x.contiguous() if self.training else x)
+        return (x + h) / self.output_scale_factor
+
+    def _convolves(self, x: torch.Tensor, given: dict[str, torch.Tensor]) -> bool:
+        """Whether the convolutions can take their norms with them, and are faster so: on a CPU, in float32, without gradients."""
+        return (
+            not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()  # a trace goes on to other sizes, and to gradients
+            and x.dim() == 4
+            and winograd.suits(x, torch.float32)
+            and len(x) * x.shape[2] * x.shape[3] >= LEAST
+            and not torch.is_autocast_enabled("cpu")
+            and plain(self.dropout, nn.Dropout)
+            and not (self.dropout.training and self.dropout.p)
+            and serves(self.norm1, x)
+            and rows_fit(x, given)
+            and _plain_convolution(self.conv1, x.shape[1])
+            and _plain_convolution(self.conv2, self.conv1.out_channels)
+            and self._keeps_size(x)
+            and all(_float32(layer) for layer in (self.norm1, self.conv1, self.norm2, self.conv2))
+        )
+
+    def _keeps_size(self, x: torch.Tensor) -> bool:
+        """Whether the shortcut gives what conv2's result has the shape of."""
+        if self.conv_shortcut is None:
+            return self.conv2.out_channels == x.shape[1]
+        conv = self.conv_shortcut
+        return (
+            plain(conv, nn.Conv2d)
+            and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
+            and conv.out_channels == self.conv2.out_channels
+        )
+
+    def _convolved(self, x: torch.Tensor, given: dict[str, torch.Tensor | None]) -> torch.Tensor:
+        def convolved(norm, conv, x, residual=None, add=None, scale=None, shift=None):
+            return torch.ops.fastddpm.norm_silu_convolution(
+                x,
+                norm.num_groups,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                add,
+                scale,
+                shift,
+                conv.weight,
+                conv.bias,
+                residual,
+            )
+
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = convolved(self.norm1, self.conv1, x)
+        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        h = convolved(self.norm2, self.conv2, h, residual, **given)
+        return h if self.output_scale_factor == 1 else h / self.output_scale_factor
+
+
+def _float32(layer: nn.Module) -> bool:
+    weight, bias = layer.weight, layer.bias
+    return weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
+
+
+def _plain_convolution(conv: nn.Module, channels: int) -> bool:
+    return (
+        plain(conv, nn.Conv2d)
+        and "_conv_forward" not in conv.__dict__  # where people put another padding
+        and winograd.shaped(conv.weight, list(conv.stride), list(conv.padding))
+        and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
+        and conv.in_channels == channels
+    )

@@ -1,0 +1,409 @@
+"""The U-Net of Ho et al. 2020 (appendix B), written as body(x, embed(t)).
+
+`embed` yields what each residual block needs of the timestep (and class); `body` is everything that depends on x. Parameters
+carry the names that diffusers' UNet2DModel gives them, so that a state dict goes both ways unchanged.
+
+The defaults are the paper's network. The options behind `classes` are what its descendants changed (Nichol & Dhariwal
+2021, Dhariwal & Nichol 2021, diffusers), so that their checkpoints are this network too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import ops
+from ..diffusion.schedule import Schedule
+from ..utils.validation import plain
+from .config import PRESETS, UNetConfig
+
+__all__ = ["UNet", "UNetConfig"]
+
+
+class _Undrawn:
+    """A layer without the initial weights that torch draws, as ours take their place."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class _Linear(_Undrawn, nn.Linear):
+    pass
+
+
+class _Conv2d(_Undrawn, nn.Conv2d):
+    pass
+
+
+class _Embedding(_Undrawn, nn.Embedding):
+    pass
+
+
+def _drawn(layer: _Linear | _Conv2d, gain: float) -> nn.Linear | nn.Conv2d:
+    """Variance scaling, fan_avg, uniform; bias 0. The paper's code scales by 1e-10 where a gain of 1e-5 is passed."""
+    layer.__class__ = type(layer).__bases__[1]  # torch's own, which whoever looks for layers asks for
+    if not layer.weight.is_meta:
+        nn.init.xavier_uniform_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
+    return _drawn(_Linear(inputs, outputs), gain)
+
+
+def _conv(inputs: int, outputs: int, size: int = 3, gain: float = 1.0, **options: int) -> nn.Conv2d:
+    layer = _Conv2d(inputs, outputs, size, padding=options.pop("padding", size // 2), **options)
+    return _drawn(layer, gain)
+
+
+def _embedding(entries: int, width: int) -> nn.Embedding:
+    layer = _Embedding(entries, width)
+    layer.__class__ = type(layer).__bases__[1]
+    if not layer.weight.is_meta:
+        nn.init.normal_(layer.weight)
+    return layer
+
+
+class GroupNormSiLU(nn.Module):
+    """GroupNorm and, unless told otherwise, a SiLU behind it."""
+
+    def __init__(self, groups: int, channels: int, eps: float, silu: bool = True) -> None:
+        super().__init__()
+        self.groups, self.eps, self.silu = groups, eps, silu
+        self.weight, self.bias = (nn.Parameter(torch.empty(channels)) for _ in range(2))
+        if not self.weight.is_meta:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
+        """conditions: add, scale and shift of `ops.group_norm_silu`."""
+        return ops.group_norm_silu(x, self.groups, self.weight, self.bias, self.eps, silu=self.silu, **conditions)
+
+    def extra_repr(self) -> str:
+        return f"{self.groups}, {self.weight.numel()}, eps={self.eps}, silu={self.silu}"
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of t, dense, SiLU, dense: [N] -> [N, 4 * channels]."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.channels, self.time_scale = config.channels, config.time_scale
+        self.flip_sin_to_cos, self.freq_shift = config.flip_sin_to_cos, config.freq_shift
+        self.linear_1 = _linear(self.channels, 4 * self.channels)
+        self.linear_2 = _linear(4 * self.channels, 4 * self.channels)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        dtype = self.linear_1.weight.dtype
+        if dtype == torch.float64:
+            t = t.double()
+        if self.time_scale != 1:
+            t = (t if t.is_floating_point() else t.float()) * self.time_scale
+        sinusoids = ops.timestep_embedding(
+            t, self.channels, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
+        )
+        return self.linear_2(F.silu(self.linear_1(sinusoids.to(dtype))))
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv; a 1x1 shortcut where the width changes.
+
+    resample: "up" or "down" in front of the first convolution, and for the shortcut.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, config: UNetConfig, *, resample: str | None = None, divisor: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.scale_shift, self.resample, self.divisor = config.scale_shift, resample, divisor
+        self.norm1 = GroupNormSiLU(config.groups, inputs, config.eps)
+        self.conv1 = _conv(inputs, outputs)
+        self.time_emb_proj = _linear(4 * config.channels, 2 * outputs if config.scale_shift else outputs)
+        self.norm2 = GroupNormSiLU(config.groups, outputs, config.eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = _conv(outputs, outputs, gain=1e-5)
+        self.conv_shortcut = _conv(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """embedding: this block's projection of the timestep's, [N, width] or [width]."""
+        h = self.conv1(resampled(self.norm1(x), self.resample))
+        h = self.conv2(self.dropout(self.norm2(h, **conditions(embedding, self.scale_shift))))
+        x = resampled(x, self.resample)
+        h = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return h if self.divisor == 1 else h / self.divisor
+
+
+def resampled(x: torch.Tensor, resample: str | None) -> torch.Tensor:
+    """x; or with sides doubled ("up", each pixel repeated) or halved ("down", means of 2x2 pixels)."""
+    if resample is None:
+        return x
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if resample == "up" else F.avg_pool2d(x, 2)
+
+
+def conditions(embedding: torch.Tensor, scale_shift: bool) -> dict[str, torch.Tensor]:
+    """What the second norm of a block takes: add [..., C]; or of [..., 2C], scale and shift [..., C]."""
+    if not scale_shift:
+        return {"add": embedding}
+    return dict(zip(("scale", "shift"), embedding.chunk(2, dim=-1), strict=True))
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, scaled by (C / heads)^-0.5, with a residual."""
+
+    def __init__(self, channels: int, config: UNetConfig, *, groups: int, divisor: float = 1.0) -> None:
+        """groups: of the norm; 0 for none."""
+        super().__init__()
+        self.heads = config.heads or (1 if config.head_channels is None else channels // config.head_channels)
+        self.divisor = divisor
+        self.group_norm = GroupNormSiLU(groups, channels, config.eps, silu=False) if groups else None
+        self.to_q, self.to_k, self.to_v = (_linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([_linear(channels, channels, gain=1e-5)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, height, width = x.shape
+        h = (x if self.group_norm is None else self.group_norm(x)).flatten(2).transpose(1, 2)  # [N, H*W, C]
+        q, k, v = (to(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = x + self.to_out[0](h).transpose(1, 2).reshape(n, c, height, width)
+        return h if self.divisor == 1 else h / self.divisor
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int, pad: str) -> None:
+        super().__init__()
+        self.pad = pad
+        self.conv = _conv(channels, channels, stride=2, padding=int(pad == "both"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad == "end" else x)  # "end" is TensorFlow's "SAME"
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where the level has it, and what changes the
+    resolution behind them."""
+
+    def __init__(self, widths: list[tuple[int, int]], attention: bool, config: UNetConfig) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(i, o, config) for i, o in widths)
+        if attention:
+            self.attentions = nn.ModuleList(Attention(o, config, groups=config.groups) for _, o in widths)
+        self.attention = attention
+
+    def block(self, j: int, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        x = self.resnets[j](x, embedding)
+        return self.attentions[j](x) if self.attention else x
+
+    def resampler(self) -> nn.Module | None:
+        for name in ("downsamplers", "upsamplers"):
+            if hasattr(self, name):
+                return getattr(self, name)[0]
+        return None
+
+    def resample(self, x: torch.Tensor, embedding: Iterator[torch.Tensor]) -> torch.Tensor:
+        """x for the next level; as it is behind the last one."""
+        resampler = self.resampler()
+        if resampler is None:
+            return x
+        return resampler(x, next(embedding)) if _embedded(resampler) else resampler(x)
+
+    def resblocks(self) -> list[ResBlock]:
+        """In the order in which `UNet.body` meets them."""
+        return [*self.resnets, *([self.resampler()] if _embedded(self.resampler()) else [])]
+
+
+def _embedded(layer: nn.Module | None) -> bool:
+    """Whether it is a residual block, which takes a part of the embedding; also of the engine's kind."""
+    return hasattr(layer, "time_emb_proj")
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResBlock(channels, channels, config, divisor=config.middle_scale) for _ in range(2)
+        )
+        if config.middle_attention:
+            groups = config.groups if config.middle_groups is None else config.middle_groups
+            self.attentions = nn.ModuleList([Attention(channels, config, groups=groups, divisor=config.middle_scale)])
+        self.attention = config.middle_attention
+
+    def forward(self, x: torch.Tensor, embedding: Iterator[torch.Tensor]) -> torch.Tensor:
+        x = self.resnets[0](x, next(embedding))
+        if self.attention:
+            x = self.attentions[0](x)
+        return self.resnets[1](x, next(embedding))
+
+    def resblocks(self) -> list[ResBlock]:
+        return list(self.resnets)
+
+
+class UNet(nn.Module):
+    """Ho et al.'s network: x_t [N, C, H, W] and t int64 [N] -> prediction [N, out_channels, H, W].
+
+    schedule, prediction, variance, clip: what the network was trained for, taken by `fastddpm.sample` unless told otherwise;
+    default the paper's linear schedule, "epsilon", "fixed_large" and True.
+    class_names: the names of the classes 0..K-1 of a network with classes, or None where they have none.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        schedule: Schedule | None = None,
+        prediction: str = "epsilon",
+        variance: str = "fixed_large",
+        clip: bool | float = True,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if class_names is not None and len(class_names) != config.classes:
+            raise ValueError(
+                f"class_names: got {len(class_names)} names; the network has {config.classes or 'no'} classes"
+            )
+        self.config = config
+        self.class_names = None if class_names is None else list(class_names)
+        self.schedule = Schedule.linear() if schedule is None else schedule
+        self.prediction, self.variance, self.clip = prediction, variance, plain(clip)
+
+        self.conv_in = _conv(config.in_channels, config.first_width)
+        self.time_embedding = TimestepEmbedding(config)
+        if config.classes is not None:
+            self.class_embedding = _embedding(config.classes, 4 * config.channels)
+
+        def down(width: int) -> nn.Module:
+            if config.resample == "resnet":
+                return ResBlock(width, width, config, resample="down")
+            return Downsample(width, config.pad)
+
+        def up(width: int) -> nn.Module:
+            return ResBlock(width, width, config, resample="up") if config.resample == "resnet" else Upsample(width)
+
+        levels = list(enumerate(zip(config.widths, config.sides, strict=True)))
+        skips = [config.first_width]  # widths of what the way up will be given, in the order it is produced
+        width = config.first_width
+        self.down_blocks = nn.ModuleList()
+        for i, (out, side) in levels:
+            level = Level([(width, out)] + [(out, out)] * (config.blocks - 1), side in config.attention, config)
+            skips += [out] * config.blocks
+            if i + 1 < len(levels):
+                level.downsamplers = nn.ModuleList([down(out)])
+                skips.append(out)
+            self.down_blocks.append(level)
+            width = out
+
+        self.mid_block = Middle(width, config)
+
+        self.up_blocks = nn.ModuleList()
+        for i, (out, side) in reversed(levels):
+            pairs = []
+            for _ in range(config.blocks + 1):
+                pairs.append((width + skips.pop(), out))
+                width = out
+            level = Level(pairs, side in config.going_up, config)
+            if i > 0:
+                level.upsamplers = nn.ModuleList([up(out)])
+            self.up_blocks.append(level)
+
+        self.conv_norm_out = GroupNormSiLU(config.groups, width, config.eps)
+        self.conv_out = _conv(width, config.out_channels, gain=1e-5)
+
+    @classmethod
+    def from_preset(cls, name: str) -> UNet:
+        """A fresh network: "cifar10" (35,746,307 parameters), "lsun256" (113,673,219) or "digits"."""
+        if name not in PRESETS:
+            raise ValueError(f"preset: unknown name {name!r}; expected one of {', '.join(PRESETS)}")
+        return cls(PRESETS[name])
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, flags: str | None = None) -> UNet:
+        """A trained network, in eval mode, with the schedule, prediction, variance and clip that it was trained for.
+
+        name: a bundled model's name ("digits"); a folder that `save_pretrained` wrote; a diffusers DDPM folder; a checkpoint
+            file of pesser's conversions of the paper's weights, or of OpenAI's improved-diffusion and guided-diffusion, or a
+            folder of OpenAI's; or the id of a diffusers or fastddpm model on the Hugging Face Hub ("google/ddpm-cifar10-32").
+        revision: branch, tag or commit, of a Hub id alone.
+        flags: of OpenAI's files alone, which don't say how their network was made: what the publisher passes to
+            the sampling script ("--image_size 64 --num_channels 192 ..."). For the published files it may be left out.
+
+        Weights are float32, whatever the file's are, on torch's default device. Pickles are read with weights_only, so that they
+        cannot run code. Raises CheckpointError, a ValueError, naming the file and what is wrong with it. Warns where nothing
+        says that the weights are averaged (EMA) ones.
+        """
+        from ..checkpoints import pretrained
+
+        return pretrained.load(name, revision=revision, flags=flags)
+
+    def save_pretrained(self, folder: str | Path, *, format: str = "fastddpm") -> None:
+        """Write the network into `folder`, made if missing; each file appears whole or not at all.
+
+        format: "fastddpm" (config.json and model.safetensors), or "diffusers": a folder for DDPMPipeline.from_pretrained.
+        Raises ValueError where diffusers' UNet2DModel has no such network, naming the option. DDPMPipeline opens a network
+        with classes, too, but passes no labels to it.
+        """
+        from ..checkpoints import pretrained
+
+        pretrained.save(self, folder, format)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.config.in_channels, self.config.sample_size, self.config.sample_size
+
+    def resblocks(self) -> list[ResBlock]:
+        """All residual blocks in the order `body` meets them."""
+        levels = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [block for level in levels for block in level.resblocks()]
+
+    def embedding_layers(self) -> list[nn.Module]:
+        """All that `embed` calls and `body` doesn't."""
+        classes = [self.class_embedding] if self.config.classes is not None else []
+        return [self.time_embedding, *classes, *(block.time_emb_proj for block in self.resblocks())]
+
+    def embed(self, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """What each residual block takes for timesteps t [N] (and class labels int64 [N]): a list of [N, width]."""
+        if (class_labels is None) != (self.config.classes is None):
+            wanted = "int64 [N]" if self.config.classes is not None else "none, as this network has no classes"
+            raise ValueError(f"class_labels: got {class_labels!r}; expected {wanted}")
+        temb = self.time_embedding(t)
+        if class_labels is not None:
+            temb = temb + self.class_embedding(class_labels)
+        temb = F.silu(temb)
+        return [block.time_emb_proj(temb) for block in self.resblocks()]
+
+    def body(self, x: torch.Tensor, embedding: list[torch.Tensor]) -> torch.Tensor:
+        """Everything that depends on x. embedding: a list as `embed` gives it, each entry [N, width] or [width]."""
+        parts = iter(embedding)
+        h = self.conv_in(2 * x - 1 if self.config.center_input else x)
+        skips = [h]
+        for level in self.down_blocks:
+            for j in range(len(level.resnets)):
+                h = level.block(j, h, next(parts))
+                skips.append(h)
+            if level.resampler() is not None:
+                h = level.resample(h, parts)
+                skips.append(h)
+        h = self.mid_block(h, parts)
+        for level in self.up_blocks:
+            for j in range(len(level.resnets)):
+                h = level.block(j, torch.cat((h, skips.pop()), dim=1), next(parts))
+            h = level.resample(h, parts)
+        return self.conv_out(self.conv_norm_out(h))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        if x.dim() != 4 or x.shape[1] != self.config.in_channels:
+            raise ValueError(f"x: got shape {list(x.shape)}; expected [N, {self.config.in_channels}, H, W]")
+        return self.body(x, self.embed(t, class_labels))

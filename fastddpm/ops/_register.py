@@ -1,0 +1,76 @@
+"""The torch.library namespace "fastddpm" and the tensor checks that every op shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd import forward_ad
+
+from .. import backend
+
+library = torch.library.Library("fastddpm", "DEF")
+
+
+def register(schema: str, implementation: Callable, fake: Callable) -> None:
+    """Define fastddpm::<op> for every device: the backend is chosen inside the implementation."""
+    name = schema.split("(", 1)[0]
+    library.define(schema)
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastddpm::{name}", fake, lib=library)
+
+
+def forward_mode(op: str) -> bool:
+    """Whether forward-mode differentiation (torch.func.jvp, jacfwd, dual tensors) is at work, so that the reference has to serve.
+
+    Kernels have no rule for it, and torch would drop the tangents without a word. A backend that was asked for refuses.
+    """
+    if forward_ad._current_level < 0:
+        return False
+    if backend.chosen() not in (None, "reference"):
+        raise backend.BackendError(
+            f"{op}: backend {backend.chosen()!r} was asked for, but only the reference has forward-mode derivatives "
+            "(torch.func.jvp, jacfwd); choose that, or none"
+        )
+    return True
+
+
+def has_tangent(v: torch.Tensor | None) -> bool:
+    return v is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(v).tangent is not None
+
+
+def layout(x: torch.Tensor) -> str:
+    """The memory layout of x [N, C, *spatial], judged by strides, ignoring size-1 dimensions.
+
+    "outer": channels outer (contiguous); "inner": channels inner (channels_last); "dense": another permutation
+    without gaps; "gapped": elements overlap or leave gaps. Where both native layouts fit, "outer".
+    """
+    if x.is_contiguous():
+        return "outer"
+    if x.numel() == 0:
+        return "outer"
+    if _is_dense_in_order(x, (0, *range(2, x.dim()), 1)):
+        return "inner"
+    by_stride = sorted((d for d in range(x.dim()) if x.shape[d] != 1), key=lambda d: -x.stride(d))
+    return "dense" if _is_dense_in_order(x, tuple(by_stride)) else "gapped"
+
+
+def _is_dense_in_order(x: torch.Tensor, order: tuple[int, ...]) -> bool:
+    expected = 1
+    for d in reversed(order):
+        if x.shape[d] != 1:
+            if x.stride(d) != expected:
+                return False
+            expected *= x.shape[d]
+    return True
+
+
+def native_layout(x: torch.Tensor, name: str) -> str:
+    """layout(x), with an error where elements overlap or leave gaps."""
+    kind = layout(x)
+    if kind == "gapped":
+        raise ValueError(
+            f"{name}: shape {tuple(x.shape)} with strides {x.stride()} overlaps or leaves gaps; "
+            f"pass {name}.contiguous() or {name}.contiguous(memory_format=torch.channels_last)"
+        )
+    return kind

@@ -1,0 +1,1 @@
+"""What knows nothing of diffusion: checks of arguments, files, progress bars, warnings."""
