@@ -22,6 +22,7 @@ from ..models.unet import (
     resampled,
 )
 from ..ops import winograd
+from ..utils.modules import is_unmodified
 from .convolution import Convolution
 
 
@@ -148,15 +149,6 @@ MADE = {
 }  # fmt: skip
 
 
-def untouched(module: nn.Module) -> bool:
-    """Whether nobody has hooked the module, or put a function or a tensor into it that is no parameter or buffer.
-
-    Functions may also hold the model itself, and such tensors change unseen.
-    """
-    state = {**vars(module), "_compiled_call_impl": None}  # of module.compile(), which copies don't have
-    return not any(callable(v) or isinstance(v, torch.Tensor) or ("_hooks" in name and v) for name, v in state.items())
-
-
 def _sized_as_made(part: nn.Module) -> bool:
     if isinstance(part, nn.Conv2d):
         usual = (part.padding_mode, part.dilation, part.groups) == ("zeros", (1, 1), 1) and part.bias is not None
@@ -176,7 +168,7 @@ def _as_made(layer: nn.Module) -> bool:
     """Whether a layer, with all its parts, computes what its class says, in the sizes that its merged form assumes."""
     known = (*MERGED, GroupNormSiLU, nn.Linear, nn.Dropout, nn.ModuleList)
     parts = list(layer.modules())
-    return all(type(part) in known and untouched(part) for part in parts) and all(map(_sized_as_made, parts))
+    return all(type(part) in known and is_unmodified(part) for part in parts) and all(map(_sized_as_made, parts))
 
 
 # Layers that have no merged form; TimestepEmbedding stays out of the loop.
@@ -192,9 +184,9 @@ def merge(network: nn.Module, prefix: str = "") -> list[str]:
     for name, layer in network.named_children():
         if type(layer) in MERGED and _as_made(layer):
             setattr(network, name, MERGED[type(layer)](layer))
-        elif type(layer) in (Level, Middle, Downsample, nn.ModuleList) and untouched(layer):
+        elif type(layer) in (Level, Middle, Downsample, nn.ModuleList) and is_unmodified(layer):
             kept += merge(layer, f"{prefix}{name}.")
-        elif not all(type(part) in PLAIN and untouched(part) for part in layer.modules()):
+        elif not all(type(part) in PLAIN and is_unmodified(part) for part in layer.modules()):
             kept.append(prefix + name)
     return kept
 

@@ -27,10 +27,11 @@ from ..models.unet import (
     UNet,
     Upsample,
 )
+from ..utils.modules import is_unmodified
 from ..utils.validation import short
 from . import graphs
 from .convolution import Convolution
-from .layers import merge, spend, untouched
+from .layers import merge, spend
 
 # On a CPU an engine's weights take at most so many times the memory of the model's, both in the wider of the model's dtype and
 # that of the products. With all its buffers the engine then stays below 1.2.
@@ -219,7 +220,7 @@ def changed_layers(model: UNet) -> list[str]:
             return all(getattr(type(model), name) is getattr(UNet, name) for name in METHODS)
         return type(module) in OURS
 
-    return [name for name, module in model.named_modules() if not (ours(module) and untouched(module))]
+    return [name for name, module in model.named_modules() if not (ours(module) and is_unmodified(module))]
 
 
 SLOWER = "Results are the same, only slower"

@@ -7,7 +7,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from ..ops import winograd
-from .fused_layers import as_rows, norm_silu, plain, rows_fit, serves, weighted
+from .fused_layers import as_rows, computes, norm_silu, rows_fit, serves, weighted
 
 LEAST = 256  # pixels in a batch, from which on transforming a convolution's weights in every call pays
 
@@ -22,9 +22,9 @@ class FusedResnetBlock2D(ResnetBlock2D):
     def why_not(block: ResnetBlock2D) -> str | None:
         """What of its norms and nonlinearity is not as the fused forward takes it; None: nothing."""
         for name, norm in (("norm1", block.norm1), ("norm2", block.norm2)):
-            if not (plain(norm, nn.GroupNorm) and weighted(norm)):
+            if not (computes(norm, nn.GroupNorm) and weighted(norm)):
                 return f"its {name} has hooks, or is no GroupNorm with weights and a bias"
-        if not plain(block.nonlinearity, nn.SiLU):
+        if not computes(block.nonlinearity, nn.SiLU):
             return "its nonlinearity has hooks, or is no SiLU"
         if block.time_emb_proj is not None and block.time_embedding_norm not in ("default", "scale_shift"):
             return f"its time_embedding_norm is {block.time_embedding_norm!r}"
@@ -67,7 +67,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
             and winograd.suits(x, torch.float32)
             and len(x) * x.shape[2] * x.shape[3] >= LEAST
             and not torch.is_autocast_enabled("cpu")
-            and plain(self.dropout, nn.Dropout)
+            and computes(self.dropout, nn.Dropout)
             and not (self.dropout.training and self.dropout.p)
             and serves(self.norm1, x)
             and rows_fit(x, given)
@@ -83,7 +83,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
             return self.conv2.out_channels == x.shape[1]
         conv = self.conv_shortcut
         return (
-            plain(conv, nn.Conv2d)
+            computes(conv, nn.Conv2d)
             and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
             and conv.out_channels == self.conv2.out_channels
         )
@@ -118,7 +118,7 @@ def _float32(layer: nn.Module) -> bool:
 
 def _plain_convolution(conv: nn.Module, channels: int) -> bool:
     return (
-        plain(conv, nn.Conv2d)
+        computes(conv, nn.Conv2d)
         and "_conv_forward" not in conv.__dict__  # where people put another padding
         and winograd.shaped(conv.weight, list(conv.stride), list(conv.padding))
         and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from .. import backend
+from ..utils.modules import has_own_forward
 from ..utils.warn import warn_once
-from .fused_layers import FusedGroupNorm, FusedSequential, _overridden, _pair, weighted
+from .fused_layers import FusedGroupNorm, FusedSequential, _pair, weighted
 
 __all__ = ["FusedNorms", "fuse_norms"]
 SHOWN = 5  # of the modules that were left
@@ -85,7 +86,7 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
             return False
         if type(layer) is not kind:
             left[name] = f"{type(layer).__name__}, a subclass of {kind.__name__}"
-        elif _overridden(layer):
+        elif has_own_forward(layer):
             left[name] = f"a {kind.__name__} with a forward put into it"
         return name not in left
 

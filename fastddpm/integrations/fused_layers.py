@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import backend, ops
+from ..utils.modules import forward_is_unmodified
 
 
 def norm_silu(
@@ -72,14 +73,9 @@ def weighted(norm: nn.GroupNorm) -> bool:
     return norm.weight is not None and norm.bias is not None
 
 
-def plain(layer: nn.Module, kind: type) -> bool:
-    """Whether its code is that of `kind`, and nobody looks into it by hooks."""
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return type(layer) in (kind, FUSED.get(kind)) and not _overridden(layer) and not any(hooks)
-
-
-def _overridden(layer: nn.Module) -> bool:
-    return "forward" in layer.__dict__  # not vars(layer), which torch 2.6 doesn't compile
+def computes(layer: nn.Module, kind: type) -> bool:
+    """Return whether a call of the layer computes what `kind` computes, and runs no hooks."""
+    return type(layer) in (kind, FUSED.get(kind)) and forward_is_unmodified(layer)
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -111,4 +107,4 @@ FUSED = {nn.GroupNorm: FusedGroupNorm, nn.Sequential: FusedSequential}
 
 
 def _pair(norm: nn.Module, activation: nn.Module) -> bool:
-    return plain(norm, nn.GroupNorm) and weighted(norm) and plain(activation, nn.SiLU)
+    return computes(norm, nn.GroupNorm) and weighted(norm) and computes(activation, nn.SiLU)
