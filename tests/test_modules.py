@@ -13,7 +13,7 @@ def set_attribute(value):
     return lambda module: setattr(module, "note", value)
 
 
-CHANGES = {  # change: (forward_is_unmodified, is_unmodified)
+CHANGES = {  # name: (what is done, forward_is_unmodified, is_unmodified)
     "none": (lambda module: None, True, True),
     "compiled": (lambda module: module.compile(), True, True),
     "a number": (set_attribute(3), True, True),

@@ -32,7 +32,7 @@ def is_unmodified(module: nn.Module, ignored: frozenset[str] = frozenset()) -> b
     A function set on the instance may replace a method, and may refer to the model itself; a tensor may change unnoticed.
 
     Args:
-        ignored: Names of attributes to skip. `_compiled_call_impl` is always skipped: `module.compile()` sets it, and copies lack it.
+        ignored: Names of attributes to skip. `_compiled_call_impl`, set by `module.compile()`, is always skipped: copies lack it.
     """
     for name, value in module.__dict__.items():
         changed = callable(value) or isinstance(value, torch.Tensor) or ("_hooks" in name and value)
