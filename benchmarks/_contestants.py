@@ -26,9 +26,10 @@ from fastddpm import Schedule, UNet, backend, ops
 from fastddpm.checkpoints.diffusers_options import unet_options
 from fastddpm.diffusion import coefficients
 from fastddpm.engine import memory
-from fastddpm.engine.cache import network
+from fastddpm.engine.cache import acquire_runner
+from fastddpm.inputs.resolve import resolve
 from fastddpm.models.unet import Attention, GroupNormSiLU, TimestepEmbedding
-from fastddpm.sampling.loop import prepared
+from fastddpm.sampling.loop import Batch, ChainShape, chain_for
 
 try:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -208,23 +209,23 @@ def ours(model: UNet, batch: int, precision: str, name: str | None = None) -> It
     x_T, out = torch.randn(shape, device=device), torch.empty(shape, device=device)
     with contextlib.ExitStack() as stack:
         with backend.use(name):
-            net = stack.enter_context(network(model, device, DTYPES[precision], shape))
-            chain = prepared(net, table, shape, 1.0, False, False)
+            entry = stack.enter_context(acquire_runner(resolve(model), device, DTYPES[precision], shape))
+            chain = chain_for(entry, table, ChainShape.of(table, shape, 1.0))
 
         def steps(k: int) -> float:
-            with backend.use(name), memory.kept(device), net.settings():
+            with backend.use(name), memory.retain_freed_memory(device), chain.runner.settings():
                 for chain.steps in (1, k):
                     synchronize(device)
                     start = time.perf_counter()
-                    chain.run(net, out, 0, 0, x_T, None, bar, None)
+                    chain.run(Batch(out, 0, 0, x_T, None), bar, None)
                     synchronize(device)
                     taken = time.perf_counter() - start
             return taken
 
         def predict(x: torch.Tensor, t: int) -> torch.Tensor:
             chain.input.copy_(x)
-            with backend.use(name), net.settings():
-                return chain.predict(net, T - 1 - t).float()
+            with backend.use(name), chain.runner.settings():
+                return chain.predict(T - 1 - t).float()
 
         yield Contestant(precision, predict, steps)
 

@@ -32,8 +32,9 @@ from _harness import Load, alternate, arguments, check_inputs, check_outputs, pr
 import fastddpm
 from fastddpm.data import ArrayImages
 from fastddpm.engine import memory
-from fastddpm.engine.cache import network
+from fastddpm.engine.cache import acquire_runner
 from fastddpm.evaluation.likelihood import Likelihood, RateDistortion, likelihood, rate_distortion, strata
+from fastddpm.inputs.resolve import resolve
 
 TIMED_IMAGES = 64
 MOST_TIMES_FORWARD = 1.1
@@ -54,9 +55,15 @@ def forward(model: fastddpm.UNet, settings: argparse.Namespace, batches: int) ->
             torch.cuda.synchronize(device)
 
     def call() -> float:
-        with torch.no_grad(), memory.kept(device), network(model, device, dtype, shape) as net:
+        resolved = resolve(model)
+        with (
+            torch.no_grad(),
+            memory.retain_freed_memory(device),
+            acquire_runner(resolved, device, dtype, shape) as entry,
+        ):
+            net = entry.runner
             inputs = [x.to(net.dtype, memory_format=net.memory_format) for x in noise]
-            rows = [net.at(steps) for steps in t]
+            rows = [net.time_inputs_per_image(steps) for steps in t]
             wait()
             start = time.perf_counter()
             with net.settings():

@@ -133,7 +133,7 @@ def own(options: dict[str, object]) -> list[float]:
     torch.manual_seed(0)
     model = UNet.from_preset("cifar10").eval()
     inside = [0.0]
-    predict = runner.Engine.predict
+    predict = runner.EngineRunner.predict
 
     def timed(self, *args):
         start = time.perf_counter()
@@ -149,12 +149,12 @@ def own(options: dict[str, object]) -> list[float]:
         run(self, *args)
         taken.append(1e3 * (time.perf_counter() - start - inside[0]) / OWN_STEPS)
 
-    runner.Engine.predict, loop.Chain.run = timed, timed_run
+    runner.EngineRunner.predict, loop.Chain.run = timed, timed_run
     try:
         for _ in range(OWN_ROUNDS + 1):
             fastddpm.sample(model, OWN_BATCH, steps=OWN_STEPS, seed=0, dtype=torch.bfloat16, progress=False, **options)
     finally:
-        runner.Engine.predict, loop.Chain.run = predict, run
+        runner.EngineRunner.predict, loop.Chain.run = predict, run
     return taken[1:]
 
 

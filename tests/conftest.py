@@ -211,3 +211,11 @@ def on_variant(variant, code, tmp_path):
         pytest.skip(f"CPU variant {variant} was not built or does not run on this processor")
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def chain_with(runner, table, shape, **options):
+    """A chain of the loop that `sample` runs, over x of `shape`, clipped to 1."""
+    from fastddpm.engine.cache import CacheEntry
+    from fastddpm.sampling.loop import ChainShape, chain_for
+
+    return chain_for(CacheEntry(runner), table, ChainShape.of(table, shape, 1.0, **options))

@@ -166,16 +166,16 @@ def test_what_is_taken_from_inside_is_said_once_where_it_is_not_the_papers():
 def test_a_wrappers_own_attributes_win():
     wrapper = Average(unet())
     wrapper.prediction = "sample"
-    found = resolve.trained_for(wrapper)
+    found = resolve.resolve_settings(wrapper)
     assert found == (COSINE["schedule"], "sample", "fixed_small", 0.5)
-    assert resolve.trained_for(wrapper, prediction="mean", clip=False) == (
+    assert resolve.resolve_settings(wrapper, prediction="mean", clip=False) == (
         COSINE["schedule"],
         "mean",
         "fixed_small",
         False,
     )
     scheduler = DDPMScheduler(num_train_timesteps=4, beta_end=0.5)
-    assert resolve.trained_for(Average(unet()), scheduler)[1:] == ("epsilon", "fixed_small", True)
+    assert resolve.resolve_settings(Average(unet()), scheduler)[1:] == ("epsilon", "fixed_small", True)
 
 
 @pytest.mark.parametrize("name", ["schedule", "prediction", "variance", "clip"])

@@ -19,9 +19,10 @@ import fastddpm
 from fastddpm import Schedule, UNetConfig, ops
 from fastddpm.diffusion import coefficients
 from fastddpm.diffusion.bound import Bound
-from fastddpm.engine.cache import network
+from fastddpm.engine.cache import acquire_runner
 from fastddpm.errors import LikelihoodError
 from fastddpm.evaluation.likelihood import likelihood, rate_distortion, strata
+from fastddpm.inputs.resolve import resolve
 from fastddpm.ops.philox_normal import first_words
 from fastddpm.ops.rng import Stream
 
@@ -361,8 +362,9 @@ def test_each_image_of_a_batch_may_have_its_own_timestep(kind, dtype):
         model.conv_norm_out.register_forward_hook(lambda *_: None)
     x, t = torch.randn(4, *SHAPE), torch.tensor([0, 49, 7, 7])
     labels = torch.tensor([1, 4, 0, 2]) if kind == "classes" else None
-    with torch.no_grad(), network(model, torch.device("cpu"), dtype, x.shape) as net:
-        got = net.predict(x.to(net.dtype, memory_format=net.memory_format), net.at(t), labels)
+    with torch.no_grad(), acquire_runner(resolve(model), torch.device("cpu"), dtype, x.shape) as entry:
+        net = entry.runner
+        got = net.predict(x.to(net.dtype, memory_format=net.memory_format), net.time_inputs_per_image(t), labels)
         reference = model.to(torch.float64)(x.double(), t, *([] if labels is None else [labels]))
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     assert got.dtype == net.dtype

@@ -27,7 +27,7 @@ import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, backend
 from fastddpm.engine import cache, convolution, graphs, layers
 from fastddpm.engine import runner as engines
-from fastddpm.engine.runner import Engine
+from fastddpm.engine.runner import EngineRunner, Runner
 from fastddpm.models.unet import Upsample
 from fastddpm.sampling import loop
 
@@ -63,10 +63,10 @@ def both(model, dtype, n=3):
     x = torch.randn(n, *model.shape, dtype=torch.float64)
     t = torch.arange(n) * 300
     labels = None if model.config.classes is None else torch.arange(n) % model.config.classes
-    engine = Engine(model, CPU, dtype)
+    engine = EngineRunner(model, CPU, dtype)
     with torch.inference_mode():
         for _ in range(2):  # the first call packs the weights
-            got = engine(x.to(engine.dtype, memory_format=torch.channels_last), t, labels)
+            got = Runner.predict(engine, x.to(engine.dtype, memory_format=torch.channels_last), t, labels)
         return model.double()(x, t, labels), got.double()
 
 
@@ -89,13 +89,13 @@ def test_wide_layers_go_winograd_s_way(config, dtype, bound):
     if not backend.native.winograd_serves(str(dtype)[6:]):
         pytest.skip("this processor has no bfloat16 products")
     model = randomised(config)
-    engine = Engine(model, CPU, dtype)
+    engine = EngineRunner(model, CPU, dtype)
     x, t = torch.randn(2, *model.shape), torch.tensor([3, 800])
     with torch.inference_mode():
-        got = engine(x.to(dtype, memory_format=torch.channels_last), t, None).double()
+        got = Runner.predict(engine, x.to(dtype, memory_format=torch.channels_last), t, None).double()
         expected = model.double()(x.double(), t)
     assert (got - expected).norm() <= bound * expected.norm()
-    used = [m.winograd for m in engine.model.modules() if isinstance(m, convolution.Convolution)]
+    used = [m.uses_winograd for m in engine.model.modules() if isinstance(m, convolution.Convolution)]
     assert sum(used) >= 10 and not all(used)
 
 
@@ -117,7 +117,7 @@ def added_bytes(engine, model):
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     tensors = [*engine.model.parameters(), *engine.model.buffers()]
     added = sum(v.numel() * v.element_size() for v in tensors if v.untyped_storage().data_ptr() not in own)
-    packed = [m.packed for m in engine.model.modules() if isinstance(m, convolution.Convolution)]
+    packed = [m.packed_weight for m in engine.model.modules() if isinstance(m, convolution.Convolution)]
     return added + sum(v.numel() * v.element_size() for v in packed if v is not None)
 
 
@@ -126,10 +126,10 @@ def added_bytes(engine, model):
 def test_memory_is_the_weights_and_a_fifth(own, dtype):
     """In the wider one of the model's dtype and the products'."""
     model = randomised(UNetConfig(sample_size=16, channels=64, multipliers=(1, 2, 2), attention=(8,))).to(own)
-    engine = Engine(model, CPU, dtype)
+    engine = EngineRunner(model, CPU, dtype)
     with torch.inference_mode():
         x = torch.randn(1, *model.shape).to(engine.dtype, memory_format=torch.channels_last)
-        engine.predict(x, engine.at(torch.tensor([5])), None)
+        engine.predict(x, engine.time_inputs_per_image(torch.tensor([5])), None)
     products = dtype if backend.no_products(CPU, dtype) is None else torch.float32
     weights = sum(p.numel() * max(own.itemsize, products.itemsize) for p in model.parameters())
     assert 0.3 * weights <= added_bytes(engine, model) <= 1.2 * weights
@@ -149,14 +149,17 @@ def test_the_paper_s_network_at_twenty_timesteps(dtype, bound):
     peer = as_diffusers(model.config)
     peer.load_state_dict(model.state_dict())
     peer.to(dtype, memory_format=torch.channels_last).eval()
-    engine, truth = Engine(model, CPU, dtype), copy.deepcopy(model).double()
+    engine, truth = EngineRunner(model, CPU, dtype), copy.deepcopy(model).double()
     ours, theirs = [], []
     with torch.inference_mode():
         for t in torch.linspace(0, 999, 20).long()[:, None]:
             x = torch.randn(1, *model.shape)
             expected = truth(x.double(), t)
             x = x.to(memory_format=torch.channels_last)
-            for errors, got in ((ours, engine(x.to(engine.dtype), t, None)), (theirs, peer(x.to(dtype), t).sample)):
+            for errors, got in (
+                (ours, Runner.predict(engine, x.to(engine.dtype), t, None)),
+                (theirs, peer(x.to(dtype), t).sample),
+            ):
                 errors.append(float((got.double() - expected).norm() / expected.norm()))
     assert max(ours) <= bound and sum(ours) <= sum(theirs), (max(ours), sum(ours) / 20, sum(theirs) / 20)
 
@@ -164,13 +167,13 @@ def test_the_paper_s_network_at_twenty_timesteps(dtype, bound):
 @pytest.mark.parametrize("name", ["two levels", "guided diffusion's"])  # one head, and several
 def test_attention_on_one_image_stays_channels_last(name):
     """Else torch.cat, and all that follows, works on the other layout at batch 1."""
-    engine, seen = Engine(randomised(CONFIGS[name]), CPU, torch.float32), []
+    engine, seen = EngineRunner(randomised(CONFIGS[name]), CPU, torch.float32), []
     for layer in engine.model.modules():
-        if isinstance(layer, (layers.MergedAttention, layers.MergedHeads)):
+        if isinstance(layer, (layers.FusedAttention, layers.FusedHeads)):
             layer.register_forward_hook(lambda _, __, y: seen.append(torch.cat((y, y), dim=1)))
     x = torch.randn(1, *engine.model.shape).to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        engine(x, torch.tensor([5]), None)
+        Runner.predict(engine, x, torch.tensor([5]), None)
     assert seen and all(y.is_contiguous(memory_format=torch.channels_last) for y in seen)
 
 
@@ -201,8 +204,8 @@ def test_a_16_bit_model_keeps_as_many_transformed_weights(float32_alone):
     model = randomised(UNetConfig(sample_size=16, channels=32, multipliers=(1, 2), attention=()))
     kept = []
     for kind in (torch.float32, torch.bfloat16):
-        engine = Engine(model.to(kind), CPU, kind)
-        kept.append([m.fast for m in engine.model.modules() if isinstance(m, convolution.Convolution)])
+        engine = EngineRunner(model.to(kind), CPU, kind)
+        kept.append([m.may_cache_winograd for m in engine.model.modules() if isinstance(m, convolution.Convolution)])
     assert any(kept[0]) and not all(kept[0]) and kept[0] == kept[1]
 
 
@@ -228,9 +231,9 @@ def test_a_gpu_without_products_multiplies_in_float32(monkeypatch):
     """As a CPU does: on meta tensors, where a GPU would be."""
     monkeypatch.setattr(backend, "no_products", lambda device, dtype: "no" if dtype == torch.bfloat16 else None)
     for dtype, arithmetic in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16)):
-        engine = Engine(small(), torch.device("meta"), dtype)
+        engine = EngineRunner(small(), torch.device("meta"), dtype)
         assert engine.dtype == arithmetic and engine.model.conv_in.weight.dtype == arithmetic
-        assert len(engine.notices) == (dtype == torch.bfloat16)
+        assert len(engine.warnings) == (dtype == torch.bfloat16)
 
 
 # ------------------------------------------------------------------- what holds on a GPU, without one
@@ -274,10 +277,10 @@ def test_another_chain_s_settings_make_no_new_engine(as_on_a_gpu):
     """They are the process's, and what an engine asks for is the same each time."""
     model = small()
     x = draw(model)
-    engine = cache._kept[model].engine
+    engine = cache._caches[model].entry.runner
     with graphs.cudnn_for(torch.device("cuda", 0)):
         assert torch.equal(draw(model), x)
-    assert cache._kept[model].engine is engine
+    assert cache._caches[model].entry.runner is engine
 
 
 class Graph:
@@ -383,15 +386,15 @@ def test_no_dtype_is_slow(dtype):
 def test_every_layer_that_can_be_merged_is():
     for config, attentions in (("two levels", (6, 0)), ("guided diffusion's", (0, 4)), ("every other option", (0, 4))):
         model = randomised(CONFIGS[config])
-        kinds = [type(m) for m in Engine(model, CPU, torch.float32).model.modules()]
-        assert (kinds.count(layers.MergedAttention), kinds.count(layers.MergedHeads)) == attentions
-        assert kinds.count(layers.MergedResBlock) == len(model.resblocks())
+        kinds = [type(m) for m in EngineRunner(model, CPU, torch.float32).model.modules()]
+        assert (kinds.count(layers.FusedAttention), kinds.count(layers.FusedHeads)) == attentions
+        assert kinds.count(layers.FusedResBlock) == len(model.resblocks())
         assert nn.Conv2d not in kinds and Upsample not in kinds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_onednn(monkeypatch, dtype):
-    monkeypatch.setattr(convolution, "_onednn_takes", lambda x: False)
+    monkeypatch.setattr(convolution, "_onednn_accepts", lambda x: False)
     model = randomised(CONFIGS["two levels"]).to(dtype)
     expected, got = both(model, dtype)
     assert (got - expected).norm() <= (2e-5 if dtype == torch.float32 else 2e-2) * expected.norm()
@@ -401,14 +404,14 @@ def test_without_onednn(monkeypatch, dtype):
 def test_weights_are_packed_once():
     """And serve any batch size; the unpacked ones are let go."""
     model = randomised(CONFIGS["two levels"])
-    engine = Engine(model, CPU, torch.float32)
+    engine = EngineRunner(model, CPU, torch.float32)
     layers = [m for m in engine.model.modules() if isinstance(m, convolution.Convolution)]
     packed = []
     for n in (2, 5):
         x, t = torch.randn(n, *model.shape), torch.arange(n)
         with torch.inference_mode():
-            torch.testing.assert_close(engine(x, t, None), model(x, t), rtol=0, atol=2e-5)
-        packed.append([layer.packed for layer in layers])
+            torch.testing.assert_close(Runner.predict(engine, x, t, None), model(x, t), rtol=0, atol=2e-5)
+        packed.append([layer.packed_weight for layer in layers])
         assert all(layer.weight is None for layer in layers)
     assert all(a is b and a is not None for a, b in zip(*packed, strict=True))
 
@@ -422,23 +425,23 @@ def test_large_images_go_winograds_way_with_weights_that_are_not_kept(monkeypatc
         (4, 0, True),
         (4, 10, False),
     ):  # 64 and 256 pixels; memory for none, and for all
-        monkeypatch.setattr(engines, "GROWTH", growth)
-        engine = Engine(model, CPU, torch.float32)
+        monkeypatch.setattr(engines, "WEIGHT_GROWTH", growth)
+        engine = EngineRunner(model, CPU, torch.float32)
         x, t = torch.randn(n, *model.shape), torch.arange(n)
         with torch.inference_mode():
-            torch.testing.assert_close(engine(x, t, None), model(x, t), rtol=0, atol=2e-5)
-        layers = [m for m in engine.model.modules() if isinstance(m, convolution.Convolution) and m.winograd]
-        assert any(layer.packed is None for layer in layers) == some
-        assert all((layer.packed is None) == (layer.weight is not None) for layer in layers)
+            torch.testing.assert_close(Runner.predict(engine, x, t, None), model(x, t), rtol=0, atol=2e-5)
+        layers = [m for m in engine.model.modules() if isinstance(m, convolution.Convolution) and m.uses_winograd]
+        assert any(layer.packed_weight is None for layer in layers) == some
+        assert all((layer.packed_weight is None) == (layer.weight is not None) for layer in layers)
 
 
 def test_onednn_switched_off():
     model = randomised(CONFIGS["two levels"])
     with torch.backends.mkldnn.flags(enabled=False):
-        engine = Engine(model, CPU, torch.float32)
+        engine = EngineRunner(model, CPU, torch.float32)
         with torch.inference_mode():
             engine(torch.randn(1, *model.shape), torch.arange(1), None)
-    assert all(m.packed is None for m in engine.model.modules() if isinstance(m, convolution.Convolution))
+    assert all(m.packed_weight is None for m in engine.model.modules() if isinstance(m, convolution.Convolution))
 
 
 class Adapted(nn.Module):
@@ -555,10 +558,10 @@ def test_another_body_is_kept():
             return super().body(x.to(self.conv_in.weight.dtype), embedding)
 
     model = Reads(CONFIGS["two levels"]).eval()
-    engine, x, t = Engine(model, CPU, torch.float32), torch.randn(2, *model.shape), torch.arange(2)
+    engine, x, t = EngineRunner(model, CPU, torch.float32), torch.randn(2, *model.shape), torch.arange(2)
     with torch.inference_mode():
         for _ in range(2):
-            torch.testing.assert_close(engine(x, t, None), model(x, t), rtol=0, atol=2e-5)
+            torch.testing.assert_close(Runner.predict(engine, x, t, None), model(x, t), rtol=0, atol=2e-5)
 
 
 def test_under_autocast():
@@ -567,7 +570,7 @@ def test_under_autocast():
     with torch.inference_mode():
         truth = model(x, t, labels)
         with torch.autocast("cpu", torch.bfloat16):
-            got = Engine(model, CPU, torch.float32)(x, t, labels)
+            got = Runner.predict(EngineRunner(model, CPU, torch.float32), x, t, labels)
     assert got.dtype == torch.bfloat16 and (got - truth).norm() <= 5e-2 * truth.norm()
 
 
@@ -586,11 +589,11 @@ def draw(model, n=2, **options):
 
 
 def kept(model):
-    return cache._kept[model].engine
+    return cache._caches[model].entry.runner
 
 
 def packed(engine):
-    return [m.packed for m in engine.model.modules() if isinstance(m, convolution.Convolution)]
+    return [m.packed_weight for m in engine.model.modules() if isinstance(m, convolution.Convolution)]
 
 
 def test_an_unchanged_model_keeps_its_engine():
@@ -984,7 +987,9 @@ def test_two_models_keep_an_engine_each():
 # --------------------------------------------------------------------------------------------- the fingerprint
 
 
-@pytest.mark.parametrize("checksum", [cache._digest, lambda v: int(cache._sum(v))], ids=["digest", "sum"])
+@pytest.mark.parametrize(
+    "checksum", [cache._host_checksum, lambda v: int(cache._device_checksum(v))], ids=["digest", "sum"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
 def test_checksums_see_every_bit_and_every_place(checksum, dtype):
     layouts = [
@@ -1027,11 +1032,11 @@ def test_the_sum_is_that_of_splitmix64():
 
     for values in ([0], [-5, 2**62, 17], [-(2**63), 2**63 - 1]):
         expected = sum(mixed(0x9E3779B97F4A7C15 * i + v) for i, v in enumerate(values, 1))
-        assert int(cache._sum(torch.tensor(values))) % 2**64 == expected % 2**64
+        assert int(cache._device_checksum(torch.tensor(values))) % 2**64 == expected % 2**64
 
 
 def test_an_empty_tensor_has_a_checksum():
-    for checksum in (cache._digest, cache._sum):
+    for checksum in (cache._host_checksum, cache._device_checksum):
         checksum(torch.empty(0, 3))
 
 

@@ -55,8 +55,8 @@ def test_runs_as_the_unet_with_its_parameters(options, quiet):
     scheduler = diffusers.DDPMScheduler(
         **SHORT, variance_type="learned_range" if "out_channels" in options else "fixed_small"
     )
-    twin = adopt.adopted(model)
-    assert isinstance(twin, UNet) and twin is adopt.adopted(model)
+    twin = adopt.as_unet(model)[0]
+    assert isinstance(twin, UNet) and twin is adopt.as_unet(model)[0]
     names = dict(model.named_parameters())
     assert all(names[name] is p for name, p in twin.named_parameters()) and len(names) == len(list(twin.parameters()))
     got = fastddpm.sample(model, 3, schedule=scheduler, seed=1)
@@ -111,10 +111,10 @@ def dilated(model):
 def test_what_its_owner_changed_runs_as_it_is(change):
     model = unet2d()
     scheduler = diffusers.DDPMScheduler(**SHORT)
-    assert isinstance(adopt.adopted(model), UNet)
+    assert isinstance(adopt.as_unet(model)[0], UNet)
     before = fastddpm.sample(model, 2, schedule=scheduler, seed=1)
     change(model)
-    assert adopt.adopted(model) is model
+    assert adopt.as_unet(model)[0] is model
     with pytest.warns(UserWarning, match="is not as diffusers makes it"):
         got = fastddpm.sample(model, 2, schedule=scheduler, seed=1)
     assert torch.equal(
@@ -126,7 +126,7 @@ def test_a_patched_class_is_noticed(monkeypatch):
     block = diffusers.models.resnet.ResnetBlock2D
     forward = block.forward
     monkeypatch.setattr(block, "forward", lambda self, *args, **options: forward(self, *args, **options) / 2)
-    assert "the forward of ResnetBlock2D" in adopt.why_not(unet2d())
+    assert "the forward of ResnetBlock2D" in adopt.as_unet(unet2d())[1]
 
 
 def test_what_changes_nothing_is_overlooked():
@@ -134,9 +134,9 @@ def test_what_changes_nothing_is_overlooked():
     model.note = "mine"
     model.enable_gradient_checkpointing()
     model.compile(backend="eager")
-    assert isinstance(adopt.adopted(model), UNet)
+    assert isinstance(adopt.as_unet(model)[0], UNet)
     model.register_to_config(freq_shift=1)  # the twin is made of the config
-    assert adopt.adopted(model).config.freq_shift == 1
+    assert adopt.as_unet(model)[0].config.freq_shift == 1
 
 
 def test_what_has_no_unet_of_its_kind_runs_as_it_is():
@@ -234,7 +234,7 @@ def test_what_a_scheduler_cannot_be_read_for():
 def test_everything_else_takes_one(quiet):
     model, scheduler = unet2d(), diffusers.DDPMScheduler(**SHORT)
     x0 = (torch.arange(3 * 64).reshape(1, 3, 8, 8) % 256 / 127.5 - 1).float()
-    twin, given = adopt.adopted(model), {"schedule": scheduler, "seed": 2}
+    twin, given = adopt.as_unet(model)[0], {"schedule": scheduler, "seed": 2}
     shape = {"schedule": scheduler, "steps": 4}
     pairs = [
         (lambda m: fastddpm.encode(m, x0, **shape)),
@@ -257,7 +257,7 @@ def test_modes_and_lifetime():
     got = fastddpm.sample(model, 1, schedule=scheduler, seed=0)
     assert model.training and model.mid_block.training
     assert torch.equal(fastddpm.sample(model.eval(), 1, schedule=scheduler, seed=0), got)
-    kept = weakref.ref(model), weakref.ref(adopt.adopted(model))
+    kept = weakref.ref(model), weakref.ref(adopt.as_unet(model)[0])
     del model
     gc.collect()
     assert all(ref() is None for ref in kept)

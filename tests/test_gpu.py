@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from conftest import NO_GPU, in_threads, misaligned, python, randomised, same_bits
+from conftest import NO_GPU, chain_with, in_threads, misaligned, python, randomised, same_bits
 
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, backend, ops, parity
@@ -413,7 +413,7 @@ def eager(model, n=3, **options):
 
 
 def chain_of(model):
-    return cache._kept[model].engine.chain
+    return cache._caches[model].entry.chain
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -496,7 +496,7 @@ def test_a_live_unet2dmodel_is_replayed(kind, untuned):
     model = unet2d()
     scheduler = pytest.importorskip("diffusers").DDPMScheduler(num_train_timesteps=43)
     got = draw(model, schedule=scheduler)
-    assert set(chain_of(adopt.adopted(model)).graphs) == {1, 10}
+    assert set(chain_of(adopt.as_unet(model)[0]).graphs) == {1, 10}
     expected = draw(lambda x, t: model(x, t).sample, shape=(3, 16, 16), schedule=scheduler, device="cuda")
     assert (got - expected).abs().max() <= 5e-3
 
@@ -526,22 +526,22 @@ def test_weights_that_change_between_replays(kind, untuned):
 def test_the_checksum_is_that_of_a_cpu():
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         for v in (randn(70, 33).to(dtype), randn(3, 8, 5, 7).to(dtype, memory_format=torch.channels_last)):
-            assert int(cache._sum(v)) == int(cache._sum(v.cpu()))
+            assert int(cache._device_checksum(v)) == int(cache._device_checksum(v.cpu()))
 
 
 def test_the_host_does_not_wait_for_a_segment(kind):
     """Neither for launches one by one nor for graphs."""
     model = small()
-    engine = engines.Engine(model, next(model.parameters()).device, torch.bfloat16)
+    engine = engines.EngineRunnerRunner(model, next(model.parameters()).device, torch.bfloat16)
     with torch.no_grad():
-        chain = loop.prepared(engine, coefficients.table(model.schedule), (2, 3, 16, 16), 1.0, False, False)
+        chain = chain_with(engine, coefficients.table(model.schedule), (2, 3, 16, 16))
         for graphs_of_chain in (chain.graphs, {}):
             chain.graphs = graphs_of_chain
             chain.state.zero_()
             torch.cuda.set_sync_debug_mode("error")
             try:
-                chain._launch(engine, 0, 23)
-                chain._look(0)
+                chain._launch(0, 23)
+                chain._copy_state_async(0)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
@@ -646,16 +646,16 @@ def test_the_engine_is_the_network(kind, dtype, bound):
     model, device = small(steps=1000), torch.device("cuda", 0)
     cudnn = torch.backends.cudnn
     usual = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
-    engine = engines.Engine(model, device, dtype)
+    engine = engines.EngineRunnerRunner(model, device, dtype)
     with torch.no_grad(), engine.settings():
-        chain = loop.prepared(engine, coefficients.table(model.schedule), (2, 3, 16, 16), 1.0, False, False)
+        chain = chain_with(engine, coefficients.table(model.schedule), (2, 3, 16, 16))
         for step in range(0, 1000, 50):
             x = randn(2, 3, 16, 16, seed=step)
             chain.input.copy_(x)
-            t = torch.full((2,), int(chain.table[0][step]))
+            t = torch.full((2,), int(chain.timesteps[step]))
             with backend.use(None):
                 truth = copy.deepcopy(model).cpu().double()(x.cpu().double(), t)
-            error = chain.predict(engine, step).cpu().double() - truth
+            error = chain.predict(step).cpu().double() - truth
             assert error.norm() <= bound * truth.norm()
     assert (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic) == usual
 

@@ -35,8 +35,8 @@ def resident() -> int:
 
 
 def test_freed_memory_is_kept_and_given_back():
-    with memory.kept(CPU):
-        with memory.kept(CPU):
+    with memory.retain_freed_memory(CPU):
+        with memory.retain_freed_memory(CPU):
             faults_of_another_tensor()
         assert faults_of_another_tensor() <= 8  # the inner block's end did not end the outer
         held = resident()
@@ -46,25 +46,25 @@ def test_freed_memory_is_kept_and_given_back():
 def test_malloc_is_as_usual_behind_the_last_block(monkeypatch):
     seen = []
     monkeypatch.setattr(memory, "_adjust", seen.append)
-    with pytest.raises(RuntimeError), memory.kept(CPU):
-        with memory.kept(CPU):
+    with pytest.raises(RuntimeError), memory.retain_freed_memory(CPU):
+        with memory.retain_freed_memory(CPU):
             pass
-        assert seen == [memory.KEPT]
+        assert seen == [memory.RETAIN]
         raise RuntimeError
-    assert seen == [memory.KEPT, memory.USUAL]
+    assert seen == [memory.RETAIN, memory.GLIBC_DEFAULTS]
 
 
 @pytest.mark.parametrize(("name", "value"), [("MALLOC_ARENA_MAX", "1"), ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")])
 def test_a_tuned_malloc_is_left_alone(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(memory, "_adjust", lambda settings: pytest.fail("malloc was adjusted"))
-    with memory.kept(CPU):
+    with memory.retain_freed_memory(CPU):
         pass
 
 
 def test_a_gpu_s_chain_leaves_malloc_alone(monkeypatch):
     monkeypatch.setattr(memory, "_adjust", lambda settings: pytest.fail("malloc was adjusted"))
-    with memory.kept(torch.device("cuda")):
+    with memory.retain_freed_memory(torch.device("cuda")):
         pass
 
 
@@ -74,7 +74,7 @@ def test_another_thread_leaves_malloc_alone(monkeypatch):
     monkeypatch.setattr(memory, "_adjust", seen.append)
 
     def enter():
-        with memory.kept(CPU):
+        with memory.retain_freed_memory(CPU):
             pass
 
     thread = threading.Thread(target=enter)

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import chain_with
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -14,7 +15,7 @@ import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, backend, ops
 from fastddpm.diffusion import coefficients
 from fastddpm.engine import convolution, graphs
-from fastddpm.engine.runner import Engine, Plain
+from fastddpm.engine.runner import EngineRunner, Runner
 from fastddpm.errors import SamplingError
 from fastddpm.ops.rng import Stream
 from fastddpm.sampling import loop
@@ -353,11 +354,13 @@ def started(chain):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_device_may_know_the_step_alone(monkeypatch, dtype, classes):
     """As a graph has it: the same bits as with the step's number from the host, and nothing that waits for the device."""
-    monkeypatch.setattr(convolution, "_onednn_takes", lambda x: False)  # there is no packing on a GPU either
+    monkeypatch.setattr(convolution, "_onednn_accepts", lambda x: False)  # there is no packing on a GPU either
     monkeypatch.setattr(graphs, "usable", lambda device: True)
     monkeypatch.setattr(graphs, "capture", lambda step, counts, device: {})
-    engine = Engine(small_unet(classes=classes), torch.device("cpu"), dtype)
-    chain = loop.prepared(engine, coefficients.table(SHORT), (3, 1, 8, 8), 1.0, classes is not None, True)
+    engine = EngineRunner(small_unet(classes=classes), torch.device("cpu"), dtype)
+    chain = chain_with(
+        engine, coefficients.table(SHORT), (3, 1, 8, 8), has_labels=classes is not None, has_callback=True
+    )
     if classes:
         chain.labels.copy_(torch.arange(3))
     results = []
@@ -366,9 +369,9 @@ def test_the_device_may_know_the_step_alone(monkeypatch, dtype, classes):
         for step in range(len(SHORT)):
             if device_knows:
                 with Capturing():
-                    chain.step(engine)
+                    chain.step()
             else:
-                chain.step(engine, step)
+                chain.step(step)
         results.append([v.clone() for v in (chain.x, chain.x0, chain.input, chain.state)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert results[0][3].tolist() == [3, 5, len(SHORT), -1]
@@ -492,7 +495,7 @@ def test_only_layers_of_our_own_are_captured(by_hand):
     model = small_unet()
     model.conv_in.register_forward_hook(lambda module, args, output: output)
     fastddpm.sample(model, 1, seed=0)
-    assert not Engine(model, torch.device("cpu"), torch.float32).captured
+    assert not EngineRunner(model, torch.device("cpu"), torch.float32).capturable
     with torch.autocast("cpu", torch.bfloat16):
         fastddpm.sample(small_unet(), 1, seed=0)
     assert not by_hand.captures
@@ -511,16 +514,16 @@ def test_two_segments_on_their_way(bad):
     def model(x, t):
         return torch.where(t[:, None, None, None] == 119 - (-1 if bad is None else bad), float("nan"), 0.5 * x)
 
-    net = Plain(model, torch.device("cpu"), torch.float32)
-    chain = loop.prepared(net, coefficients.table(schedule), (2, *SHAPE), 1.0, False, False)
-    chain.in_flight = 2
+    net = Runner(model, torch.device("cpu"), torch.float32)
+    chain = chain_with(net, coefficients.table(schedule), (2, *SHAPE))
+    chain.max_in_flight = 2
     out, bar = torch.empty(1, *SHAPE), tqdm(total=120, file=io.StringIO())
     if bad is None:
-        chain.run(net, out, 0, 0, None, None, bar, None)
+        chain.run(loop.Batch(out, 0, 0, None, None), bar, None)
         assert torch.equal(out, fastddpm.sample(model, 1, shape=SHAPE, schedule=schedule, seed=0)) and bar.n == 120
     else:
         with pytest.raises(SamplingError, match=rf"at step {bad} \(timestep {119 - bad}\)"):
-            chain.run(net, out, 0, 0, None, None, bar, None)
+            chain.run(loop.Batch(out, 0, 0, None, None), bar, None)
         assert bar.n == bad // 50 * 50
 
 

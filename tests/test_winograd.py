@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastddpm import UNetConfig, backend, ops
 from fastddpm.engine import convolution
-from fastddpm.engine.layers import merge, spend
+from fastddpm.engine.layers import assign_winograd, fuse_layers
 from fastddpm.ops import winograd
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -219,7 +219,7 @@ def test_where_it_is_used(monkeypatch):
 @pytest.fixture
 def network():
     model = randomised(UNetConfig(sample_size=16, channels=32, multipliers=(1, 2, 2), attention=(), groups=4))
-    merge(model)
+    fuse_layers(model)
     return model
 
 
@@ -233,9 +233,9 @@ def test_weights_grow_where_they_gain_most_and_no_further(network):
     for allowance in (0, plain, 1.1 * plain, 1.3 * plain, 2 * plain):
         layers = [m for m in network.modules() if isinstance(m, convolution.Convolution)]
         for layer in layers:
-            layer.fast = False
-        spend(network, torch.float32, allowance)
-        grown = sum((16 / 9 - 1) * m.weight.numel() * 4 for m in layers if m.fast and not m.upsample)
+            layer.may_cache_winograd = False
+        assign_winograd(network, torch.float32, allowance)
+        grown = sum((16 / 9 - 1) * m.weight.numel() * 4 for m in layers if m.may_cache_winograd and not m.upsample)
         assert plain + grown <= max(allowance, plain)
         levels = [[*network.down_blocks[i].modules(), *network.up_blocks[-1 - i].modules()] for i in range(3)]
         levels[2] += network.mid_block.modules()
@@ -247,8 +247,8 @@ def test_weights_grow_where_they_gain_most_and_no_further(network):
             ]
             for level in levels
         ]
-        started = [any(m.fast and not m.upsample for m in level) for level in able]
-        complete = [all(m.fast for m in level) for level in able]
+        started = [any(m.may_cache_winograd and not m.upsample for m in level) for level in able]
+        complete = [all(m.may_cache_winograd for m in level) for level in able]
         assert all(complete[i] or not started[i + 1] for i in range(2)), allowance
         assert all(complete) == (allowance == 2 * plain)
 

@@ -1,41 +1,174 @@
-"""One engine per model, kept between calls as long as nothing that it was made from has changed."""
+"""One engine per model, kept between calls for as long as nothing that it was made from has changed."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import os
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
 
 from .. import backend
-from ..inputs.adopt import unwrapped, why_not
+from ..inputs.resolve import ResolvedModel
 from ..models.config import UNetConfig
-from ..models.unet import (
-    UNet,
-)
+from ..models.unet import UNet
 from . import graphs
-from .runner import SLOWER, CopyError, Engine, Plain, changed_layers
-
-SIMPLE = (bool, int, float, str, tuple, types.NoneType, UNetConfig)
+from .runner import SAME_RESULTS, CopyError, EngineRunner, Runner, changed_layers
 
 
-def structure(model: UNet) -> list[tuple]:
+@dataclasses.dataclass(eq=False)
+class CacheEntry:
+    """A runner, and the chain that the loop has captured with it."""
+
+    runner: Runner
+    chain: object | None = None
+
+
+class _ModelCache:
+    """A model's lock, for a whole chain at a time, and its latest entry."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # again from the same thread: a callback that samples
+        self.in_use = False
+        self.key: tuple | None = None
+        self.entry: CacheEntry | None = None
+
+    def clear(self) -> None:
+        self.key = self.entry = None
+
+
+_caches: weakref.WeakKeyDictionary[nn.Module, _ModelCache] = weakref.WeakKeyDictionary()
+_caches_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def acquire_runner(
+    model: ResolvedModel, device: torch.device, dtype: torch.dtype | None, shape: tuple[int, ...]
+) -> Iterator[CacheEntry]:
+    """A runner for a loop over x of `shape` [N, C, H, W] on `device`, in `dtype`; default the model's own.
+
+    The caller's module is never changed, its mode restored. Threads that use the same module take turns.
+    """
+    network = model.network
+    if not isinstance(network, nn.Module):
+        if dtype is not None:
+            raise ValueError(
+                f"dtype: {dtype} was asked for, but a bare callable cannot be cast; cast it yourself and leave dtype"
+            )
+        yield CacheEntry(Runner(network, device, torch.float32))
+        return
+    parameter = next(network.parameters(), None)
+    own = torch.float32 if parameter is None else parameter.dtype
+    dtype = own if dtype is None else dtype
+    if dtype not in backend.DTYPES:
+        source = "the model's own" if dtype == own else "got"
+        raise ValueError(f"dtype: {source} {dtype}; expected float32, bfloat16 or float16: pass one as dtype=")
+    moves = dtype != own or (parameter is not None and parameter.device != device)
+    with _caches_lock:
+        cache = _caches.setdefault(network, _ModelCache())
+    with cache.lock, contextlib.ExitStack() as stack:
+        unsupported = model.unsupported
+        if unsupported is None:
+            try:
+                entry = stack.enter_context(_engine_entry(cache, network, device, dtype, shape))
+            except CopyError as error:
+                if moves:
+                    raise ValueError(f"model: for {dtype} on {device} it must be copied, but {error}") from error
+                unsupported = f"the model cannot be copied ({error}), so it runs as it is. {SAME_RESULTS}"
+            else:
+                yield entry
+                return
+        warnings = [unsupported]
+        if reason := backend.no_products(device, dtype):
+            warnings.append(backend.slow_module(reason))
+        with _in_eval_mode(copy.deepcopy(network).to(device, dtype) if moves else network) as module:
+            yield CacheEntry(Runner(module, device, dtype, warnings=warnings, lock=cache.lock))
+
+
+@contextlib.contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[nn.Module]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield module
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextlib.contextmanager
+def _engine_entry(
+    cache: _ModelCache, model: UNet, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Iterator[CacheEntry]:
+    """The cached engine if the model is unchanged; otherwise a new one, cached if later changes can be detected.
+
+    Neither an engine of a model in training, which changes before the next call, nor that of a call that failed is kept.
+    """
+    # By all names that they have: which tensors are tied belongs to what a model is.
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = list({id(v): v for _, v in named}.values())
+    reason = _uncacheable_reason(tensors, device)
+    if cache.in_use or reason or changed_layers(model):
+        warnings = []
+        if reason and graphs.usable(device):
+            warnings.append(f"steps are not captured as a CUDA graph, as {reason}. {SAME_RESULTS}")
+        yield CacheEntry(EngineRunner(model, device, dtype, warnings=warnings, lock=cache.lock, capturable=False))
+        return
+    names, ties = [name for name, _ in named], [id(v) for _, v in named]
+    key = device, dtype, shape, settings_key(device, dtype), structure_key(model), names, ties, weights_key(tensors)
+    if cache.key != key:
+        cache.clear()  # frees the old engine's memory before a new one is made
+        cache.entry = CacheEntry(EngineRunner(model, device, dtype, lock=cache.lock))
+        cache.key = key
+    cache.in_use = True
+    try:
+        yield cache.entry
+    except BaseException:
+        cache.clear()
+        raise
+    finally:
+        cache.in_use = False
+        if model.training:
+            cache.clear()
+
+
+def _uncacheable_reason(tensors: list[torch.Tensor], device: torch.device) -> str | None:
+    """Why changes of these tensors cannot be detected, or None."""
+    if torch.is_autocast_enabled(device.type):
+        return "torch.autocast is on"
+    if any(type(v) not in (nn.Parameter, torch.Tensor) or v.device != tensors[0].device for v in tensors):
+        return "its parameters are not plain tensors on one device"
+    if any(v.layout != torch.strided or v.is_complex() or v.is_neg() for v in tensors):
+        return "some of its buffers are sparse or complex"
+    return None
+
+
+# ------------------------------------------------------------------------------- what an engine was made from
+
+SCALARS = (bool, int, float, str, tuple, types.NoneType, UNetConfig)
+
+
+def structure_key(model: UNet) -> list[tuple]:
     """What a UNet of unchanged layers is besides its tensors."""
     return [
-        (name, type(module), {k: repr(v) for k, v in vars(module).items() if k != "training" and isinstance(v, SIMPLE)})
+        (
+            name,
+            type(module),
+            {k: repr(v) for k, v in vars(module).items() if k != "training" and isinstance(v, SCALARS)},
+        )
         for name, module in model.named_modules()
     ]
 
 
-def fingerprint(tensors: list[torch.Tensor]) -> tuple:
+def weights_key(tensors: list[torch.Tensor]) -> tuple:
     """Equal for equal tensors in the same place, and only for these: the last part is a checksum of all values.
 
     `_version` alone misses what is written through .data, NumPy or a fused optimiser.
@@ -46,22 +179,22 @@ def fingerprint(tensors: list[torch.Tensor]) -> tuple:
     ]
     on_host = [v for v in tensors if v.device.type == "cpu"]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the interpreter
-        digests = list(pool.map(_digest, on_host))
-    sums = [_sum(v) for v in tensors if v.device.type != "cpu"]
+        digests = list(pool.map(_host_checksum, on_host))
+    sums = [_device_checksum(v) for v in tensors if v.device.type != "cpu"]
     return places, digests, torch.stack(sums).tolist() if sums else []  # one wait for the device
 
 
-def _bits(v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _as_integers(v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The elements of v [...] in the order of memory, as integers of `dtype`; a copy only where v has gaps."""
     by_stride = sorted(range(v.dim()), key=lambda d: -v.stride(d))
     return v.detach().permute(by_stride).contiguous().flatten().view(dtype)
 
 
-def _digest(v: torch.Tensor) -> bytes:
-    return hashlib.sha256(_bits(v, torch.uint8).numpy()).digest()
+def _host_checksum(v: torch.Tensor) -> bytes:
+    return hashlib.sha256(_as_integers(v, torch.uint8).numpy()).digest()
 
 
-def _sum(v: torch.Tensor) -> torch.Tensor:
+def _device_checksum(v: torch.Tensor) -> torch.Tensor:
     """A checksum where v is, int64 []: the sum of all elements' bits, each mixed with its index one to one (as splitmix64 does).
 
     So a change of one element always shows; any other one, such as two that change places, but for 1 in 2^64.
@@ -72,13 +205,13 @@ def _sum(v: torch.Tensor) -> torch.Tensor:
         # The mask makes it a shift of unsigned numbers: w and ~w must not become the same.
         return w.bitwise_xor_((w >> shift).bitwise_and_((1 << 64 - shift) - 1))
 
-    w = torch.arange(1, v.numel() + 1, device=v.device).mul_(-0x61C8864680B583EB).add_(_bits(v, integer))
+    w = torch.arange(1, v.numel() + 1, device=v.device).mul_(-0x61C8864680B583EB).add_(_as_integers(v, integer))
     w = folded(w, 30).mul_(-0x40A7B892E31B1A47)
     w = folded(w, 27).mul_(-0x6B2FB644ECCEEE15)
     return folded(w, 31).sum()
 
 
-def _settings(device: torch.device, dtype: torch.dtype) -> tuple:
+def settings_key(device: torch.device, dtype: torch.dtype) -> tuple:
     """What else packed weights and captured kernels depend on."""
     cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
     return (
@@ -92,117 +225,3 @@ def _settings(device: torch.device, dtype: torch.dtype) -> tuple:
         (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction),
         matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32,
     )
-
-
-class _Kept:
-    """A model's lock, for a whole chain at a time, and its latest engine."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()  # again from the same thread: a callback that samples
-        self.busy = False
-        self.engine: Engine | None = None
-        self.key: tuple | None = None
-
-
-_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
-_keeping = threading.Lock()
-
-
-@contextlib.contextmanager
-def network(
-    model: nn.Module | Callable, device: torch.device, dtype: torch.dtype | None, shape: tuple[int, ...]
-) -> Iterator[Plain]:
-    """The model ready for a loop over x of `shape` [N, C, H, W] on `device`, in `dtype`; default its own.
-
-    The caller's module is never changed, its mode restored. Threads that use the same module take turns.
-    """
-    if not isinstance(model, nn.Module):
-        if dtype is not None:
-            raise ValueError(
-                f"dtype: {dtype} was asked for, but a bare callable cannot be cast; cast it yourself and leave dtype"
-            )
-        yield Plain(model, device, torch.float32)
-        return
-    parameter = next(model.parameters(), None)
-    own = torch.float32 if parameter is None else parameter.dtype
-    dtype = own if dtype is None else dtype
-    if dtype not in backend.DTYPES:
-        whose = "the model's own" if dtype == own else "got"
-        raise ValueError(f"dtype: {whose} {dtype}; expected float32, bfloat16 or float16: pass one as dtype=")
-    moved = dtype != own or (parameter is not None and parameter.device != device)
-    why = why_not(model)
-    with _keeping:
-        kept = _kept.setdefault(model, _Kept())
-    with kept.lock, contextlib.ExitStack() as stack:
-        if isinstance(model, UNet):
-            try:
-                engine = stack.enter_context(_engine(kept, model, device, dtype, shape))
-            except CopyError as error:
-                if moved:
-                    raise ValueError(f"model: for {dtype} on {device} it must be copied, but {error}") from error
-                why = f"the model cannot be copied ({error})"
-            else:
-                engine.lock = kept.lock
-                yield engine
-                return
-        used = copy.deepcopy(model).to(device, dtype) if moved else model
-        modes = [(module, module.training) for module in used.modules()]
-        used.eval()
-        try:
-            if why is None:  # there is nothing that its results could be the same as
-                said = (
-                    f"{type(unwrapped(model)).__name__} is not a fastddpm.UNet, so it runs as it is, without the engine"
-                )
-            else:
-                said = f"{why}, so it runs as it is. {SLOWER}"
-            plain = Plain(used, device, dtype, said)
-            if reason := backend.no_products(device, dtype):
-                plain.notices.append(backend.slow_module(reason))
-            plain.lock = kept.lock
-            yield plain
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
-@contextlib.contextmanager
-def _engine(
-    kept: _Kept, model: UNet, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
-) -> Iterator[Engine]:
-    """The kept engine where it still is the model's; else a new one, kept where it can be told whether it still is.
-
-    Not kept either: that of a model in training, which changes before the next call, and what a failed call leaves.
-    """
-    # By all names that they have: which tensors are tied belongs to what a model is.
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    names, tensors = [name for name, _ in named], list({id(v): v for _, v in named}.values())
-    ties = [id(v) for _, v in named]
-    why = None
-    if torch.is_autocast_enabled(device.type):
-        why = "torch.autocast is on"
-    elif any(type(v) not in (nn.Parameter, torch.Tensor) or v.device != tensors[0].device for v in tensors):
-        why = "its parameters are not plain tensors on one device"
-    elif any(v.layout != torch.strided or v.is_complex() or v.is_neg() for v in tensors):
-        why = "some of its buffers are sparse or complex"
-    if kept.busy or why or changed_layers(model):
-        engine = Engine(model, device, dtype)
-        engine.captured = False
-        if why and graphs.usable(device):
-            engine.notices.append(f"steps are not captured as a CUDA graph, as {why}. {SLOWER}")
-        yield engine
-        return
-    key = device, dtype, shape, _settings(device, dtype), structure(model), names, ties, fingerprint(tensors)
-    if kept.key != key:
-        kept.engine = kept.key = None  # its memory goes before a new one's comes
-        kept.engine = Engine(model, device, dtype)
-        kept.key = key
-    kept.busy = True
-    try:
-        yield kept.engine
-    except BaseException:
-        kept.engine = kept.key = None
-        raise
-    finally:
-        kept.busy = False
-        if model.training:
-            kept.engine = kept.key = None

@@ -21,10 +21,10 @@ ONEDNN = (
 
 
 # Winograd's method is the faster one for batches of at least so many pixels, even if each call transforms the weights.
-REPACKED = 256
+MIN_REPACKED_PIXELS = 256
 
 
-def _onednn_takes(x: torch.Tensor) -> bool:
+def _onednn_accepts(x: torch.Tensor) -> bool:
     """Whether oneDNN multiplies x by weights in its own layout, through torch's private operators."""
     return (
         x.device.type == "cpu"
@@ -44,7 +44,7 @@ class Convolution(nn.Module):
     On a CPU the first call puts the weights into the layout that oneDNN wants, which would otherwise happen in every
     call, and keeps no others: x must then keep its height and width. There a residual is added before the one
     rounding, without a pass of its own. 3x3 convolutions use Winograd's method: their transformed weights are cached
-    where `spend` allows it, and otherwise each call transforms them, if x is large enough for that to pay.
+    where `assign_winograd` allows it, and otherwise each call transforms them, if x is large enough for that to pay.
     """
 
     def __init__(
@@ -54,102 +54,109 @@ class Convolution(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.stride, self.padding, self.upsample = [stride, stride], [padding, padding], upsample
-        self.fast = False  # whether transformed weights may be cached
-        self.prepared, self.packed, self.winograd = False, None, False
+        self.may_cache_winograd = False  # whether transformed weights may be cached
+        self.is_prepared, self.packed_weight, self.uses_winograd = False, None, False
 
     @classmethod
-    def of(cls, conv: nn.Conv2d) -> Convolution:
+    def from_conv(cls, conv: nn.Conv2d) -> Convolution:
         return cls(conv.weight.detach(), conv.bias.detach(), conv.stride[0], conv.padding[0])
 
     @classmethod
-    def upsampling(cls, conv: nn.Conv2d) -> Convolution:
+    def from_upsample(cls, conv: nn.Conv2d) -> Convolution:
         return cls(conv.weight.detach(), conv.bias.detach(), stride=1, padding=1, upsample=True)
 
-    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+    def to_device(self, device: torch.device, dtype: torch.dtype) -> None:
         """As module.to, for a network in this dtype."""
         self.dtype = dtype
         cpu = device.type == "cpu"
-        if cpu and self.fast:  # Winograd's weights are rounded once, behind their transformation
+        if cpu and self.may_cache_winograd:  # Winograd's weights are rounded once, behind their transformation
             self.weight, self.bias = self.weight.to(device), None if self.bias is None else self.bias.to(device)
             return
         if self.upsample:
-            self.weight = transposed(self.weight)
+            self.weight = upsampling_weight(self.weight)
         layout = torch.contiguous_format if cpu else torch.channels_last
         self.weight = self.weight.to(device, dtype).contiguous(memory_format=layout)
         self.bias = None if self.bias is None else self.bias.to(device, dtype).contiguous()
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, overwrite: bool = False) -> torch.Tensor:
-        """overwrite: the result may take the residual's memory."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, inplace: bool = False) -> torch.Tensor:
+        """inplace: the result may take the residual's memory."""
         self._prepare(x)
-        if self.winograd:
-            out = residual if overwrite else None
+        if self.uses_winograd:
+            out = residual if inplace else None
             return winograd.convolve(x, self._transformed(), self.bias, residual, out, upsample=self.upsample)
-        if self.packed is None:
+        if self.packed_weight is None:
             if self.upsample:
                 return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
             y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
             return y if residual is None else residual + y
         if self.upsample:
             return torch.ops.mkldnn._convolution_transpose_pointwise(
-                x, self.packed, self.bias, [1, 1], [0, 0], [2, 2], [1, 1], 1, "none", [], ""
+                x, self.packed_weight, self.bias, [1, 1], [0, 0], [2, 2], [1, 1], 1, "none", [], ""
             )
-        given = self.packed, self.bias, self.padding, self.stride, [1, 1], 1
+        given = self.packed_weight, self.bias, self.padding, self.stride, [1, 1], 1
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(x, *given, "none", [], "")
         add = "add", 1.0, None, [], None
-        if overwrite:
+        if inplace:
             return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *given, *add)
         return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *given, *add)
 
-    def behind(
+    def norm_conv(
         self,
         norm: GroupNormSiLU,
         x: torch.Tensor,
         residual: torch.Tensor | None = None,
-        overwrite: bool = False,
-        exact: bool = False,
+        inplace: bool = False,
+        keep_float32: bool = False,
         **conditions: torch.Tensor,
     ) -> torch.Tensor:
-        """self(norm(x, **conditions), residual, overwrite). exact: the result may be float32 in a network of another dtype."""
+        """self(norm(x, **conditions), residual, inplace).
+
+        keep_float32: the result may be float32 in a network of another dtype.
+        """
         self._prepare(x)
-        if not (self.winograd and x.is_contiguous(memory_format=torch.channels_last)):
-            return self(norm(x, **conditions), residual, overwrite)
+        if not (self.uses_winograd and x.is_contiguous(memory_format=torch.channels_last)):
+            return self(norm(x, **conditions), residual, inplace)
         coefficients = winograd.norm_coefficients(x, norm.groups, norm.weight, norm.bias, norm.eps, **conditions)
-        packed, out, dtype = self._transformed(), residual if overwrite else None, torch.float32 if exact else None
+        packed, out, dtype = self._transformed(), residual if inplace else None, torch.float32 if keep_float32 else None
         return winograd.convolve(
             x, packed, self.bias, residual, out, coefficients=coefficients, upsample=self.upsample, dtype=dtype
         )
 
     def _transformed(self) -> torch.Tensor:
-        return winograd.pack(self.weight, self.dtype, self.upsample) if self.packed is None else self.packed
+        return (
+            winograd.pack(self.weight, self.dtype, self.upsample) if self.packed_weight is None else self.packed_weight
+        )
 
     def _prepare(self, x: torch.Tensor) -> None:
         """Choose the method by the first x. Another batch size works too, but may be slower than with a choice of its own."""
-        if self.prepared:
+        if self.is_prepared:
             return
-        self.prepared = True
-        large = x.shape[0] * x.shape[2:].numel() >= REPACKED and winograd.shaped(self.weight, self.stride, self.padding)
-        if (self.fast or large) and winograd.suits(x, self.dtype, self.upsample):
-            self.winograd, self.bias = True, None if self.bias is None else self.bias.float().contiguous()
-            if self.fast:
-                self.packed, self.weight = winograd.pack(self.weight, self.dtype, self.upsample), None
+        self.is_prepared = True
+        large = x.shape[0] * x.shape[2:].numel() >= MIN_REPACKED_PIXELS and winograd.shaped(
+            self.weight, self.stride, self.padding
+        )
+        if (self.may_cache_winograd or large) and winograd.suits(x, self.dtype, self.upsample):
+            self.uses_winograd, self.bias = True, None if self.bias is None else self.bias.float().contiguous()
+            if self.may_cache_winograd:
+                self.packed_weight, self.weight = winograd.pack(self.weight, self.dtype, self.upsample), None
             return
-        if self.fast:
-            self.fast = False
-            self.place(x.device, self.dtype)
-        if not _onednn_takes(x):
+        if self.may_cache_winograd:
+            self.may_cache_winograd = False
+            self.to_device(x.device, self.dtype)
+        if not _onednn_accepts(x):
             return
         weight, self.weight = self.weight, None
         if self.upsample:
-            self.packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+            self.packed_weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(
                 weight.contiguous(), [1, 1], [0, 0], [2, 2], [1, 1], 1, x.shape
             )
             return
         settings = self.padding, self.stride, [1, 1], 1, x.shape
-        self.packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *settings)
+        self.packed_weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *settings)
 
 
-def transposed(weight: torch.Tensor) -> torch.Tensor:
+def upsampling_weight(weight: torch.Tensor) -> torch.Tensor:
     """Nearest upsampling and a 3x3 convolution behind it as one transposed convolution, stride 2, padding 1: 4 products
     for each output pixel instead of 9. [O, I, 3, 3] -> [I, O, 4, 4].
 

@@ -26,7 +26,7 @@ from ..utils.modules import is_unmodified
 from .convolution import Convolution
 
 
-class MergedResBlock(nn.Module):
+class FusedResBlock(nn.Module):
     """`ResBlock` with the first convolution's bias in what is added behind it, and the last adding to the shortcut.
 
     So on a GPU, where a bias is a pass of its own, it is none in most places.
@@ -36,9 +36,11 @@ class MergedResBlock(nn.Module):
         super().__init__()
         self.scale_shift, self.resample, self.divisor = block.scale_shift, block.resample, block.divisor
         self.norm1, self.norm2 = block.norm1, block.norm2
-        self.conv1 = Convolution.upsampling(block.conv1) if self.resample == "up" else Convolution.of(block.conv1)
-        self.conv2 = Convolution.of(block.conv2)
-        self.conv_shortcut = None if block.conv_shortcut is None else Convolution.of(block.conv_shortcut)
+        self.conv1 = (
+            Convolution.from_upsample(block.conv1) if self.resample == "up" else Convolution.from_conv(block.conv1)
+        )
+        self.conv2 = Convolution.from_conv(block.conv2)
+        self.conv_shortcut = None if block.conv_shortcut is None else Convolution.from_conv(block.conv_shortcut)
         self.time_emb_proj = copy.copy(block.time_emb_proj)
         self.register_buffer("added", None)
         if self.scale_shift:
@@ -54,23 +56,23 @@ class MergedResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         # What lies between the convolutions needn't be rounded where both take float32 as it is.
-        exact = self.conv2.fast
+        keep_float32 = self.conv2.may_cache_winograd
         if self.resample == "down":
             h = self.conv1(resampled(self.norm1(x), self.resample))
         else:
-            h = self.conv1.behind(self.norm1, x, exact=exact)
+            h = self.conv1.norm_conv(self.norm1, x, keep_float32=keep_float32)
         x = resampled(x, self.resample)
         given = conditions(embedding, self.scale_shift)
         if self.added is not None:
             given["add"] = self.added
         if self.conv_shortcut is None:
-            h = self.conv2.behind(self.norm2, h, x, **given)
+            h = self.conv2.norm_conv(self.norm2, h, x, **given)
         else:
-            h = self.conv2.behind(self.norm2, h, self.conv_shortcut(x), overwrite=True, **given)
+            h = self.conv2.norm_conv(self.norm2, h, self.conv_shortcut(x), inplace=True, **given)
         return h if self.divisor == 1 else h / self.divisor
 
 
-class MergedAttention(nn.Module):
+class FusedAttention(nn.Module):
     """`Attention` of one head with two projections instead of four.
 
     With one head as wide as x, and h the normalised x:
@@ -105,8 +107,8 @@ class MergedAttention(nn.Module):
         return y if self.divisor == 1 else y / self.divisor
 
 
-class MergedHeads(nn.Module):
-    """`Attention` of several heads with its first three projections in one. Merged as above each head's would be as wide as x."""
+class FusedHeads(nn.Module):
+    """`Attention` of several heads with its first three projections in one. Fused as above, each head's would be as wide as x."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -127,32 +129,32 @@ class MergedHeads(nn.Module):
         return y if self.divisor == 1 else y / self.divisor
 
 
-def merged_attention(attention: Attention) -> nn.Module:
-    return MergedAttention(attention) if attention.heads == 1 else MergedHeads(attention)
+def fused_attention(attention: Attention) -> nn.Module:
+    return FusedAttention(attention) if attention.heads == 1 else FusedHeads(attention)
 
 
-def merged_upsample(upsample: Upsample) -> Convolution:
-    return Convolution.upsampling(upsample.conv)
+def fused_upsample(upsample: Upsample) -> Convolution:
+    return Convolution.from_upsample(upsample.conv)
 
 
-MERGED = {
-    ResBlock: MergedResBlock,
-    Attention: merged_attention,
-    Upsample: merged_upsample,
-    nn.Conv2d: Convolution.of,
+FUSED_LAYERS = {
+    ResBlock: FusedResBlock,
+    Attention: fused_attention,
+    Upsample: fused_upsample,
+    nn.Conv2d: Convolution.from_conv,
 }
 
 
 # (kernel, stride, padding) of the convolutions in unet.py
-MADE = {
+SUPPORTED_CONVS = {
     ((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (0, 0)), ((3, 3), (2, 2), (1, 1)), ((1, 1), (1, 1), (0, 0)),
 }  # fmt: skip
 
 
-def _sized_as_made(part: nn.Module) -> bool:
+def _has_supported_shape(part: nn.Module) -> bool:
     if isinstance(part, nn.Conv2d):
         usual = (part.padding_mode, part.dilation, part.groups) == ("zeros", (1, 1), 1) and part.bias is not None
-        return usual and (part.kernel_size, part.stride, part.padding) in MADE
+        return usual and (part.kernel_size, part.stride, part.padding) in SUPPORTED_CONVS
     if isinstance(part, nn.Linear):
         return part.bias is not None
     if isinstance(part, Upsample):
@@ -164,45 +166,45 @@ def _sized_as_made(part: nn.Module) -> bool:
     return True
 
 
-def _as_made(layer: nn.Module) -> bool:
-    """Whether a layer, with all its parts, computes what its class says, in the sizes that its merged form assumes."""
-    known = (*MERGED, GroupNormSiLU, nn.Linear, nn.Dropout, nn.ModuleList)
+def _is_supported(layer: nn.Module) -> bool:
+    """Whether a layer, with all its parts, computes what its class says, in the sizes that its fused form assumes."""
+    known = (*FUSED_LAYERS, GroupNormSiLU, nn.Linear, nn.Dropout, nn.ModuleList)
     parts = list(layer.modules())
-    return all(type(part) in known and is_unmodified(part) for part in parts) and all(map(_sized_as_made, parts))
+    return all(type(part) in known and is_unmodified(part) for part in parts) and all(map(_has_supported_shape, parts))
 
 
-# Layers that have no merged form; TimestepEmbedding stays out of the loop.
-PLAIN = (GroupNormSiLU, TimestepEmbedding, nn.Linear, nn.Embedding)
+# Layers that have no fused form; TimestepEmbedding stays out of the loop.
+UNFUSED_LAYERS = (GroupNormSiLU, TimestepEmbedding, nn.Linear, nn.Embedding)
 
 
-def merge(network: nn.Module, prefix: str = "") -> list[str]:
-    """Replace, in place, the layers that have a merged form and are as this package made them; names of those left alone.
+def fuse_layers(network: nn.Module, prefix: str = "") -> list[str]:
+    """Replace, in place, the layers that have a fused form and are as this package made them; names of those left alone.
 
-    What others have put in or hooked is not looked into: it may read its convolutions' weights, which merged ones don't keep.
+    What others have put in or hooked is not looked into: it may read its convolutions' weights, which fused ones don't keep.
     """
     kept = []
     for name, layer in network.named_children():
-        if type(layer) in MERGED and _as_made(layer):
-            setattr(network, name, MERGED[type(layer)](layer))
+        if type(layer) in FUSED_LAYERS and _is_supported(layer):
+            setattr(network, name, FUSED_LAYERS[type(layer)](layer))
         elif type(layer) in (Level, Middle, Downsample, nn.ModuleList) and is_unmodified(layer):
-            kept += merge(layer, f"{prefix}{name}.")
-        elif not all(type(part) in PLAIN and is_unmodified(part) for part in layer.modules()):
+            kept += fuse_layers(layer, f"{prefix}{name}.")
+        elif not all(type(part) in UNFUSED_LAYERS and is_unmodified(part) for part in layer.modules()):
             kept.append(prefix + name)
     return kept
 
 
-def spend(network: UNet, dtype: torch.dtype, allowance: float) -> None:
+def assign_winograd(network: UNet, dtype: torch.dtype, byte_budget: float) -> None:
     """Let convolutions keep weights transformed for Winograd's method, those on the largest images first, while all weights
-    together stay below `allowance` bytes: transformed ones are larger."""
+    together stay below `byte_budget` bytes: transformed ones are larger."""
     last = len(network.down_blocks) - 1
     levels = [*enumerate(network.down_blocks), (last, network.mid_block)]
     levels += [(last - i, level) for i, level in enumerate(network.up_blocks)]
     layers = [layer for layer in network.modules() if isinstance(layer, Convolution)]
-    allowance -= sum(layer.weight.numel() for layer in layers) * dtype.itemsize
+    byte_budget -= sum(layer.weight.numel() for layer in layers) * dtype.itemsize
     for _, level in sorted(levels, key=lambda entry: entry[0]):
         for layer in level.modules():
             if isinstance(layer, Convolution) and winograd.shaped(layer.weight, layer.stride, layer.padding):
                 growth = 0 if layer.upsample else (winograd.GROWTH - 1) * layer.weight.numel() * dtype.itemsize
-                if growth <= allowance:
-                    layer.fast = True
-                    allowance -= growth
+                if growth <= byte_budget:
+                    layer.may_cache_winograd = True
+                    byte_budget -= growth

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
-KEPT = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}  # all from the heap, which never shrinks
+RETAIN = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}  # all from the heap, which never shrinks
 # Both thresholds adapt until somebody sets one, and never again; these are the values that they adapt to at most.
-USUAL = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
+GLIBC_DEFAULTS = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 
 _lock = threading.Lock()
 _users = 0
@@ -37,8 +37,11 @@ def _adjust(settings: dict[int, int]) -> None:
 
 
 @contextlib.contextmanager
-def kept(device: torch.device) -> Iterator[None]:
-    """Keep freed memory inside the block if `device` is a CPU, give it back behind it. Where malloc can't be told: nothing."""
+def retain_freed_memory(device: torch.device) -> Iterator[None]:
+    """Keep freed memory in the process inside the block if `device` is a CPU, and release it on exit.
+
+    Does nothing unless malloc is glibc's, and nobody has tuned it.
+    """
     global _users
     main = threading.current_thread() is threading.main_thread()
     if device.type != "cpu" or not main or not _adjustable():
@@ -47,12 +50,12 @@ def kept(device: torch.device) -> Iterator[None]:
     with _lock:
         _users += 1
         if _users == 1:
-            _adjust(KEPT)
+            _adjust(RETAIN)
     try:
         yield
     finally:
         with _lock:
             _users -= 1
             if _users == 0:
-                _adjust(USUAL)
+                _adjust(GLIBC_DEFAULTS)
                 ctypes.CDLL(None).malloc_trim(0)

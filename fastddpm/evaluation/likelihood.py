@@ -15,28 +15,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .. import ops
 from ..diffusion.bound import Bound
 from ..diffusion.coefficients import to_x0
 from ..diffusion.schedule import Schedule
 from ..engine import memory
-from ..engine.cache import network
-from ..engine.runner import Plain
+from ..engine.cache import acquire_runner
+from ..engine.runner import Runner
 from ..errors import LikelihoodError
-from ..inputs.adopt import adopted
-from ..inputs.arguments import check_fits, device_of, fitting_batch, labels_of, output_fault
-from ..inputs.resolve import trained_for
+from ..inputs.arguments import check_image_shape, class_labels_of, default_batch_size, device_of, output_fault
+from ..inputs.resolve import ResolvedModel, resolve
 from ..ops.philox_normal import first_words
 from ..ops.rng import Stream, check_first, seed_of
 from ..utils.files import whole
 from ..utils.progress import bar as progress_bar
 from ..utils.validation import bound_of, check_count, is_int, plain, short
-from ..utils.warn import warn_once
 
 __all__ = ["Likelihood", "LikelihoodError", "RateDistortion", "likelihood", "rate_distortion"]
-LARGEST = 256  # pairs in a batch unless told otherwise: more gains nothing, and there are always more
-LOOK = 32  # batches between two looks at the device: the bar moves and a bad output is noticed
+MAX_BATCH = 256  # pairs in a batch unless told otherwise: more gains nothing, and there are always more
+BATCHES_PER_LOOK = 32  # batches between two looks at the device: the bar moves and a bad output is noticed
 OFF_GRID = 1e-3  # of a grey level: far above float32's rounding of k/127.5 - 1, far below another image
 
 
@@ -169,10 +168,9 @@ def likelihood(
     Raises ValueError naming the argument that does not fit, before the network runs, and LikelihoodError where its
     output has the wrong shape or is not finite.
     """
-    measured = _measure(
-        model, images, schedule, prediction, variance, clip, class_labels, subsample, quantize, seed, first, batch_size,
-        device, dtype, progress,
-    )  # fmt: skip
+    resolved = resolve(model, schedule, prediction, variance, clip)
+    arguments = _Arguments(images, class_labels, subsample, quantize, seed, first)
+    measured = _measure(resolved, arguments, _Execution(batch_size, device, dtype, progress))
     with torch.inference_mode(False):
         return _summary(measured)
 
@@ -195,10 +193,9 @@ def rate_distortion(
     progress: bool | None = None,
 ) -> RateDistortion:
     """The progressive code of section 4.3, after each number of reverse steps. Arguments as for `likelihood`, but subsample."""
-    measured = _measure(
-        model, images, schedule, prediction, variance, clip, class_labels, None, quantize, seed, first, batch_size,
-        device, dtype, progress,
-    )  # fmt: skip
+    resolved = resolve(model, schedule, prediction, variance, clip)
+    arguments = _Arguments(images, class_labels, None, quantize, seed, first)
+    measured = _measure(resolved, arguments, _Execution(batch_size, device, dtype, progress))
     with torch.inference_mode(False):
         rate, rate_error = _mean(torch.cat((measured.prior[:, None], measured.terms[:, 1:].flip(1)), dim=1).cumsum_(1))
         mean_square, error = _mean(measured.mse.flip(1))
@@ -208,115 +205,164 @@ def rate_distortion(
         return RateDistortion(rate, distortion, rate_error, distortion_error, _summary(measured))
 
 
+class _Arguments(NamedTuple):
+    """Those of `likelihood`'s arguments that say what is evaluated; the rest says how."""
+
+    images: torch.Tensor
+    class_labels: torch.Tensor | Sequence[int] | int | None
+    subsample: int | None
+    quantize: bool
+    seed: int | torch.Generator | None
+    first: int
+
+
+class _Execution(NamedTuple):
+    batch_size: int | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    progress: bool | None
+
+
 class _Measured(NamedTuple):
     """Each image's terms on the CPU, M for each: M = T, or K + 1 where K timesteps were drawn."""
 
     T: int
-    timesteps: torch.Tensor  # int64 [N, M], the first of each row 0
+    timesteps: torch.Tensor  # int64 [N, M], the first of each image 0
     sizes: torch.Tensor  # float64 [M]: how many timesteps each stands for
     terms: torch.Tensor  # float64 [N, M], L_t in bits per dimension
     mse: torch.Tensor  # float64 [N, M]
     prior: torch.Tensor  # float64 [N]
 
 
-def _measure(
-    model, images, schedule, prediction, variance, clip, class_labels, subsample, quantize, seed, first, batch_size,
-    device, dtype, progress,
-) -> _Measured:  # fmt: skip
-    """What the model says of the images; arguments as for `likelihood`, all of them checked here."""
-    model = adopted(model)
-    pixels = _pixels(images, quantize)
+def _measure(model: ResolvedModel, arguments: _Arguments, execution: _Execution) -> _Measured:
+    """Check the arguments and evaluate the terms of the bound."""
+    pixels = _pixels(arguments.images, arguments.quantize)
     n, *shape = pixels.shape
-    check_fits("images", model, shape)
-    schedule, prediction, variance, clip = trained_for(model, schedule, prediction, variance, clip)
-    seed, first = seed_of(seed), check_first(first)
-    device = device_of(model, device)
-    bound = Bound(schedule, variance, device)
-    limit = bound_of(clip)
-    class_labels = labels_of(class_labels, n, model)
-    timesteps, sizes = _timesteps(n, len(schedule), subsample, seed, first)
-    pairs = timesteps.numel()
+    check_image_shape("images", model.sized, shape)
+    seed, first = seed_of(arguments.seed), check_first(arguments.first)
+    device = device_of(model.network, execution.device)
+    terms = _Terms(model, device, seed, first)
+    labels = class_labels_of(model, arguments.class_labels, n)
+    timesteps, sizes = _timesteps(n, len(model.settings.schedule), arguments.subsample, seed, first)
+    pairs, batch_size = timesteps.numel(), execution.batch_size
     if batch_size is None:
-        batch_size = min(LARGEST, fitting_batch(pairs, shape, device))
+        batch_size = min(MAX_BATCH, default_batch_size(pairs, shape, device))
     batch_size = min(check_count("batch_size", batch_size, 1), pairs)
+    progress = execution.progress
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        memory.kept(device),
-        network(model, device, dtype, (batch_size, *shape)) as net,
+        memory.retain_freed_memory(device),
+        acquire_runner(model, device, execution.dtype, (batch_size, *shape)) as entry,
         progress_bar(progress, total=pairs, unit="evaluation", leave=progress is True) as bar,
     ):
-        for notice in net.notices:
-            warn_once(model, notice)
-        labels = None if class_labels is None else class_labels.to(device)
-        pixels = pixels.to(device)
-        terms, mse = _run(
-            net, bound, pixels, timesteps.to(device), labels, schedule, prediction, limit, seed, first,
-            batch_size, bar,
-        )  # fmt: skip
-        prior = torch.cat([bound.prior(_scaled(part)) for part in pixels.split(batch_size)])
-        return _Measured(len(schedule), timesteps, sizes, terms.cpu(), mse.cpu(), prior.cpu())
+        for warning in entry.runner.warnings:
+            model.warn(warning)
+        pixels, labels = pixels.to(device), None if labels is None else labels.to(device)
+        values, mse = terms.of_pairs(entry.runner, pixels, timesteps.to(device), labels, batch_size, bar)
+        prior = torch.cat([terms.bound.prior(_scaled(part)) for part in pixels.split(batch_size)])
+        return _Measured(len(model.settings.schedule), timesteps, sizes, values.cpu(), mse.cpu(), prior.cpu())
 
 
-def _run(
-    net: Plain, bound: Bound, pixels, timesteps, labels, schedule, prediction, limit, seed, first, batch_size, bar
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(L_t, mean of (x_0 - x0_hat)^2), float64 [N, M] where the network is, for pixels uint8 [N, C, H, W] and timesteps [N, M].
+class _Terms:
+    """The terms of the bound for (image, timestep) pairs, evaluated in batches of any mixture.
 
     Arithmetic around the network is float64: for the bundled digits it takes a few hundredths of the time.
     """
-    n, m = timesteps.shape
-    learned = bound.log_variance is None
-    pairs, device = n * m, pixels.device
-    signal, scale = schedule.alphas_cumprod.sqrt(), (1 - schedule.alphas_cumprod).sqrt()
-    coefficients = torch.stack((signal, scale, *to_x0(schedule, prediction))).to(device)
-    terms, mse = (torch.empty(pairs, dtype=torch.float64, device=device) for _ in range(2))
-    bad = torch.full((), pairs, device=device)  # the first pair whose output is not finite
-    waiting = 0
-    looks = LOOK if device.type == "cuda" else 1
-    for number, start in enumerate(range(0, pairs, batch_size)):
-        stop = min(start + batch_size, pairs)
-        # The last batch is filled up with the last pair: another size would be packed and tuned for anew.
-        pair = torch.arange(start, start + batch_size, device=device).clamp_(max=pairs - 1)
-        image = pair // m
-        t = timesteps[image, pair % m]
-        x0 = _scaled(pixels[image])
-        noise = ops.philox_normal(x0.shape, seed=seed, t=t, stream=Stream.FORWARD, sample=first + image, device=device)
-        keep, add, a, b = coefficients[:, t].reshape(4, -1, 1, 1, 1)
-        x = keep * x0 + add * noise
-        with net.settings():
-            o = net.predict(
-                x.to(net.dtype, memory_format=net.memory_format), net.at(t), None if labels is None else labels[image]
-            )
-        fault = output_fault(o, list(x.shape), learned)
+
+    def __init__(self, model: ResolvedModel, device: torch.device, seed: int, first: int) -> None:
+        schedule, self.prediction, variance, clip = model.settings
+        self.bound, self.clip = Bound(schedule, variance, device), bound_of(clip)
+        self.learned = self.bound.log_variance is None
+        self.seed, self.first = seed, first
+        signal, scale = schedule.alphas_cumprod.sqrt(), (1 - schedule.alphas_cumprod).sqrt()
+        self.coefficients = torch.stack((signal, scale, *to_x0(schedule, self.prediction))).to(device)
+
+    def of_pairs(
+        self,
+        runner: Runner,
+        pixels: torch.Tensor,
+        timesteps: torch.Tensor,
+        labels: torch.Tensor | None,
+        batch_size: int,
+        bar: tqdm,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(L_t, mean of (x_0 - x0_hat)^2), float64 [N, M] on the network's device.
+
+        pixels: uint8 [N, C, H, W]. timesteps: int64 [N, M].
+        """
+        (n, m), device = timesteps.shape, pixels.device
+        pairs = n * m
+        terms, mse = (torch.empty(pairs, dtype=torch.float64, device=device) for _ in range(2))
+        bad = torch.full((), pairs, device=device)  # the first pair whose output is not finite
+        waiting = 0
+        looks = BATCHES_PER_LOOK if device.type == "cuda" else 1
+        for number, start in enumerate(range(0, pairs, batch_size)):
+            stop = min(start + batch_size, pairs)
+            # The last batch is filled up with the last pair: another size would be packed and tuned for anew.
+            pair = torch.arange(start, start + batch_size, device=device).clamp_(max=pairs - 1)
+            image = pair // m
+            at_zero = slice(-start % m, None, m) if -start % m < batch_size else None  # known without a look at t
+            t, batch_labels = timesteps[image, pair % m], None if labels is None else labels[image]
+            value, square, finite = self._evaluate(runner, _scaled(pixels[image]), image, t, batch_labels, at_zero)
+            terms[start:stop], mse[start:stop] = value[: stop - start], square[: stop - start]
+            bad = torch.minimum(bad, torch.where(finite, pairs, pair).min())
+            waiting += stop - start
+            if (number + 1) % looks == 0 or stop == pairs:
+                _raise_if_bad(int(bad), timesteps)
+                bar.update(waiting)
+                waiting = 0
+        return terms.reshape(n, m), mse.reshape(n, m)
+
+    def _evaluate(
+        self,
+        runner: Runner,
+        x0: torch.Tensor,
+        image: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None,
+        at_zero: slice | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(L_t, mean of (x_0 - x0_hat)^2, whether both are finite), [B] each. at_zero: where t is 0."""
+        noise = ops.philox_normal(
+            x0.shape, seed=self.seed, t=t, stream=Stream.FORWARD, sample=self.first + image, device=x0.device
+        )
+        signal, scale, a, b = self.coefficients[:, t].reshape(4, -1, 1, 1, 1)
+        x_t = signal * x0 + scale * noise
+        o, v = self._predict(runner, x_t, t, labels)
+        x0_hat = a * x_t + b * o
+        clips = self.clip is not None and self.prediction != "mean"
+        error = x0 - (x0_hat.clamp(-self.clip, self.clip) if clips else x0_hat)
+        in_range = error if clips and self.clip <= 1 else x0 - x0_hat.clamp(-1, 1)
+        value = self.bound.kl(t, error, v)
+        if at_zero is not None:
+            value[at_zero] = self.bound.decoder(x0[at_zero], error[at_zero], None if v is None else v[at_zero])
+        # A variance far outside of its range gives a value that is not finite, either.
+        finite = o.flatten(1).sum(1).isfinite() & value.isfinite()
+        return value, in_range.square().flatten(1).mean(1), finite
+
+    def _predict(
+        self, runner: Runner, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The network's prediction, and the learned variance or None, in float64."""
+        x = x_t.to(runner.dtype, memory_format=runner.memory_format)
+        with runner.settings():
+            o = runner.predict(x, runner.time_inputs_per_image(t), labels)
+        fault = output_fault(o, list(x_t.shape), self.learned)
         if fault is not None:
             raise LikelihoodError(f"model: {fault}")
-        o = (o if learned else o[:, : x.shape[1]]).to(torch.float64, memory_format=torch.contiguous_format)
-        finite = o.flatten(1).sum(1).isfinite()
-        o, v = o.chunk(2, dim=1) if learned else (o, None)
-        x0_hat = a * x + b * o
-        error = x0 - (x0_hat if limit is None or prediction == "mean" else x0_hat.clamp(-limit, limit))
-        inside = error if prediction != "mean" and limit is not None and limit <= 1 else x0 - x0_hat.clamp(-1, 1)
-        value = bound.kl(t, error, v)
-        at_zero = slice(-start % m, None, m)  # known without a look at t
-        if -start % m < batch_size:
-            value[at_zero] = bound.decoder(x0[at_zero], error[at_zero], None if v is None else v[at_zero])
-        finite &= value.isfinite()  # which a variance far outside of its range is not, either
-        terms[start:stop] = value[: stop - start]
-        mse[start:stop] = inside.square().flatten(1).mean(1)[: stop - start]
-        bad = torch.minimum(bad, torch.where(finite, pairs, pair).min())
-        waiting += stop - start
-        if (number + 1) % looks == 0 or stop == pairs:
-            where = int(bad)
-            if where < pairs:
-                i, t = where // m, int(timesteps[where // m, where % m])
-                raise LikelihoodError(
-                    f"model: its output for image {i} at timestep {t} holds a NaN or an infinity, or gives one; "
-                    "try dtype=torch.float32, and check the weights"
-                )
-            bar.update(waiting)
-            waiting = 0
-    return terms.reshape(n, m), mse.reshape(n, m)
+        o = (o if self.learned else o[:, : x_t.shape[1]]).to(torch.float64, memory_format=torch.contiguous_format)
+        return o.chunk(2, dim=1) if self.learned else (o, None)
+
+
+def _raise_if_bad(pair: int, timesteps: torch.Tensor) -> None:
+    """pair: the first whose output is not finite, or the number of pairs. timesteps: [N, M]."""
+    if pair < timesteps.numel():
+        image, column = divmod(pair, timesteps.shape[1])
+        raise LikelihoodError(
+            f"model: its output for image {image} at timestep {int(timesteps[image, column])} holds a NaN or an infinity, or "
+            "gives one; try dtype=torch.float32, and check the weights"
+        )
 
 
 def _scaled(pixels: torch.Tensor) -> torch.Tensor:

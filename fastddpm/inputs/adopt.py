@@ -1,7 +1,6 @@
-"""Others' live objects in this package's terms: diffusers' UNet2DModel as a `UNet` with the same parameters, its output as a
-tensor, and what is inside of torch's wrappers and of people's own.
+"""Adapters for a caller's model: diffusers' UNet2DModel as a `UNet` with the same parameters, wrappers taken off.
 
-diffusers itself is not imported: whoever has such an object has done so.
+diffusers is never imported: holding an instance implies that the caller did.
 """
 
 from __future__ import annotations
@@ -15,53 +14,58 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..checkpoints import diffusers
+from ..checkpoints import diffusers_options
 from ..checkpoints.base import assign
 from ..models.unet import UNet
+from ..utils.modules import forward_is_unmodified, has_hooks
 
-# Attributes of a layer that say nothing about what it computes at inference.
-INERT = {"training", "gradient_checkpointing", "_gradient_checkpointing_func", "_internal_dict", "_compiled_call_impl"}
-SIMPLE = (bool, int, float, str, type(None))
+# Attributes of a layer that have no part in what it computes at inference.
+IGNORED_ATTRIBUTES = frozenset(
+    {"training", "gradient_checkpointing", "_gradient_checkpointing_func", "_internal_dict", "_compiled_call_impl"}
+)
+SCALARS = (bool, int, float, str, type(None))
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 
 
-class _Twin(NamedTuple):
-    config: dict  # of the UNet2DModel that it was made for
-    layers: dict[str, tuple]  # what diffusers makes of that config
-    network: UNet
+class _Conversion(NamedTuple):
+    """A UNet2DModel's `UNet`, and what it was made for."""
+
+    config: dict  # of the UNet2DModel
+    layers: dict[str, tuple]  # signatures of the layers that diffusers makes for that config
+    unet: UNet
 
 
-_twins: weakref.WeakKeyDictionary[nn.Module, _Twin] = weakref.WeakKeyDictionary()
+_conversions: weakref.WeakKeyDictionary[nn.Module, _Conversion] = weakref.WeakKeyDictionary()
 
 
-class UnlikeError(ValueError):
-    """Why a UNet2DModel has no `UNet` of its kind."""
+class UnsupportedError(ValueError):
+    """A UNet2DModel has no equal `UNet`. The message says why."""
 
 
 def is_diffusers(value: object, name: str) -> bool:
-    """Whether it is an instance of diffusers' class of this name, or of a subclass."""
+    """Whether the value is an instance of diffusers' class of this name, or of a subclass."""
     return any(c.__name__ == name and c.__module__.partition(".")[0] == "diffusers" for c in type(value).__mro__)
 
 
-def unwrapped(model: object) -> object:
-    """What is inside of torch's wrappers: the copy of `torch.compile`, data parallelism, averages of weights.
+def unwrap(model: object) -> object:
+    """The module in torch's wrappers: `torch.compile`, data parallelism, averages of weights.
 
-    Not of one that its owner has hooked or given a forward: there it is more than a wrapper.
+    A wrapper with hooks, or with a forward of its own, is more than a wrapper and stays.
     """
     while isinstance(model, nn.Module) and not (model._forward_hooks or model._forward_pre_hooks):
         if type(model) in WRAPPERS and "forward" not in vars(model):
             model = model.module
-        elif type(model).__module__.startswith("torch._dynamo"):  # OptimizedModule, without importing that
+        elif type(model).__module__.startswith("torch._dynamo"):  # OptimizedModule, without importing it
             model = model._orig_mod
         else:
             break
     return model
 
 
-def called(model: object) -> object:
-    """What a call of the model comes to: the module of a functools.partial, of a bound `forward`, of torch's wrappers."""
+def callee(model: object) -> object:
+    """What a call of the model reaches: the module of a functools.partial, of a bound `forward`, of torch's wrappers."""
     while True:
-        model = unwrapped(model)
+        model = unwrap(model)
         if isinstance(model, functools.partial):
             model = model.func
         elif isinstance(model, types.MethodType) and model.__name__ in ("forward", "__call__", "_wrapped_call_impl"):
@@ -70,17 +74,17 @@ def called(model: object) -> object:
             return model
 
 
-def inside(model: object, wanted: Callable[[object], bool]) -> list[object]:
-    """The objects in a callable that are `wanted`, each once, but none that another of them holds.
+def find_inside(model: object, wanted: Callable[[object], bool]) -> list[object]:
+    """The objects in a callable that are `wanted`, each once, and none that another of them holds.
 
-    They are looked for in modules, in what a module or an object has as attributes (also in lists and dicts), in the arguments of
-    a functools.partial, and in the owner of a bound method. Nobody can look into a function.
+    Looks into modules, attributes of modules and objects (also in lists and dicts), the arguments of a functools.partial, and
+    the owner of a bound method. A function cannot be looked into.
     """
     found, seen = [], set()
 
     def look(value: object) -> None:
-        held = list(value.args) + list(value.keywords.values()) if isinstance(value, functools.partial) else []
-        value = called(value)
+        parts = list(value.args) + list(value.keywords.values()) if isinstance(value, functools.partial) else []
+        value = callee(value)
         if id(value) in seen:
             return
         seen.add(id(value))
@@ -90,10 +94,10 @@ def inside(model: object, wanted: Callable[[object], bool]) -> list[object]:
         if isinstance(value, types.MethodType):
             look(value.__self__)
         elif isinstance(value, nn.Module):
-            held += value.children()
+            parts += value.children()
         if not isinstance(value, (types.FunctionType, type)):
-            held += getattr(value, "__dict__", {}).values()
-        for part in held:
+            parts += getattr(value, "__dict__", {}).values()
+        for part in parts:
             for v in part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else (part,):
                 if isinstance(v, (nn.Module, functools.partial, types.MethodType)):
                     look(v)
@@ -102,105 +106,104 @@ def inside(model: object, wanted: Callable[[object], bool]) -> list[object]:
     return found
 
 
-def as_made(model: object) -> object | None:
-    """The UNet or UNet2DModel that a call comes to, as long as nothing stands between it and what its class computes."""
-    network = called(model)
+def sized_network(model: object) -> nn.Module | None:
+    """The UNet or UNet2DModel that a call reaches, whose channels and levels restrict x; None where something else computes."""
+    network = callee(model)
     for kind in type(network).__mro__:
         if kind is UNet or (kind.__name__ == "UNet2DModel" and kind.__module__.partition(".")[0] == "diffusers"):
             same = all(getattr(type(network), f, None) is getattr(kind, f, None) for f in ("forward", "body"))
-            own = same and "forward" not in vars(network) and not network._forward_hooks
-            return network if own and not network._forward_pre_hooks else None
+            return network if same and forward_is_unmodified(network) else None
     return None
 
 
-def adopted(model: object) -> object:
-    """A `UNet` with the parameters, not copies, of a diffusers UNet2DModel that is as diffusers makes it; else model itself.
+def as_unet(model: object) -> tuple[object, str | None]:
+    """(`UNet` or the model itself, why the engine cannot run it or None).
 
-    Either also out of torch's wrappers. The UNet of a UNet2DModel has no schedule (None), as that doesn't say for which one it
-    was trained. Raises ValueError for a pipeline.
+    A UNet2DModel whose layers are as diffusers makes them becomes a `UNet` with its parameters, not copies, and without a
+    schedule, as it does not say for which one it was trained. torch's wrappers are taken off either.
+
+    Raises:
+        ValueError: the model is a diffusers pipeline.
     """
-    inside = unwrapped(model)
-    if is_diffusers(inside, "DiffusionPipeline"):
+    network = unwrap(model)
+    if is_diffusers(network, "DiffusionPipeline"):
         raise ValueError(
-            f"model: got a {type(inside).__name__}; pass its network, and its scheduler as schedule: "
+            f"model: got a {type(network).__name__}; pass its network, and its scheduler as schedule: "
             "sample(pipeline.unet, n, schedule=pipeline.scheduler)"
         )
-    if isinstance(inside, UNet):
-        return inside
-    try:
-        return _twin(inside) if is_diffusers(inside, "UNet2DModel") else model
-    except UnlikeError:
-        return model
-
-
-def why_not(model: object) -> str | None:
-    """Why `adopted` leaves a UNet2DModel as it is; None where it doesn't, and for anything else."""
-    model = unwrapped(model)
-    try:
-        if is_diffusers(model, "UNet2DModel"):
-            _twin(model)
-    except UnlikeError as error:
-        return f"the {type(model).__name__} is not one that fastddpm has a network for ({error})"
-    return None
-
-
-def _twin(model: nn.Module) -> UNet:
-    kept, config = _twins.get(model), dict(model.config)
-    if kept is None or kept.config != config:
+    if isinstance(network, UNet):
+        return network, None
+    kind = type(network).__name__
+    if is_diffusers(network, "UNet2DModel"):
         try:
-            architecture = diffusers.unet_config(config)
+            return _converted(network), None
+        except UnsupportedError as error:
+            reason = f"the {kind} is not one that fastddpm has a network for ({error})"
+            return model, f"{reason}, so it runs as it is. Results are the same, only slower"
+    return model, f"{kind} is not a fastddpm.UNet, so it runs as it is, without the engine"
+
+
+def _converted(model: nn.Module) -> UNet:
+    conversion, config = _conversions.get(model), dict(model.config)
+    if conversion is None or conversion.config != config:
+        try:
+            architecture = diffusers_options.unet_config(config)
         except ValueError as error:
-            raise UnlikeError(str(error)) from error
+            raise UnsupportedError(str(error)) from error
         with torch.device("meta"):
-            made = next(c for c in type(model).__mro__ if c.__name__ == "UNet2DModel").from_config(config)
-            network = UNet(architecture)
-        network.schedule = None
+            fresh = next(c for c in type(model).__mro__ if c.__name__ == "UNet2DModel").from_config(config)
+            unet = UNet(architecture)
+        unet.schedule = None
         if architecture.out_channels == 2 * architecture.in_channels:
-            network.variance = "learned_range"
-        kept = _twins[model] = _Twin(config, _described(made), network)
-    _compare(kept.layers, _described(model))
-    assign(kept.network, dict(model.named_parameters(remove_duplicate=False)))
-    return kept.network.train(model.training)
+            unet.variance = "learned_range"
+        conversion = _conversions[model] = _Conversion(config, _signatures(fresh), unet)
+    _check_layers(conversion.layers, model)
+    assign(conversion.unet, dict(model.named_parameters(remove_duplicate=False)))
+    return conversion.unet.train(model.training)
 
 
-def _compare(made: dict[str, tuple], found: dict[str, tuple]) -> None:
-    """Raise UnlikeError, naming the layer and what of it is another, unless they are the same."""
-    for name in made | found:
-        (kind, wanted), (own, given) = made.get(name, (None, {})), found.get(name, (None, {}))
-        said = f"{name or 'it'} is not as diffusers makes it"
-        if kind is not own:
-            raise UnlikeError(said)
-        if own.forward.__module__.partition(".")[0] not in ("torch", "diffusers", "fastddpm"):
-            raise UnlikeError(f"{said}: the forward of {own.__name__}")
-        for k in wanted | given:  # a number or a word that diffusers doesn't have is a note of the owner's
-            if wanted.get(k) != given.get(k) and not (k not in wanted and isinstance(given[k], SIMPLE)):
-                raise UnlikeError(f"{said}: its {k}")
+def _check_layers(expected: dict[str, tuple], model: nn.Module) -> None:
+    """Raise UnsupportedError, naming the layer and the attribute, unless the model's layers are as diffusers makes them."""
+    layers, signatures = dict(model.named_modules()), _signatures(model)
+    for name in expected | signatures:
+        (wanted_kind, wanted), (kind, given) = expected.get(name, (None, {})), signatures.get(name, (None, {}))
+        differs = f"{name or 'it'} is not as diffusers makes it"
+        if wanted_kind is not kind:
+            raise UnsupportedError(differs)
+        if kind.forward.__module__.partition(".")[0] not in ("torch", "diffusers", "fastddpm"):
+            raise UnsupportedError(f"{differs}: the forward of {kind.__name__}")
+        for attribute in wanted | given:
+            # A scalar that diffusers' layers don't have is a user's note, and cannot change the forward.
+            is_note = attribute not in wanted and isinstance(given[attribute], SCALARS)
+            if wanted.get(attribute) != given.get(attribute) and not is_note:
+                raise UnsupportedError(f"{differs}: its {attribute}")
+        if has_hooks(layers[name]):
+            raise UnsupportedError(f"{differs}: it has hooks")
 
 
-def _described(model: nn.Module) -> dict[str, tuple]:
-    """What each layer is, but for the values of its tensors."""
-    return {
-        name: (_unfused(type(layer)), {k: _brief(k, v) for k, v in vars(layer).items() if k not in INERT})
-        for name, layer in model.named_modules()
-    }
+def _signatures(model: nn.Module) -> dict[str, tuple]:
+    """(class, attributes) of each layer by its name; of tensors the shapes, of other objects the classes."""
+
+    def attributes(layer: nn.Module) -> dict[str, object]:
+        return {k: _summary(k, v) for k, v in vars(layer).items() if k not in IGNORED_ATTRIBUTES and "_hooks" not in k}
+
+    return {name: (_unfused_class(type(layer)), attributes(layer)) for name, layer in model.named_modules()}
 
 
-def _unfused(kind: type) -> type:
-    """A layer's class, as it was before `fuse_norms`."""
+def _unfused_class(kind: type) -> type:
+    """A layer's class before `fuse_norms`."""
     return kind.__base__ if kind.__module__.startswith("fastddpm.") else kind
 
 
-def _brief(name: str, value: object) -> object:
-    if isinstance(value, SIMPLE) or (isinstance(value, (tuple, list)) and all(isinstance(v, SIMPLE) for v in value)):
+def _summary(attribute: str, value: object) -> object:
+    if isinstance(value, SCALARS) or (isinstance(value, (tuple, list)) and all(isinstance(v, SCALARS) for v in value)):
         return value
-    if name in ("_parameters", "_buffers"):
+    if attribute in ("_parameters", "_buffers"):
         return {k: None if v is None else v.shape for k, v in value.items()}
-    if name.startswith("_") and "_hooks" in name:
-        return len(value)
     return type(value)
 
 
-def tensor_of(output: object) -> object:
+def output_tensor(output: object) -> object:
     """A model's output; of diffusers' output classes, the tensor in it."""
     inside = None if isinstance(output, torch.Tensor) else getattr(output, "sample", None)
     return inside if isinstance(inside, torch.Tensor) else output

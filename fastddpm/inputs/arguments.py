@@ -1,4 +1,4 @@
-"""What `sample`, `likelihood` and their kin ask of the arguments that they share, in the words of whoever gave them."""
+"""Arguments that `sample`, `likelihood` and the other entry points share: defaults and checks."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from torch import nn
 
 from ..models.unet import UNet
 from ..utils.validation import is_int, plain
-from .adopt import as_made, called, inside, is_diffusers
-from .resolve import _name, _speaks, check_callable
+from .adopt import callee, find_inside, is_diffusers, sized_network
+from .resolve import ResolvedModel, has_settings, name_of
+
+ANY_SHAPE = "expected (C, H, W), each an int >= 1"
 
 
-def shape_of(model: object, shape: Sequence[int] | None) -> tuple[int, int, int]:
-    """The shape as given, else the model's own, else that of the model inside of it; ValueError where it can't be drawn."""
-    check_callable(model)
+def image_shape(model: ResolvedModel, shape: Sequence[int] | None) -> tuple[int, int, int]:
+    """The shape as passed, else the model's own, else that of the model inside of it. Raise ValueError where it does not fit."""
     if shape is None:
-        shape = _shape_inside(model)
-        check_fits("shape", model, shape)
+        shape = _found_shape(model.network)
+        check_image_shape("shape", model.sized, shape)
         return shape
     try:
         shape = tuple(plain(side) for side in shape)
     except TypeError:
-        raise ValueError(f"shape: got {shape!r}; expected (C, H, W), each an int >= 1") from None
-    if len(shape) != 3 or not all(is_int(side) and side >= 1 for side in shape):
-        said = f"shape: got {shape}; expected (C, H, W), each an int >= 1"
-        if shape and all(is_int(side) and side >= 1 for side in shape):
+        raise ValueError(f"shape: got {shape!r}; {ANY_SHAPE}") from None
+    positive = all(is_int(side) and side >= 1 for side in shape)
+    if len(shape) != 3 or not positive:
+        message = f"shape: got {shape}; {ANY_SHAPE}"
+        if shape and positive:
             flat = shape[0], 1, math.prod(shape[1:])
             within = ", ".join(map(str, shape))
-            said += (
+            message += (
                 f". Data of other dimensions can be drawn as images of as many elements: shape={flat} and "
                 f"lambda x, t: model(x.reshape(-1, {within}), t).reshape(x.shape)"
             )
-        raise ValueError(said)
-    check_fits("shape", model, shape)
+        raise ValueError(message)
+    check_image_shape("shape", model.sized, shape)
     return shape
 
 
@@ -49,39 +51,42 @@ def _own_shape(model: object) -> tuple[int, int, int] | None:
     return None if side is None else (model.config.in_channels, *((side, side) if isinstance(side, int) else side))
 
 
-def _shape_inside(model: object) -> tuple[int, int, int]:
-    bare = called(model)
+def _found_shape(model: object) -> tuple[int, int, int]:
+    bare = callee(model)
     own = _own_shape(bare)
     if own is not None:
         return own
-    held = inside(bare, lambda v: is_diffusers(v, "UNet2DModel") or (_speaks(v) and _own_shape(v) is not None))
-    shapes = list(dict.fromkeys(_own_shape(v) for v in held))
+    inner = find_inside(
+        bare, lambda v: is_diffusers(v, "UNet2DModel") or (has_settings(v) and _own_shape(v) is not None)
+    )
+    shapes = list(dict.fromkeys(_own_shape(v) for v in inner))
     why = "a model that is not a fastddpm.UNet needs shape=(C, H, W)"
     if len(shapes) > 1:
-        why = f"the {_name(bare)} holds models of different ones ({', '.join(map(str, shapes))}): pass shape=(C, H, W)"
+        why = (
+            f"the {name_of(bare)} holds models of different ones ({', '.join(map(str, shapes))}): pass shape=(C, H, W)"
+        )
     elif shapes and shapes[0] is not None:
-        lacking = [v.config for v in held if as_made(v) is not None and v.config.in_channels > v.config.out_channels]
-        if not lacking:
+        conditioned = [v.config for v in inner if sized_network(v) and v.config.in_channels > v.config.out_channels]
+        if not conditioned:
             return shapes[0]
         why = (
-            f"the network in the {_name(bare)} takes {lacking[0].in_channels} channels and answers with "
-            f"{lacking[0].out_channels}, so that not all of them are x: pass shape=(C, H, W) of x"
+            f"the network in the {name_of(bare)} takes {conditioned[0].in_channels} channels and answers with "
+            f"{conditioned[0].out_channels}, so that not all of them are x: pass shape=(C, H, W) of x"
         )
     raise ValueError(f"shape: missing; {why}")
 
 
-def check_fits(name: str, model: object, shape: Sequence[int]) -> None:
-    """Raise ValueError, naming the argument, where images of `shape` (C, H, W) are none for a UNet or UNet2DModel."""
-    network = as_made(model)
+def check_image_shape(name: str, network: nn.Module | None, shape: Sequence[int]) -> None:
+    """Raise ValueError, naming the argument, where a UNet or UNet2DModel does not take images of `shape` (C, H, W)."""
     if network is None:
         return
     config, (channels, height, width) = network.config, shape
     if config.in_channels > config.out_channels:
-        theirs = ".sample" if not isinstance(network, UNet) or network.schedule is None else ""
+        sample = ".sample" if not isinstance(network, UNet) or network.schedule is None else ""
         raise ValueError(
             f"model: the network takes {config.in_channels} channels and answers with {config.out_channels}: it wants a "
             f"condition of {config.in_channels - config.out_channels} channels beside x. Pass a callable that appends it, e.g. "
-            f"lambda x, t: unet(torch.cat((x, condition), 1), t){theirs}, with shape=({config.out_channels}, {height}, {width})"
+            f"lambda x, t: unet(torch.cat((x, condition), 1), t){sample}, with shape=({config.out_channels}, {height}, {width})"
         )
     if channels != config.in_channels:
         raise ValueError(f"{name}: {channels} channels; the network takes {config.in_channels}")
@@ -92,14 +97,15 @@ def check_fits(name: str, model: object, shape: Sequence[int]) -> None:
         [(side + add) >> halvings << halvings for side in (height, width)] for add in (0, (1 << halvings) - 1)
     )
     fitting = " and ".join(f"{h}x{w}" for h, w in (floor, ceiling) if h and w)
-    made = None if name == "shape" else _own_shape(network)
-    way = "" if made is None else f"; it was made for {made[1]}x{made[2]}: pad them, as for its training"
+    own = None if name == "shape" else _own_shape(network)
+    way = "" if own is None else f"; it was made for {own[1]}x{own[2]}: pad them, as for its training"
     raise ValueError(
         f"{name}: {height}x{width} cannot be halved {halvings} times, as the network does; the nearest that can: {fitting}{way}"
     )
 
 
 def device_of(model: object, device: torch.device | str | None) -> torch.device:
+    """The device as passed, else that of the model's parameters, else the CPU."""
     if device is not None:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
@@ -109,13 +115,14 @@ def device_of(model: object, device: torch.device | str | None) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def labels_of(labels: Any, n: int, model: object) -> torch.Tensor | None:
-    classes = model.config.classes if isinstance(model, UNet) else None
+def class_labels_of(model: ResolvedModel, labels: Any, n: int) -> torch.Tensor | None:
+    """int64 [n], or None for a model without classes. Raise ValueError where labels and model do not fit."""
+    classes = model.num_classes
     if labels is None:
         if classes is not None:
             raise ValueError(f"class_labels: missing; the network has {classes} classes: pass an int or int64 [{n}]")
         return None
-    if isinstance(model, UNet) and classes is None:
+    if model.unet is not None and classes is None:
         raise ValueError("class_labels: given, but the network has no classes")
     labels = as_labels(labels, n)
     check_labels(labels, classes)
@@ -135,18 +142,18 @@ def as_labels(labels: Any, n: int) -> torch.Tensor:
     if is_int(labels):
         return torch.full((n,), labels)
     try:
-        given = torch.as_tensor(labels)
+        tensor = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"class_labels: got {labels!r}; expected an int or int64 [{n}]") from None
     if isinstance(labels, (list, tuple)) and not labels:
-        given = given.long()
-    no_integers = given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
-    if no_integers or tuple(given.shape) != (n,):
-        raise ValueError(f"class_labels: got {given.dtype} {list(given.shape)}; expected an int or int64 [{n}]")
-    return given.long()
+        tensor = tensor.long()
+    no_integers = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+    if no_integers or tuple(tensor.shape) != (n,):
+        raise ValueError(f"class_labels: got {tensor.dtype} {list(tensor.shape)}; expected an int or int64 [{n}]")
+    return tensor.long()
 
 
-def fitting_batch(n: int, shape: tuple[int, int, int], device: torch.device) -> int:
+def default_batch_size(n: int, shape: tuple[int, int, int], device: torch.device) -> int:
     """min(n, what fits): a quarter of the device's memory at 4 KiB a pixel, about what the paper's networks take in float32."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -156,8 +163,10 @@ def fitting_batch(n: int, shape: tuple[int, int, int], device: torch.device) -> 
 
 
 def output_fault(o: object, shape: list[int], learned: bool) -> str | None:
-    """What is wrong with a model's output for x of `shape` [N, C, ...]; None: nothing. learned: it must hold a variance, which
-    it may hold all the same where it needn't."""
+    """What is wrong with a model's output for x of `shape` [N, C, ...]; None: nothing.
+
+    learned: whether it must hold a variance, as it may in any case.
+    """
     if not isinstance(o, torch.Tensor):
         return f"it returned {type(o).__name__}; expected a tensor. Wrap it, e.g. lambda x, t: model(x, t).sample"
     n, c, *spatial = shape
@@ -165,10 +174,10 @@ def output_fault(o: object, shape: list[int], learned: bool) -> str | None:
     if list(o.shape) == doubled or (not learned and list(o.shape) == shape):
         return None
     expected = f"{doubled}, with the learned variance" if learned else shape
-    said = f"its output has shape {list(o.shape)}; expected {expected}"
+    fault = f"its output has shape {list(o.shape)}; expected {expected}"
     if list(o.shape[1:]) in (shape[1:], doubled[1:]):
-        said += (
+        fault += (
             f". It was called with {n} images; if it holds a condition for each image, pass class_labels=torch.arange(n): it is "
             "then called as model(x, t, index), with the index of each image in x"
         )
-    return said
+    return fault

@@ -1,26 +1,24 @@
-"""`sample`: the reverse process (Ho et al. 2020, algorithm 2) and the one loop that runs it."""
+"""`sample`: images by the reverse process, and `run`, which draws them by any plan."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..diffusion import coefficients
 from ..diffusion.schedule import Schedule
 from ..engine import memory
-from ..engine.cache import network
-from ..inputs.adopt import adopted, called
-from ..inputs.arguments import device_of, fitting_batch, labels_of, shape_of
-from ..inputs.resolve import tell_left
+from ..engine.cache import acquire_runner
+from ..inputs.arguments import class_labels_of, default_batch_size, device_of, image_shape
+from ..inputs.resolve import ResolvedModel, warn_signal_left
 from ..ops.rng import check_first, seed_of
 from ..utils.progress import bar as progress_bar
 from ..utils.validation import bound_of, check_count
-from ..utils.warn import warn_once
-from .loop import StepState, prepared
-from .plan import plan
+from .loop import Batch, ChainShape, StepState, chain_for
+from .plan import ChainArguments, Plan, plan, resolve_for
 
 __all__ = ["sample"]
 
@@ -81,76 +79,89 @@ def sample(
     Raises ValueError naming the argument that does not fit, before anything is drawn, and SamplingError where the
     model's output has the wrong shape or is not finite, naming the step.
     """
-    model = adopted(model)
-    chosen = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance, clip)
-    tell_left(model, chosen.schedule)
-    return run(
-        model, n, chosen.table, shape=shape, clip=chosen.clip, class_labels=class_labels, noise=noise, seed=seed, first=first,
-        batch_size=batch_size, device=device, dtype=dtype, progress=progress, callback=callback,
-    )  # fmt: skip
+    arguments = ChainArguments(schedule, prediction, sampler, steps, spacing, eta, variance, clip)
+    chain = plan(resolve_for(model, arguments), arguments)
+    warn_signal_left(chain.model.network, chain.model.settings.schedule)
+    options = RunOptions(shape, class_labels, noise, seed, first, batch_size, device, dtype, progress, callback)
+    return run(chain, n, options)
 
 
-def run(
-    model: nn.Module | Callable,
-    n: int,
-    table: coefficients.Table,
-    *,
-    shape: tuple[int, int, int] | None = None,
-    clip: bool | float = True,
-    class_labels: torch.Tensor | Sequence[int] | int | None = None,
-    noise: torch.Tensor | None = None,
-    seed: int | torch.Generator | None = None,
-    first: int = 0,
-    batch_size: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    progress: bool | None = None,
-    callback: Callable[[StepState], None] | None = None,
-) -> torch.Tensor:
-    """Where the table takes n images. model: none of diffusers' that `foreign.adopted` takes. All else as in `sample`."""
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Those of `sample`'s arguments that do not change the chain."""
+
+    shape: tuple[int, int, int] | None = None
+    class_labels: torch.Tensor | Sequence[int] | int | None = None
+    noise: torch.Tensor | None = None
+    seed: int | torch.Generator | None = None
+    first: int = 0
+    batch_size: int | None = None
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    progress: bool | None = None
+    callback: Callable[[StepState], None] | None = None
+
+
+def run(chain: Plan, n: int, options: RunOptions) -> torch.Tensor:
+    """Run the chain for n images: float32 [n, C, H, W]."""
+    model, table = chain.model, chain.table
     n = check_count("n", n, 0)
-    shape = shape_of(model, shape)
-    bound = bound_of(clip)
-    seed, first = seed_of(seed), check_first(first)
-    device = device_of(model, device)
-    class_labels = labels_of(class_labels, n, model)
-    if noise is not None and not isinstance(noise, torch.Tensor):
-        raise ValueError(f"noise: got {type(noise).__name__}; expected float32 {[n, *shape]}")
-    if noise is not None and (tuple(noise.shape) != (n, *shape) or noise.dtype != torch.float32):
-        raise ValueError(f"noise: got {noise.dtype} {list(noise.shape)}; expected float32 {[n, *shape]}")
-    if batch_size is None:
-        batch_size = fitting_batch(n, shape, device)
-        if batch_size < n and class_labels is None and not isinstance(called(model), nn.Module):
-            warn_once(
-                model,
-                f"batch_size: the {n} images are drawn {batch_size} at a time, as many as fit. If the function holds a condition "
-                f"for each image, pass class_labels=torch.arange({n}): it is then called as model(x, t, index), with the index "
-                "of each image in x",
-            )
-    batch_size = check_count("batch_size", batch_size, 1)
+    shape = image_shape(model, options.shape)
+    clip = bound_of(model.settings.clip)
+    seed, first = seed_of(options.seed), check_first(options.first)
+    device = device_of(model.network, options.device)
+    labels = class_labels_of(model, options.class_labels, n)
+    noise = _checked_noise(options.noise, (n, *shape))
+    batch_size = _batch_size(model, n, shape, device, options)
     if n == 0:
         with torch.inference_mode(False):
             return torch.empty(0, *shape, dtype=torch.float32, device=device)
-    batch_size = min(batch_size, n)
-    chunks = range(0, n, batch_size)
+    starts, progress, callback = range(0, n, batch_size), options.progress, options.callback
+    x_shape = (batch_size, *shape)
     with (
         torch.inference_mode(False),  # the result is an ordinary tensor even where the caller is in inference mode
         torch.no_grad(),
-        memory.kept(device),
-        network(model, device, dtype, (batch_size, *shape)) as net,
-        progress_bar(progress, total=len(table.timesteps) * len(chunks), unit="step", leave=progress is True) as bar,
+        memory.retain_freed_memory(device),
+        acquire_runner(model, device, options.dtype, x_shape) as entry,
+        progress_bar(progress, total=len(table.timesteps) * len(starts), unit="step", leave=progress is True) as bar,
     ):
         out = torch.empty(n, *shape, dtype=torch.float32, device=device)
-        chain = prepared(net, table, (batch_size, *shape), bound, class_labels is not None, callback is not None)
-        for notice in net.notices:
-            warn_once(model, notice)
-        for start in chunks:
-            count = min(batch_size, n - start)
-            x_T = None if noise is None else _padded(noise[start : start + count], batch_size)
-            labels = None if class_labels is None else _padded(class_labels[start : start + count], batch_size)
-            chain.run(net, out[start : start + count], seed, first + start, x_T, labels, bar, callback)
+        loop_shape = ChainShape.of(
+            table, x_shape, clip, has_labels=labels is not None, has_callback=callback is not None
+        )
+        loop = chain_for(entry, table, loop_shape)
+        for warning in (*entry.runner.warnings, *([loop.warning] if loop.warning else [])):
+            model.warn(warning)
+        for start in starts:
+            part = slice(start, start + batch_size)
+            x_T, batch_labels = (None if v is None else _padded(v[part], batch_size) for v in (noise, labels))
+            loop.run(Batch(out[part], seed, first + start, x_T, batch_labels), bar, callback)
     return out
 
 
+def _checked_noise(noise: object, shape: tuple[int, ...]) -> torch.Tensor | None:
+    if noise is None:
+        return None
+    if not isinstance(noise, torch.Tensor):
+        raise ValueError(f"noise: got {type(noise).__name__}; expected float32 {list(shape)}")
+    if tuple(noise.shape) != shape or noise.dtype != torch.float32:
+        raise ValueError(f"noise: got {noise.dtype} {list(noise.shape)}; expected float32 {list(shape)}")
+    return noise
+
+
+def _batch_size(model: ResolvedModel, n: int, shape: tuple, device: torch.device, options: RunOptions) -> int:
+    if options.batch_size is not None:
+        return min(check_count("batch_size", options.batch_size, 1), max(n, 1))
+    batch_size = default_batch_size(n, shape, device)
+    if batch_size < n and options.class_labels is None and model.is_function:
+        model.warn(
+            f"batch_size: the {n} images are drawn {batch_size} at a time, as many as fit. If the function holds a condition "
+            f"for each image, pass class_labels=torch.arange({n}): it is then called as model(x, t, index), with the index "
+            "of each image in x"
+        )
+    return batch_size
+
+
 def _padded(v: torch.Tensor, size: int) -> torch.Tensor:
+    """v [n, ...] with its last entry repeated, [size, ...]: a batch of another size would be packed and tuned for anew."""
     return v if len(v) == size else torch.cat((v, v[-1:].expand(size - len(v), *v.shape[1:])))

@@ -5,77 +5,80 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..diffusion import coefficients
-from ..diffusion.schedule import Schedule
-from ..inputs.resolve import Trained, trained_for
-from ..models.unet import UNet
+from ..inputs.resolve import ResolvedModel, TrainingSettings, resolve
 from ..utils.validation import choice, is_int, plain
-from ..utils.warn import warn_once
 
-# What `plan` takes of sample's.
-PLANNED = ("schedule", "prediction", "sampler", "steps", "spacing", "eta", "variance", "clip")
+
+class ChainArguments(NamedTuple):
+    """Those of `sample`'s arguments that describe the chain; None for the default."""
+
+    schedule: Any = None
+    prediction: str | None = None
+    sampler: str = "ddpm"
+    steps: int | None = None
+    spacing: str | None = None
+    eta: float = 0.0
+    variance: str | None = None
+    clip: bool | float | None = None
 
 
 class Plan(NamedTuple):
-    """What a chain takes, its defaults filled in. variance: of ddpm, else None."""
+    """A chain: the model, and its table of step coefficients. variance: ddpm's, else None."""
 
+    model: ResolvedModel
     table: coefficients.Table
-    schedule: Schedule
-    prediction: str
     sampler: str
     spacing: str
     eta: float
     variance: str | None
-    clip: bool | float
 
 
-def plan(
-    model: object,
-    schedule: Schedule | Any | None = None,
-    prediction: str | None = None,
-    sampler: str = "ddpm",
-    steps: int | None = None,
-    spacing: str | None = None,
-    eta: float = 0.0,
-    variance: str | None = None,
-    clip: bool | float | None = None,
-    start: int | None = None,
-) -> Plan:
-    """The chain that `sample`'s arguments ask for. start: the timestep of the noise that it begins with, default T - 1."""
-    choice("sampler", sampler, tuple(coefficients.STEPS))
-    asked = variance
-    needs = [name for name in Trained._fields if name != "variance" or sampler == "ddpm"]
-    schedule, prediction, variance, clip = trained_for(model, schedule, prediction, variance, clip, needs=needs)
+def resolve_for(model: object, arguments: ChainArguments) -> ResolvedModel:
+    """The model with what it was trained for, as far as the sampler uses it."""
+    choice("sampler", arguments.sampler, tuple(coefficients.STEPS))
+    needs = [name for name in TrainingSettings._fields if name != "variance" or arguments.sampler == "ddpm"]
+    schedule, prediction, _, _, _, _, variance, clip = arguments
+    return resolve(model, schedule, prediction, variance, clip, needs=needs)
+
+
+def plan(model: ResolvedModel, arguments: ChainArguments, start: int | None = None) -> Plan:
+    """Check the arguments and make the chain's table. start: the timestep of the noise that it begins with, default T - 1."""
+    sampler, eta = arguments.sampler, plain(arguments.eta)
+    schedule, prediction, variance, _ = model.settings
     choice("variance", variance, coefficients.VARIANCES)
     most = len(schedule) if start is None else start + 1
+    steps = plain(arguments.steps)
     if steps is None:
         steps = min(coefficients.STEPS[sampler] or most, most)
-    steps, eta = plain(steps), plain(eta)
     if not is_int(steps) or not 1 <= steps <= most:
         raise ValueError(f"steps: got {steps!r}; expected an int in 1..{most}, as the chain has {most} timesteps")
-    spacing = choice("spacing", coefficients.SPACING[sampler] if spacing is None else spacing, coefficients.SPACINGS)
+    spacing = coefficients.SPACING[sampler] if arguments.spacing is None else arguments.spacing
+    choice("spacing", spacing, coefficients.SPACINGS)
     if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
         raise ValueError(f"eta: got {eta!r}; expected a number in [0, 1]")
     if eta and sampler != "ddim":
         raise ValueError(f'eta: got {eta}, which only sampler="ddim" has; {sampler!r} has none: leave it out')
-    if asked is not None and sampler != "ddpm":
+    if arguments.variance is not None and sampler != "ddpm":
         raise ValueError(
-            f'variance: got {asked!r}, which only sampler="ddpm" has; '
+            f'variance: got {arguments.variance!r}, which only sampler="ddpm" has; '
             + ("ddim's noise is eta" if sampler == "ddim" else f"{sampler!r} adds no noise")
         )
-    timesteps = coefficients.spaced(schedule, steps, spacing, start)
     if sampler == "ddpm" and variance == "fixed_large" and steps < most:
-        if asked is None:
+        advice, way_out = "consider fixed_small in place of fixed_large", ""
+        if arguments.variance is None:
             variance = "fixed_small"
-            said, way_out = "fixed_small in place of the default fixed_large", " (passing fixed_large keeps it)"
-        else:
-            said, way_out = "consider fixed_small in place of fixed_large", ""
-        warn_once(model, f"variance: {said}, which ruins images where steps are left out{way_out}")
+            advice = "fixed_small in place of the default fixed_large"
+            way_out = " (passing fixed_large keeps it)"
+        model.warn(f"variance: {advice}, which ruins images where steps are left out{way_out}")
+    timesteps = coefficients.spaced(schedule, steps, spacing, start)
     table = coefficients.table(
         schedule, sampler=sampler, prediction=prediction, variance=variance, eta=eta, timesteps=timesteps
     )
-    if table.learned and isinstance(model, UNet) and model.config.out_channels != 2 * model.config.in_channels:
-        raise ValueError(
-            f"variance: learned_range needs a network with {2 * model.config.in_channels} output channels; "
-            f"this one has {model.config.out_channels}"
-        )
-    return Plan(table, schedule, prediction, sampler, spacing, eta, variance if sampler == "ddpm" else None, clip)
+    if table.learned and model.unet is not None:
+        config = model.unet.config
+        if config.out_channels != 2 * config.in_channels:
+            raise ValueError(
+                f"variance: learned_range needs a network with {2 * config.in_channels} output channels; "
+                f"this one has {config.out_channels}"
+            )
+    return Plan(model, table, sampler, spacing, eta, variance if sampler == "ddpm" else None)

@@ -1,4 +1,4 @@
-"""What else a chain can do: go from an image to its noise, mix two images, show what it sees in the noise on its way."""
+"""Other uses of a chain: from an image to its noise, from one image to another, and what it predicts on its way."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch import nn
 from .. import ops
 from ..diffusion import coefficients
 from ..diffusion.schedule import Schedule
-from ..inputs.adopt import adopted
-from ..inputs.arguments import check_fits, device_of, labels_of
-from ..inputs.resolve import schedule_of, tell_left
+from ..inputs.arguments import check_image_shape, class_labels_of, device_of
+from ..inputs.resolve import ResolvedModel, warn_signal_left
 from ..ops.rng import Stream, check_first, seed_of
 from ..utils.validation import check_count, is_int, plain
-from .api import run
+from .api import RunOptions, run
 from .loop import StepState
-from .plan import PLANNED, plan
+from .plan import ChainArguments, plan, resolve_for
 
 __all__ = ["encode", "interpolate", "progressive"]
 
@@ -47,15 +46,18 @@ def encode(
 
     Both ways are first-order solutions of one differential equation, so that the round trip's error falls as steps grow.
     """
-    model = adopted(model)
-    images = _images("images", images, model)
-    # The chain's own arguments are checked by sample's plan; its timesteps, upwards, are the ones to visit.
-    chosen = plan(model, schedule, prediction, "ddim", steps, spacing, clip=False)
-    table = coefficients.inversion(chosen.schedule, prediction=chosen.prediction, timesteps=chosen.table.timesteps)
-    return run(
-        model, len(images), table, shape=tuple(images.shape[1:]), clip=False, class_labels=class_labels, noise=images,
-        seed=0, batch_size=batch_size, device=device, dtype=dtype, progress=progress,
+    arguments = ChainArguments(schedule, prediction, "ddim", steps, spacing, clip=False)
+    resolved = resolve_for(model, arguments)
+    images = _checked_images("images", images, resolved)
+    chain = plan(resolved, arguments)
+    settings = resolved.settings
+    # The chain's timesteps, upwards, are the ones to visit.
+    table = coefficients.inversion(settings.schedule, prediction=settings.prediction, timesteps=chain.table.timesteps)
+    options = RunOptions(
+        tuple(images.shape[1:]), class_labels, noise=images, seed=0, batch_size=batch_size, device=device, dtype=dtype,
+        progress=progress,
     )  # fmt: skip
+    return run(chain._replace(table=table), len(images), options)
 
 
 def interpolate(
@@ -91,12 +93,38 @@ def interpolate(
     first: pair i is image first + i of the seed's sequence, whatever other pairs and w there are. steps: how many of
         the t + 1 timesteps that are to go, default as for `sample`. Others: as in `sample`.
     """
-    model = adopted(model)
-    a, b = _images("a", a, model), _images("b", b, model)
+    arguments = ChainArguments(schedule, prediction, sampler, steps, spacing, eta, variance, clip)
+    resolved = resolve_for(model, arguments)
+    a, b = _checked_images("a", a, resolved), _checked_images("b", b, resolved)
     if a.shape != b.shape or a.device != b.device:
         raise ValueError(
             f"b: got {list(b.shape)} on {b.device}; expected a's shape and device, {list(a.shape)} on {a.device}"
         )
+    weights, schedule = _checked_weights(weights), resolved.settings.schedule
+    t = max(len(schedule) // 2 - 1, 0) if t is None else plain(t)
+    if not is_int(t) or not 0 <= t < len(schedule):
+        raise ValueError(f"t: got {t!r}; expected an int in 0..{len(schedule) - 1}")
+    chain = plan(resolved, arguments, start=t)
+    seed, first, device = seed_of(seed), check_first(first), device_of(resolved.network, device)
+    if first >= 1 << 54:
+        raise ValueError(f"first: got {first}; expected less than 2^54 here, where each pair has two draws")
+    labels = class_labels_of(resolved, class_labels, len(a))
+
+    a, b = a.to(device), b.to(device)
+    index = first + torch.arange(len(a), device=device)
+    noise = [ops.philox_normal(a.shape, seed=seed, t=t, stream=Stream.FORWARD, sample=2 * index + i) for i in (0, 1)]
+    x_a, x_b = schedule.add_noise(a, noise[0], t), schedule.add_noise(b, noise[1], t)
+
+    def drawn(w: float) -> torch.Tensor:
+        x_t = (1 - w) * x_a + w * x_b
+        options = RunOptions(tuple(a.shape[1:]), labels, x_t, seed, first, batch_size, device, dtype, progress)
+        return run(chain, len(a), options)
+
+    with torch.inference_mode(False):
+        return torch.stack([drawn(w) for w in weights])
+
+
+def _checked_weights(weights: int | Sequence[float]) -> list[float]:
     weights = plain(weights)
     if isinstance(weights, int):
         weights = check_count("weights", weights, 1)
@@ -104,30 +132,7 @@ def interpolate(
     weights = [plain(w) for w in weights]
     if not weights or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
         raise ValueError(f"weights: got {weights}; expected a number of them, or finite numbers")
-    q = schedule_of(model, schedule)
-    t = max(len(q) // 2 - 1, 0) if t is None else plain(t)
-    if not is_int(t) or not 0 <= t < len(q):
-        raise ValueError(f"t: got {t!r}; expected an int in 0..{len(q) - 1}")
-    chosen = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance, clip, start=t)
-    seed, first, device = seed_of(seed), check_first(first), device_of(model, device)
-    if first >= 1 << 54:
-        raise ValueError(f"first: got {first}; expected less than 2^54 here, where each pair has two draws")
-    labels = labels_of(class_labels, len(a), model)
-
-    a, b = a.to(device), b.to(device)
-    index = first + torch.arange(len(a), device=device)
-    noise = [ops.philox_normal(a.shape, seed=seed, t=t, stream=Stream.FORWARD, sample=2 * index + i) for i in (0, 1)]
-    x_a, x_b = q.add_noise(a, noise[0], t), q.add_noise(b, noise[1], t)
-    drawn = [
-        run(
-            model, len(a), chosen.table, shape=tuple(a.shape[1:]), clip=chosen.clip, class_labels=labels,
-            noise=(1 - w) * x_a + w * x_b, seed=seed, first=first, batch_size=batch_size, device=device, dtype=dtype,
-            progress=progress,
-        )
-        for w in weights
-    ]  # fmt: skip
-    with torch.inference_mode(False):
-        return torch.stack(drawn)
+    return weights
 
 
 def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = None, **options: object) -> torch.Tensor:
@@ -138,42 +143,42 @@ def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = Non
     """
     if options.get("callback") is not None:
         raise ValueError("callback: not here, where the frames are taken by one; give it to sample itself")
-    model = adopted(model)
-    chosen = plan(model, **{name: options.pop(name) for name in PLANNED if name in options})
-    tell_left(model, chosen.schedule)
-    steps = len(chosen.table.timesteps)
+    arguments = ChainArguments(**{name: options.pop(name) for name in ChainArguments._fields if name in options})
+    chain = plan(resolve_for(model, arguments), arguments)
+    warn_signal_left(chain.model.network, chain.model.settings.schedule)
+    steps = len(chain.table.timesteps)
     frames = min(10, steps) if frames is None else plain(frames)
-    kept = Frames(steps, frames, lambda state: state.x0)
-    x = run(model, n, chosen.table, clip=chosen.clip, **{**options, "callback": kept})
+    recorder = FrameRecorder(steps, frames, lambda state: state.x0)
+    x = run(chain, n, RunOptions(**{**options, "callback": recorder}))
     with torch.inference_mode(False):
         if n == 0:
             return torch.empty(0, frames, *x.shape[1:], dtype=torch.float32, device=x.device)
-        return torch.stack([*kept.frames[:-1], x], dim=1)
+        return torch.stack([*recorder.frames[:-1], x], dim=1)
 
 
-class Frames:
-    """A callback that keeps what `see` takes from the state after `count` of the steps, evenly, the last one among them."""
+class FrameRecorder:
+    """A callback that records extract(state) after `count` of the steps, evenly, the last one among them."""
 
-    def __init__(self, steps: int, count: int, see: Callable[[StepState], torch.Tensor]) -> None:
+    def __init__(self, steps: int, count: int, extract: Callable[[StepState], torch.Tensor]) -> None:
         if not is_int(count) or not 1 <= count <= steps:
             raise ValueError(f"frames: got {count!r}; expected an int in 1..{steps}, the number of steps")
-        self.see, self.kept = see, {round(steps * (i + 1) / count) - 1: [] for i in range(count)}
+        self.extract, self.by_step = extract, {round(steps * (i + 1) / count) - 1: [] for i in range(count)}
 
     def __call__(self, state: StepState) -> None:
-        if state.step in self.kept:
-            self.kept[state.step].append(self.see(state))
+        if state.step in self.by_step:
+            self.by_step[state.step].append(self.extract(state))
 
     @property
     def frames(self) -> list[torch.Tensor]:
         """One tensor [n, C, H, W] for each step, of all batches."""
-        return [torch.cat(parts) for parts in self.kept.values()]
+        return [torch.cat(parts) for parts in self.by_step.values()]
 
 
-def _images(name: str, images: torch.Tensor, model: object) -> torch.Tensor:
+def _checked_images(name: str, images: torch.Tensor, model: ResolvedModel) -> torch.Tensor:
     if not isinstance(images, torch.Tensor) or images.dim() != 4 or not images.is_floating_point():
         got = f"{images.dtype} {list(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"{name}: got {got}; expected floating-point images [N, C, H, W] in [-1, 1]")
     if images.numel() and not float(images.abs().max()) <= 1:
         raise ValueError(f"{name}: values reach {float(images.abs().max()):.4g}; expected images in [-1, 1]")
-    check_fits(name, model, images.shape[1:])
+    check_image_shape(name, model.sized, images.shape[1:])
     return images.detach().float()

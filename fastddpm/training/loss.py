@@ -13,9 +13,9 @@ from .. import ops
 from ..diffusion.bound import Bound, _like
 from ..diffusion.coefficients import to_x0
 from ..diffusion.schedule import Schedule
-from ..inputs.adopt import tensor_of
-from ..inputs.arguments import as_labels, check_fits, check_labels
-from ..inputs.resolve import tell_left, trained_for
+from ..inputs.adopt import output_tensor, sized_network
+from ..inputs.arguments import as_labels, check_image_shape, check_labels
+from ..inputs.resolve import resolve_settings, warn_signal_left
 from ..models.unet import UNet
 from ..ops.philox_normal import first_words
 from ..ops.rng import Stream, check_first, check_seed, random_seed
@@ -97,7 +97,7 @@ def training_loss(
     """
     choice("objective", objective, OBJECTIVES)
     needs = ("schedule", "prediction", *(["variance"] if objective == "bound" else []))
-    schedule, prediction, variance, _ = trained_for(model, schedule, prediction, variance, needs=needs)
+    schedule, prediction, variance, _ = resolve_settings(model, schedule, prediction, variance, needs=needs)
     bound = None
     if objective == "bound":
         bound = Bound(schedule, variance, x0.device)
@@ -105,9 +105,9 @@ def training_loss(
         raise ValueError(f"x0: got {x0.dtype} {list(x0.shape)}; expected floating-point images [N, C, H, W] in [-1, 1]")
     if len(x0) == 0:
         raise ValueError(f"x0: got shape {list(x0.shape)}, no images; expected at least one")
-    tell_left(model, schedule)
+    warn_signal_left(model, schedule)
     if x0.dim() == 4:
-        check_fits("x0", model, x0.shape[1:])
+        check_image_shape("x0", sized_network(model), x0.shape[1:])
     seed = random_seed() if seed is None else check_seed(seed)
     n, first = x0.shape[0], check_first(first)
     if class_labels is not None:
@@ -122,7 +122,7 @@ def training_loss(
         noise = draw_noise(x0, t, seed=seed, first=first).to(x0.dtype)
     x_t = schedule.add_noise(x0, noise, t)
     at_zero = None if bound is None else (t == 0).nonzero()[:, 0]  # here, where a GPU has nothing to be waited for
-    o = tensor_of(model(x_t, t) if class_labels is None else model(x_t, t, class_labels))
+    o = output_tensor(model(x_t, t) if class_labels is None else model(x_t, t, class_labels))
     wanted = target(prediction, schedule, x0, x_t, noise, t)
     expected = list(wanted.shape)
     if bound is not None and bound.log_variance is None:
