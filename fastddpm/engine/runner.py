@@ -127,7 +127,7 @@ class Engine(Plain):
         _place(network, device, dtype, exact())
         super().__init__(network, device, dtype, *notices, *_notices(model, left or changed))
         self.captured = not changed
-        self.hoisted = self.whole and model.config.classes is None
+        self.hoisted = self.whole and model.config.num_classes is None
 
     def settings(self) -> contextlib.AbstractContextManager:
         return graphs.cudnn_for(self.device)

@@ -85,7 +85,7 @@ def check_fits(name: str, model: object, shape: Sequence[int]) -> None:
         )
     if channels != config.in_channels:
         raise ValueError(f"{name}: {channels} channels; the network takes {config.in_channels}")
-    halvings = len(config.multipliers if isinstance(network, UNet) else config.block_out_channels) - 1
+    halvings = len(config.channel_mult if isinstance(network, UNet) else config.block_out_channels) - 1
     if height % (1 << halvings) == 0 == width % (1 << halvings):
         return
     floor, ceiling = (
@@ -110,7 +110,7 @@ def device_of(model: object, device: torch.device | str | None) -> torch.device:
 
 
 def labels_of(labels: Any, n: int, model: object) -> torch.Tensor | None:
-    classes = model.config.classes if isinstance(model, UNet) else None
+    classes = model.config.num_classes if isinstance(model, UNet) else None
     if labels is None:
         if classes is not None:
             raise ValueError(f"class_labels: missing; the network has {classes} classes: pass an int or int64 [{n}]")
