@@ -55,7 +55,13 @@ from fastddpm.utils.files import whole
 
 SIDE = 14
 NETWORK = UNetConfig(
-    sample_size=SIDE, in_channels=1, channels=16, multipliers=(1, 2), blocks=1, attention=(), groups=8
+    sample_size=SIDE,
+    in_channels=1,
+    channels=16,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    norm_groups=8,
 )  # the middle has attention all the same
 LOT = 100  # images drawn between two writes of the cache
 SHOWN = 20  # samples of each in the plot

@@ -404,7 +404,10 @@ def convert_command(source, out, format, revision, flags) -> None:
 
 
 def _described(found: base.Read) -> list[tuple[str, str]]:
-    default, always = UNetConfig(), ("sample_size", "channels", "multipliers", "blocks", "attention")
+    default, always = (
+        UNetConfig(),
+        ("sample_size", "channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
+    )
     options = [
         f"{name} {value}"
         for name, value in dataclasses.asdict(found.config).items()

@@ -20,7 +20,14 @@ from fastddpm.inputs import arguments, resolve
 
 SHORT = Schedule.linear(3, 0.01, 0.5)
 COSINE = {"schedule": Schedule.cosine(6), "prediction": "v_prediction", "variance": "fixed_small", "clip": 0.5}
-TINY = {"sample_size": 8, "channels": 8, "multipliers": (1,), "blocks": 1, "attention": (), "groups": 4}
+TINY = {
+    "sample_size": 8,
+    "channels": 8,
+    "channel_mult": (1,),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "norm_groups": 4,
+}
 
 
 def unet(config=None, **trained):
@@ -364,7 +371,7 @@ FLOATS = [np.float32, np.float64, np.array, torch.tensor]
 
 @pytest.mark.parametrize("kind", INTEGERS)
 def test_integers_of_other_kinds(kind):
-    model = unet({"classes": 4})
+    model = unet({"num_classes": 4})
     shape = tuple(map(kind, model.shape))
     options = {"steps": kind(2), "seed": kind(5), "class_labels": kind(3)}
     plain = {"steps": 2, "seed": 5, "class_labels": 3}
@@ -419,7 +426,7 @@ def test_integers_of_other_kinds(kind):
 
 @pytest.mark.parametrize("kind", INTEGERS)
 def test_an_evaluation_takes_them_and_writes_the_same(kind, tmp_path):
-    model = unet({"classes": 4})
+    model = unet({"num_classes": 4})
     samples.draw(
         model, tmp_path / "e", kind(3), seed=kind(1), shard=kind(2), batch_size=kind(2), steps=kind(2), class_labels=kind(3),
         sampler="ddim", eta=np.float32(0.5), clip=torch.tensor(0.5),
@@ -438,7 +445,7 @@ def test_an_evaluation_takes_them_and_writes_the_same(kind, tmp_path):
     ids=lambda v: f"{type(v).__name__} of {getattr(v, 'dtype', type(v[0]).__name__)}",
 )  # fmt: skip
 def test_labels_of_other_kinds(labels):
-    model, usual = unet({"classes": 4}), torch.tensor([int(v) for v in labels])
+    model, usual = unet({"num_classes": 4}), torch.tensor([int(v) for v in labels])
     for call in (
         lambda y: fastddpm.sample(model, 4, seed=0, class_labels=y),
         lambda y: fastddpm.progressive(model, 4, frames=1, seed=0, class_labels=y),
@@ -471,11 +478,11 @@ def test_labels_of_other_kinds(labels):
 )
 def test_labels_that_are_refused(labels, says):
     with pytest.raises(ValueError, match=f"class_labels: {says}"):
-        fastddpm.sample(unet({"classes": 4}), 2, class_labels=labels)
+        fastddpm.sample(unet({"num_classes": 4}), 2, class_labels=labels)
 
 
 def test_no_labels_for_no_images():
-    assert fastddpm.sample(unet({"classes": 4}), 0, class_labels=[]).shape == (0, 1, 8, 8)
+    assert fastddpm.sample(unet({"num_classes": 4}), 0, class_labels=[]).shape == (0, 1, 8, 8)
 
 
 @pytest.mark.parametrize("kind", FLOATS)
@@ -529,7 +536,7 @@ def test_sides_that_the_levels_cannot_halve(height, width, levels, diffusers):
         kinds = {"down_block_types": ("DownBlock2D",) * levels, "up_block_types": ("UpBlock2D",) * levels}
         model = theirs(sample_size=16, **blocks, **kinds)
     else:
-        model = unet({"sample_size": 16, "multipliers": (1,) * levels})
+        model = unet({"sample_size": 16, "channel_mult": (1,) * levels})
     x = torch.zeros(1, 1, height, width)
     given_ = {"schedule": Schedule([0.5])}
     calls = {
@@ -560,7 +567,7 @@ def test_a_forward_that_pads_is_not_asked():
             return super().forward(padded, t, class_labels)[:, :, :height, :width].contiguous()
 
     torch.manual_seed(0)
-    model = Padded(UNetConfig(**{**TINY, "in_channels": 1, "multipliers": (1, 1)}), schedule=SHORT)
+    model = Padded(UNetConfig(**{**TINY, "in_channels": 1, "channel_mult": (1, 1)}), schedule=SHORT)
     assert told(lambda: fastddpm.sample(model, 1, shape=(1, 7, 5)))[0].shape == (1, 1, 7, 5)
 
 

@@ -137,7 +137,7 @@ def test_results_are_ordinary_tensors():
 
 
 def test_encode_a_network_with_classes():
-    model = small_unet(classes=3)
+    model = small_unet(num_classes=3)
     x, labels = pictures(3, (1, 8, 8)), torch.tensor([2, 0, 1])
     x_T = fastddpm.encode(model, x, steps=20, class_labels=labels, batch_size=2)
     plain = fastddpm.encode(lambda x, t, y: model(x, t, y), x, schedule=SHORT, steps=20, class_labels=labels)
@@ -218,7 +218,7 @@ def test_interpolate_ends_and_options():
     whole = fastddpm.interpolate(ideal(SHORT), a, b, weights=[0.2, 0.7], **options)
     one = fastddpm.interpolate(ideal(SHORT), a[1:], b[1:], weights=[0.7], first=1, batch_size=1, **options)
     assert torch.equal(one[0], whole[1, 1:])  # all noise is the pair's, whatever else is asked for
-    model = small_unet(classes=3)
+    model = small_unet(num_classes=3)
     x, y, labels = pictures(2, (1, 8, 8)), pictures(2, (1, 8, 8), seed=1), torch.tensor([0, 2])
     mixed = fastddpm.interpolate(model, x, y, weights=2, seed=0, class_labels=labels)
     for i in range(2):

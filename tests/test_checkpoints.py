@@ -30,7 +30,7 @@ from fastddpm.checkpoints import diffusers_options, openai, pretrained, schedule
 from fastddpm.checkpoints.base import check
 from fastddpm.errors import CheckpointError
 
-SMALL = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4)
+SMALL = UNetConfig(sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4)
 
 
 def every_parameter_matters(model):
@@ -90,13 +90,29 @@ def test_save_and_load(tmp_path):
 
 def test_a_config_with_every_option(tmp_path):
     config = dataclasses.replace(
-        SMALL, out_channels=6, eps=1e-5, attention_up=(8, 4), stem=4, heads=2, scale_shift=True, resample="resnet", pad="both",
-        flip_sin_to_cos=True, freq_shift=0, time_scale=0.25, center_input=True, middle_groups=0, middle_scale=math.sqrt(2),
-        classes=3, multipliers=(0.5, 2),
+        SMALL, out_channels=6, norm_eps=1e-5, up_attention_resolutions=(8, 4), stem_channels=4, num_heads=2,
+        scale_shift=True, resample="resnet", downsample_padding="both", flip_sin_to_cos=True, freq_shift=0,
+        time_scale=0.25, center_input=True, middle_groups=0, middle_scale=math.sqrt(2), num_classes=3,
+        channel_mult=(0.5, 2),
     )  # fmt: skip
     model = randomised(config)
     model.save_pretrained(tmp_path)
     same_network(UNet.from_pretrained(tmp_path), model)
+
+
+def test_a_config_with_the_old_names_of_options(tmp_path):
+    config = dataclasses.replace(SMALL, num_classes=3, num_heads=2, downsample_padding="both")
+    model = randomised(config)
+    model.save_pretrained(tmp_path)
+    old = {
+        "sample_size": 8, "in_channels": 3, "out_channels": 3, "channels": 8, "multipliers": [1, 2], "blocks": 2,
+        "attention": [4], "dropout": 0.0, "groups": 4, "classes": 3, "eps": 1e-6, "attention_up": None, "stem": None,
+        "heads": 2, "head_channels": None, "scale_shift": False, "resample": "conv", "pad": "both",
+    }  # fmt: skip
+    edit(tmp_path / "config.json", lambda c: c.update(unet=old))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same_network(UNet.from_pretrained(tmp_path), model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -143,10 +159,13 @@ def test_a_loaded_network_is_its_own(tmp_path):
         (lambda d: (d / "config.json").write_text('{"_class_name": "UNet2DModel"}'), "another library"),
         (lambda d: edit(d / "config.json", lambda c: c["unet"].update(channels=16)), "of another shape"),
         (
-            lambda d: edit(d / "config.json", lambda c: c["unet"].update(blocks=3)),
+            lambda d: edit(d / "config.json", lambda c: c["unet"].update(num_res_blocks=3)),
             "tensors are not those of this network",
         ),
-        (lambda d: edit(d / "config.json", lambda c: c["unet"].update(attention=[8])), "attention is at other levels"),
+        (
+            lambda d: edit(d / "config.json", lambda c: c["unet"].update(attention_resolutions=[8])),
+            "attention is at other levels",
+        ),
         (lambda d: edit(d / "config.json", lambda c: c["unet"].update(out_channels=6)), "belong to other weights"),
         (lambda d: edit(d / "config.json", lambda c: c["unet"].update(wings=2)), "unet: .*wings"),
         (lambda d: edit(d / "config.json", lambda c: c.update(prediction="future")), "prediction: got 'future'"),
@@ -261,7 +280,7 @@ def test_loading_leaves_the_garbage_collector_as_it_was(tmp_path):
         gc.enable()
     UNet.from_pretrained(tmp_path / "ema")
     assert gc.isenabled()
-    edit(tmp_path / "ema" / "config.json", lambda config: config["unet"].update(multipliers=[1]))
+    edit(tmp_path / "ema" / "config.json", lambda config: config["unet"].update(channel_mult=[1]))
     with pytest.raises(CheckpointError):
         UNet.from_pretrained(tmp_path / "ema")
     assert gc.isenabled()
@@ -457,7 +476,7 @@ def test_diffusers_folders(name, tmp_path, monkeypatch):
     """Each network in float64, and as it is in float32; written back, diffusers' pipeline draws from it and it reads the same."""
     peer = diffusers_model(**NETWORKS[name])
     model = quietly(as_pipeline(tmp_path / "theirs", peer))
-    classes, C, side = model.config.classes, model.config.in_channels, model.config.sample_size
+    classes, C, side = model.config.num_classes, model.config.in_channels, model.config.sample_size
     x, labels = torch.randn(100, C, side, side), torch.arange(100) % classes if classes else None
     with torch.no_grad():
         for t in torch.arange(1000).split(100):
@@ -506,7 +525,13 @@ def test_options_that_a_config_leaves_out_are_the_classs():
         672,
         896,
     ]
-    assert (ours.flip_sin_to_cos, ours.freq_shift, ours.eps, ours.pad, ours.head_channels) == (True, 0, 1e-5, "both", 8)
+    assert (ours.flip_sin_to_cos, ours.freq_shift, ours.norm_eps, ours.downsample_padding, ours.num_head_channels) == (
+        True,
+        0,
+        1e-5,
+        "both",
+        8,
+    )
     for cls in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
         for name, p in inspect.signature(cls.__init__).parameters.items():
             assert scheduler.DEFAULTS.get(name, p.default) == p.default
@@ -529,10 +554,10 @@ def test_a_learned_variance_is_drawn_from_by_diffusers(tmp_path):
     ("change", "says"),
     [
         ({"time_scale": 0.25}, "time_scale: got 0.25"),
-        ({"stem": 4}, "stem: got 4"),
-        ({"multipliers": (2, 4)}, r"multipliers: got \(2, 4\)"),
+        ({"stem_channels": 4}, "stem_channels: got 4"),
+        ({"channel_mult": (2, 4)}, r"channel_mult: got \(2, 4\)"),
         ({"middle_groups": 0}, "middle_groups: got 0"),
-        ({"heads": 2, "attention": (8, 4)}, r"heads: got 2; .* \[8, 16, 16\]"),
+        ({"num_heads": 2, "attention_resolutions": (8, 4)}, r"num_heads: got 2; .* \[8, 16, 16\]"),
     ],
 )
 def test_networks_that_diffusers_has_not(change, says, tmp_path):
@@ -544,11 +569,13 @@ def test_networks_that_diffusers_has_not(change, says, tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        dataclasses.replace(SMALL, heads=2),
+        dataclasses.replace(SMALL, num_heads=2),
         dataclasses.replace(SMALL, middle_groups=8, middle_attention=False),
         dataclasses.replace(SMALL, middle_groups=8, scale_shift=True),
-        dataclasses.replace(SMALL, attention_up=(4,), stem=8, head_channels=16, multipliers=(1.0, 2.0)),
-        dataclasses.replace(SMALL, attention=(4, 64)),
+        dataclasses.replace(
+            SMALL, up_attention_resolutions=(4,), stem_channels=8, num_head_channels=16, channel_mult=(1.0, 2.0)
+        ),
+        dataclasses.replace(SMALL, attention_resolutions=(4, 64)),
     ],
 )
 def test_the_same_network_in_other_words(config, tmp_path):
@@ -963,7 +990,7 @@ def test_openai(name, tmp_path):
     model, peer = model.double(), peer.double()
     x, labels = (
         torch.randn(2, 3, 64, 64)[..., :16, :16].double(),
-        torch.tensor([0, 6]) if model.config.classes else None,
+        torch.tensor([0, 6]) if model.config.num_classes else None,
     )
     T = len(model.schedule)
     with torch.no_grad():
@@ -1420,7 +1447,7 @@ def test_without_huggingface_hub(monkeypatch):
 
 def other(model):
     """A network of the same shapes that computes something else, with other weights."""
-    return every_parameter_matters(UNet(dataclasses.replace(model.config, flip_sin_to_cos=True, heads=2)))
+    return every_parameter_matters(UNet(dataclasses.replace(model.config, flip_sin_to_cos=True, num_heads=2)))
 
 
 @pytest.mark.parametrize("format", ["fastddpm", "diffusers"])
@@ -1561,7 +1588,7 @@ def test_the_silent_default_of_heads_is_told(tmp_path):
     quietly(tmp_path)
     edit(tmp_path / "config.json", lambda config: config.pop("attention_head_dim"))
     with pytest.warns(UserWarning, match=r"config\.json: no attention_head_dim, so heads are 8 channels wide"):
-        assert UNet.from_pretrained(tmp_path).config.head_channels == 8
+        assert UNet.from_pretrained(tmp_path).config.num_head_channels == 8
 
 
 def test_what_diffusers_ema_writes_beside_the_options(tmp_path):

@@ -22,7 +22,15 @@ from fastddpm.models.config import PRESETS
 @pytest.fixture
 def model(tmp_path):
     torch.manual_seed(0)
-    config = UNetConfig(sample_size=8, in_channels=1, channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4)
+    config = UNetConfig(
+        sample_size=8,
+        in_channels=1,
+        channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        norm_groups=4,
+    )
     UNet(config, schedule=Schedule.linear(20, 1e-3, 0.5)).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -221,7 +229,7 @@ def test_train_interrupt_and_resume(tmp_path, capsys, monkeypatch):
 def test_class_folders_to_samples_of_a_class(tmp_path, capsys, monkeypatch):
     """Pictures of several sizes and kinds, and a damaged one, in a folder for each class."""
     monkeypatch.chdir(tmp_path)
-    smaller = {"channels": 8, "multipliers": (1,), "blocks": 1, "attention": (), "groups": 4}
+    smaller = {"channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 4}
     monkeypatch.setitem(PRESETS, "digits", dataclasses.replace(PRESETS["digits"], **smaller))
     rng = np.random.default_rng(0)
     for name, shape in (
@@ -278,7 +286,17 @@ def test_class_folders_to_samples_of_a_class(tmp_path, capsys, monkeypatch):
 
 
 def test_a_number_is_no_name(model):
-    network = UNet(UNetConfig(sample_size=8, channels=8, multipliers=(1,), blocks=1, attention=(), groups=4, classes=2))
+    network = UNet(
+        UNetConfig(
+            sample_size=8,
+            channels=8,
+            channel_mult=(1,),
+            num_res_blocks=1,
+            attention_resolutions=(),
+            norm_groups=4,
+            num_classes=2,
+        )
+    )
     assert cli._class("1", network) == 1
     network.class_names = ["3", "7"]
     assert cli._class("7", network) == 1

@@ -337,7 +337,14 @@ def test_estimates_are_unbiased_and_their_intervals_cover(subsample, n):
 
 def unet(**options):
     config = UNetConfig(
-        sample_size=8, in_channels=3, channels=8, multipliers=(1, 2), attention=(4,), groups=4, blocks=1, **options
+        sample_size=8,
+        in_channels=3,
+        channels=8,
+        channel_mult=(1, 2),
+        attention_resolutions=(4,),
+        norm_groups=4,
+        num_res_blocks=1,
+        **options,
     )
     model = randomised(config)
     model.schedule = SHORT
@@ -357,7 +364,7 @@ class Foreign(nn.Module):
 @pytest.mark.parametrize("kind", ["hoisted", "classes", "foreign layer", "foreign"])
 def test_each_image_of_a_batch_may_have_its_own_timestep(kind, dtype):
     """The engine's `at` and `predict` against the network called as model(x, t)."""
-    model = Foreign() if kind == "foreign" else unet(classes=5 if kind == "classes" else None)
+    model = Foreign() if kind == "foreign" else unet(num_classes=5 if kind == "classes" else None)
     if kind == "foreign layer":
         model.conv_norm_out.register_forward_hook(lambda *_: None)
     x, t = torch.randn(4, *SHAPE), torch.tensor([0, 49, 7, 7])
@@ -572,7 +579,7 @@ def test_images_that_the_network_cannot_take():
     with pytest.raises(ValueError, match="images: 7x8 cannot be halved 1 times, .* made for 8x8: pad them"):
         likelihood(unet(), torch.zeros(1, 3, 7, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match="class_labels: missing"):
-        likelihood(unet(classes=2), gaussian(1))
+        likelihood(unet(num_classes=2), gaussian(1))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -191,7 +191,15 @@ def test_its_gradient_is_equation_12s(variance):
 
 def test_gradients_are_finite_for_a_network_that_knows_nothing():
     """In float32 and under autocast, at both ends of the chain, where x0_hat is off by thousands of standard deviations."""
-    config = UNetConfig(sample_size=8, in_channels=1, channels=8, multipliers=(1,), blocks=1, attention=(), groups=4)
+    config = UNetConfig(
+        sample_size=8,
+        in_channels=1,
+        channels=8,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        norm_groups=4,
+    )
     t = torch.tensor([0, 0, 1, 999])
     x0 = on_grid(4, 1, 8, 8).float()
     for scale in (1, 1e4):

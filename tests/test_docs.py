@@ -137,7 +137,9 @@ def made(tmp_path_factory):
     (folder / "mynet.py").write_text("def features(x):\n    return x.float().flatten(2).mean(2)\n")
 
     torch.manual_seed(0)
-    tiny = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), blocks=1, attention=(4,), groups=4)
+    tiny = UNetConfig(
+        sample_size=8, channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), norm_groups=4
+    )
     UNet(tiny).save_pretrained(folder / "runs/mine")
     network = {"channels": 32, "multipliers": (1,), "blocks": 1, "attention": (0,), "outputs": 6}
     (folder / "logs").mkdir()
@@ -184,7 +186,13 @@ def test_examples_run(page, made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))  # where fastddpm evaluate puts the reader's folder
     monkeypatch.delitem(sys.modules, "mynet", raising=False)
-    smaller = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (), "groups": 4}
+    smaller = {
+        "channels": 8,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (),
+        "norm_groups": 4,
+    }
     monkeypatch.setitem(config.PRESETS, "digits", dataclasses.replace(config.PRESETS["digits"], **smaller))
     monkeypatch.setattr(trainer, "GRID", (2, 1))
     monkeypatch.setattr(trainer, "MOST_ROWS", 2)

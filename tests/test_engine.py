@@ -33,27 +33,27 @@ from fastddpm.sampling import loop
 
 CPU = torch.device("cpu")
 CONFIGS = {
-    "two levels": UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4),
+    "two levels": UNetConfig(sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4),
     "three levels, two attentions": UNetConfig(
-        sample_size=12, in_channels=1, channels=8, multipliers=(1, 1, 3), attention=(12, 6), groups=8, blocks=1
+        sample_size=12, in_channels=1, channels=8, channel_mult=(1, 1, 3), attention_resolutions=(12, 6), norm_groups=8, num_res_blocks=1
     ),
     "classes": UNetConfig(
-        sample_size=8, in_channels=2, out_channels=4, channels=8, multipliers=(2, 2), groups=2, classes=3
+        sample_size=8, in_channels=2, out_channels=4, channels=8, channel_mult=(2, 2), norm_groups=2, num_classes=3
     ),
     "guided diffusion's": UNetConfig(
-        sample_size=8, out_channels=6, channels=16, multipliers=(0.5, 1, 1.5), attention=(4,), groups=4, stem=8, blocks=1,
-        eps=1e-5, head_channels=4, scale_shift=True, resample="resnet", flip_sin_to_cos=True, freq_shift=0, time_scale=0.25,
+        sample_size=8, out_channels=6, channels=16, channel_mult=(0.5, 1, 1.5), attention_resolutions=(4,), norm_groups=4, stem_channels=8, num_res_blocks=1,
+        norm_eps=1e-5, num_head_channels=4, scale_shift=True, resample="resnet", flip_sin_to_cos=True, freq_shift=0, time_scale=0.25,
     ),
     "every other option": UNetConfig(
-        sample_size=8, channels=8, multipliers=(1, 2), attention=(), attention_up=(8,), groups=4, heads=2, pad="both",
+        sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(), up_attention_resolutions=(8,), norm_groups=4, num_heads=2, downsample_padding="both",
         center_input=True, middle_groups=0, middle_scale=1.5,
     ),
     "scaled and shifted, resampled by residual blocks, one head": UNetConfig(
-        sample_size=8, channels=8, multipliers=(1, 2), attention=(8,), groups=4, scale_shift=True, resample="resnet",
+        sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(8,), norm_groups=4, scale_shift=True, resample="resnet",
         middle_attention=False,
     ),
     "one head, in the middle without a norm": UNetConfig(
-        sample_size=8, channels=8, multipliers=(1, 2), attention=(8,), groups=4, middle_groups=0, middle_scale=2.0,
+        sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(8,), norm_groups=4, middle_groups=0, middle_scale=2.0,
     ),
 }  # fmt: skip
 
@@ -62,7 +62,7 @@ def both(model, dtype, n=3):
     """The network's answer in float64 and the engine's in dtype, float64 again, to the same noise."""
     x = torch.randn(n, *model.shape, dtype=torch.float64)
     t = torch.arange(n) * 300
-    labels = None if model.config.classes is None else torch.arange(n) % model.config.classes
+    labels = None if model.config.num_classes is None else torch.arange(n) % model.config.num_classes
     engine = EngineRunner(model, CPU, dtype)
     with torch.inference_mode():
         for _ in range(2):  # the first call packs the weights
@@ -78,8 +78,8 @@ def test_engine_is_the_network(config, dtype, bound):
     assert (got - expected).norm() <= bound * expected.norm()
 
 
-WIDE = UNetConfig(sample_size=16, channels=32, multipliers=(1, 2), attention=(8,), groups=8)
-WIDE_GUIDED = dataclasses.replace(WIDE, scale_shift=True, resample="resnet", heads=4)
+WIDE = UNetConfig(sample_size=16, channels=32, channel_mult=(1, 2), attention_resolutions=(8,), norm_groups=8)
+WIDE_GUIDED = dataclasses.replace(WIDE, scale_shift=True, resample="resnet", num_heads=4)
 
 
 @pytest.mark.skipif(backend.native is None, reason="there are no compiled kernels")
@@ -102,7 +102,7 @@ def test_wide_layers_go_winograd_s_way(config, dtype, bound):
 def test_a_float64_model_in_float32():
     for config in (CONFIGS["two levels"], CONFIGS["classes"]):
         model = randomised(config).double()
-        labels = None if config.classes is None else 1
+        labels = None if config.num_classes is None else 1
         images = fastddpm.sample(
             model, 2, schedule=Schedule.linear(3, 0.5, 0.99), seed=0, dtype=torch.float32, class_labels=labels
         )
@@ -125,7 +125,9 @@ def added_bytes(engine, model):
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
 def test_memory_is_the_weights_and_a_fifth(own, dtype):
     """In the wider one of the model's dtype and the products'."""
-    model = randomised(UNetConfig(sample_size=16, channels=64, multipliers=(1, 2, 2), attention=(8,))).to(own)
+    model = randomised(UNetConfig(sample_size=16, channels=64, channel_mult=(1, 2, 2), attention_resolutions=(8,))).to(
+        own
+    )
     engine = EngineRunner(model, CPU, dtype)
     with torch.inference_mode():
         x = torch.randn(1, *model.shape).to(engine.dtype, memory_format=torch.channels_last)
@@ -201,7 +203,7 @@ def test_a_dtype_without_products_is_float32_on_rounded_weights(float32_alone, n
 
 
 def test_a_16_bit_model_keeps_as_many_transformed_weights(float32_alone):
-    model = randomised(UNetConfig(sample_size=16, channels=32, multipliers=(1, 2), attention=()))
+    model = randomised(UNetConfig(sample_size=16, channels=32, channel_mult=(1, 2), attention_resolutions=()))
     kept = []
     for kind in (torch.float32, torch.bfloat16):
         engine = EngineRunner(model.to(kind), CPU, kind)
@@ -373,7 +375,7 @@ def test_limits_of_onednn_are_named(monkeypatch, limits, there):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_no_dtype_is_slow(dtype):
     """A dtype that is emulated somewhere takes 3 to 100 times as long as float32; this allows for a busy machine."""
-    model = randomised(UNetConfig(sample_size=16, channels=64, multipliers=(1, 2), attention=(8,)))
+    model = randomised(UNetConfig(sample_size=16, channels=64, channel_mult=(1, 2), attention_resolutions=(8,)))
     best = dict.fromkeys((torch.float32, dtype), math.inf)
     for _ in range(4):
         for kind in best:
@@ -419,7 +421,7 @@ def test_weights_are_packed_once():
 def test_large_images_go_winograds_way_with_weights_that_are_not_kept(monkeypatch, kernels):
     if backend.native.cpu_variant() == "generic":
         pytest.skip("Winograd's method is not the faster one there")
-    model = randomised(UNetConfig(sample_size=8, channels=32, multipliers=(1, 1), attention=()))
+    model = randomised(UNetConfig(sample_size=8, channels=32, channel_mult=(1, 1), attention_resolutions=()))
     for n, growth, some in (
         (1, 0, False),
         (4, 0, True),
@@ -440,7 +442,7 @@ def test_onednn_switched_off():
     with torch.backends.mkldnn.flags(enabled=False):
         engine = EngineRunner(model, CPU, torch.float32)
         with torch.inference_mode():
-            engine(torch.randn(1, *model.shape), torch.arange(1), None)
+            Runner.predict(engine, torch.randn(1, *model.shape), torch.arange(1), None)
     assert all(m.packed_weight is None for m in engine.model.modules() if isinstance(m, convolution.Convolution))
 
 
@@ -578,7 +580,9 @@ def test_under_autocast():
 
 
 def small(seed=0):
-    config = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4, blocks=1)
+    config = UNetConfig(
+        sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4, num_res_blocks=1
+    )
     model = randomised(config, seed)
     model.schedule = Schedule.linear(3, 0.5, 0.99)
     return model
@@ -589,7 +593,8 @@ def draw(model, n=2, **options):
 
 
 def kept(model):
-    return cache._caches[model].entry.runner
+    entry = cache._caches[model].entry
+    return None if entry is None else entry.runner
 
 
 def packed(engine):
@@ -967,7 +972,9 @@ def test_the_engine_goes_with_its_model(hooked):
 
 @pytest.mark.filterwarnings("ignore:fastddpm")
 def test_layers_that_are_kept_do_not_train():
-    model = UNet(UNetConfig(sample_size=8, channels=8, multipliers=(1,), attention=(), groups=4, dropout=0.5))
+    model = UNet(
+        UNetConfig(sample_size=8, channels=8, channel_mult=(1,), attention_resolutions=(), norm_groups=4, dropout=0.5)
+    )
     model.schedule = Schedule.linear(3, 0.5, 0.99)
     with torch.no_grad():
         for block in model.resblocks():

@@ -73,7 +73,14 @@ NUMBER = 3
 
 def network(classes=None, seed=0):
     config = UNetConfig(
-        sample_size=8, in_channels=1, channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4, classes=classes
+        sample_size=8,
+        in_channels=1,
+        channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        norm_groups=4,
+        num_classes=classes,
     )
     model = randomised(config, seed)
     model.schedule = Schedule.linear(12, 1e-3, 0.8)
@@ -294,7 +301,7 @@ def test_an_interrupted_drawing_goes_on_and_draws_nothing_twice(tmp_path, monkey
 def test_a_folder_holds_one_set_of_samples(tmp_path):
     model, folder = network(), tmp_path / "e"
     draw = {"shard": 4, "progress": False}
-    deeper = UNet(dataclasses.replace(model.config, attention=(4,)), schedule=model.schedule)
+    deeper = UNet(dataclasses.replace(model.config, attention_resolutions=(4,)), schedule=model.schedule)
     sampling.draw(model, folder, 4, **draw)
     before = (folder / "settings.json").read_text()
     for options, says in (
@@ -316,6 +323,18 @@ def test_a_folder_holds_one_set_of_samples(tmp_path):
     assert (folder / "settings.json").read_text() == before
     with pytest.raises(TypeError, match="noise: no such option"):
         sampling.draw(model, folder, 4, noise=torch.zeros(4, 1, 8, 8), **draw)
+
+
+def test_settings_keep_the_old_names_of_the_networks_options(tmp_path):
+    """Folders are recognised by them, and named by their hash."""
+    config = dataclasses.replace(network(classes=3).config, num_heads=2, downsample_padding="both")
+    sampling.draw(UNet(config, schedule=Schedule.linear(2, 1e-3, 0.8)), tmp_path, 1, progress=False)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert {name: value for name, value in settings.items() if name.startswith("config.")} == {
+        "config.sample_size": 8, "config.in_channels": 1, "config.out_channels": 1, "config.channels": 8,
+        "config.multipliers": [1, 2], "config.blocks": 1, "config.attention": [], "config.dropout": 0.0, "config.groups": 4,
+        "config.classes": 3, "config.heads": 2, "config.pad": "both",
+    }  # fmt: skip
 
 
 def test_a_broken_or_foreign_file_is_an_error_and_stays(tmp_path):

@@ -386,7 +386,7 @@ def test_a_low_precision_chain_stays_near(kind, digits):
 
 # -------------------------------------------------------------------------------------------------- the engine
 
-SMALL = UNetConfig(sample_size=16, channels=32, multipliers=(1, 2), attention=(8,), groups=8)
+SMALL = UNetConfig(sample_size=16, channels=32, channel_mult=(1, 2), attention_resolutions=(8,), norm_groups=8)
 
 
 def small(seed=0, steps=43, device="cuda", **options):
@@ -443,7 +443,7 @@ def test_chains_are_the_same_bit_for_bit_as_torch_is(kind, monkeypatch, n, autot
     4x4 adds with atomics on an H200."""
     torch.use_deterministic_algorithms(False)
     monkeypatch.setenv("FASTDDPM_AUTOTUNE", autotune)
-    model = small(sample_size=16, channels=128, multipliers=(1, 2, 2))
+    model = small(sample_size=16, channels=128, channel_mult=(1, 2, 2))
     expected = draw(model, n)
     for _ in range(5):
         assert same_bits(draw(model, n), expected)
@@ -461,14 +461,14 @@ def test_replayed_chains_of_other_samplers(kind, untuned):
 
 
 def test_replayed_chains_with_classes(kind, untuned):
-    model = small(classes=4)
+    model = small(num_classes=4)
     for labels in (1, torch.tensor([3, 0, 2])):
         assert same_bits(draw(model, class_labels=labels), eager(model, class_labels=labels))
 
 
 GUIDED = {
-    "scale_shift": True, "resample": "resnet", "head_channels": 16, "pad": "both", "freq_shift": 0, "flip_sin_to_cos": True,
-    "eps": 1e-5, "time_scale": 0.5,
+    "scale_shift": True, "resample": "resnet", "num_head_channels": 16, "downsample_padding": "both", "freq_shift": 0,
+    "flip_sin_to_cos": True, "norm_eps": 1e-5, "time_scale": 0.5,
 }  # fmt: skip
 
 

@@ -15,10 +15,13 @@ import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig
 
 CONFIGS = {
-    "the paper's": UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4, blocks=1),
+    "the paper's": UNetConfig(
+        sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4, num_res_blocks=1
+    ),
     "guided diffusion's": UNetConfig(
-        sample_size=8, out_channels=6, channels=16, multipliers=(1, 2), attention=(4,), groups=4, blocks=1, classes=3,
-        head_channels=4, scale_shift=True, resample="resnet", flip_sin_to_cos=True, freq_shift=0, time_scale=0.25,
+        sample_size=8, out_channels=6, channels=16, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4,
+        num_res_blocks=1, num_classes=3, num_head_channels=4, scale_shift=True, resample="resnet", flip_sin_to_cos=True,
+        freq_shift=0, time_scale=0.25,
     ),
 }  # fmt: skip
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)  # which compiles C++
@@ -31,7 +34,7 @@ def model(request):
 
 def inputs(model, n=3):
     torch.manual_seed(1)
-    labels = () if model.config.classes is None else (torch.arange(n) % model.config.classes,)
+    labels = () if model.config.num_classes is None else (torch.arange(n) % model.config.num_classes,)
     return torch.randn(n, *model.shape), torch.tensor([5, 999, 0, 17])[:n], *labels
 
 
@@ -60,7 +63,7 @@ def test_compiles_without_a_graph_break(model, backend):
 def test_a_compiled_one_samples(model):
     torch._dynamo.reset()
     options = {"schedule": Schedule.linear(3, 0.5, 0.99), "seed": 0, "variance": "none"}
-    if model.config.classes is not None:
+    if model.config.num_classes is not None:
         options["class_labels"] = 1
     expected = fastddpm.sample(model, 2, **options)
     with warnings.catch_warnings():
@@ -240,7 +243,7 @@ def test_forward_hooks_and_functional_calls(model):
     handle = model.conv_in.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     expected = model(*inputs(model))
     handle.remove()
-    assert shapes == [(3, model.config.first_width, 8, 8)]
+    assert shapes == [(3, model.config.stem_width, 8, 8)]
     doubled = {name: 2 * p.detach() if name.startswith("conv_out") else p for name, p in model.named_parameters()}
     with torch.no_grad():
         got = torch.func.functional_call(model, doubled, inputs(model))

@@ -526,7 +526,7 @@ def test_bits_do_not_depend_on_the_batch(sampler):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
 def test_a_network_draws_what_its_plain_callable_does(sampler):
     """Through the engine, the last x0 included; and with classes."""
-    model = small_unet(classes=3)
+    model = small_unet(num_classes=3)
     labels = torch.tensor([0, 2, 1])
     options = {"sampler": sampler, "steps": 6, "seed": 0, "class_labels": labels}
     got = fastddpm.sample(model, 3, batch_size=2, **options)

@@ -176,7 +176,13 @@ def test_seeds():
 def small_unet(**options):
     torch.manual_seed(0)
     config = UNetConfig(
-        sample_size=8, in_channels=1, channels=8, multipliers=(1, 2), attention=(4,), groups=4, **options
+        sample_size=8,
+        in_channels=1,
+        channels=8,
+        channel_mult=(1, 2),
+        attention_resolutions=(4,),
+        norm_groups=4,
+        **options,
     )
     model = UNet(config, schedule=SHORT).eval()
     with torch.no_grad():
@@ -232,7 +238,7 @@ def test_any_module_works_and_gets_its_dtype():
 
 
 def test_class_labels_reach_the_network():
-    model = small_unet(classes=3)
+    model = small_unet(num_classes=3)
     x = fastddpm.sample(model, 3, seed=0, class_labels=torch.tensor([0, 1, 2]), batch_size=2)
     assert torch.allclose(x[1:2], fastddpm.sample(model, 1, seed=0, first=1, class_labels=1), atol=1e-5)
     assert not torch.allclose(x[1:2], fastddpm.sample(model, 1, seed=0, first=1, class_labels=2), atol=1e-3)
@@ -357,7 +363,7 @@ def test_the_device_may_know_the_step_alone(monkeypatch, dtype, classes):
     monkeypatch.setattr(convolution, "_onednn_accepts", lambda x: False)  # there is no packing on a GPU either
     monkeypatch.setattr(graphs, "usable", lambda device: True)
     monkeypatch.setattr(graphs, "capture", lambda step, counts, device: {})
-    engine = EngineRunner(small_unet(classes=classes), torch.device("cpu"), dtype)
+    engine = EngineRunner(small_unet(num_classes=classes), torch.device("cpu"), dtype)
     chain = chain_with(
         engine, coefficients.table(SHORT), (3, 1, 8, 8), has_labels=classes is not None, has_callback=True
     )
@@ -433,7 +439,7 @@ def test_chains_of_replayed_steps(by_hand, steps):
 @pytest.mark.thorough
 def test_what_is_captured_serves_later_calls(by_hand):
     """Whatever is only in the buffers: seed, first, noise, table, labels. What is in the graphs makes new ones."""
-    model = small_unet(classes=3)
+    model = small_unet(num_classes=3)
     model.schedule = Schedule.linear(11, 1e-3, 0.3)
     noise = torch.randn(2, 1, 8, 8)
     other = Schedule.linear(11, 1e-2, 0.2)

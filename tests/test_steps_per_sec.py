@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model():
     """As small as diffusers' groups of 32 allow, with attention, a shortcut and both ways between levels."""
-    config = UNetConfig(sample_size=8, channels=32, multipliers=(1, 2), blocks=1, attention=(4,))
+    config = UNetConfig(sample_size=8, channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,))
     return _contestants.stirred(UNet(config))
 
 

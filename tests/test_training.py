@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, cli, data, ops
 from fastddpm.errors import TrainingError
+from fastddpm.models.config import OLD_NAMES
 from fastddpm.ops.philox_normal import philox_words_ref
 from fastddpm.ops.rng import Stream
 from fastddpm.training import trainer as training
@@ -22,7 +23,14 @@ from fastddpm.training.loss import draw_timesteps
 from fastddpm.training.trainer import Draws, Recipe, Trainer
 
 TINY = UNetConfig(
-    sample_size=8, in_channels=1, channels=8, multipliers=(1, 2), blocks=1, attention=(), groups=4, dropout=0.1
+    sample_size=8,
+    in_channels=1,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    norm_groups=4,
+    dropout=0.1,
 )
 SHORT = Recipe(
     steps=6,
@@ -143,14 +151,20 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, changes, trained_for):
 
 
 def test_a_run_begun_before_there_was_a_choice_goes_on(tmp_path):
-    """Its checkpoint names neither prediction, variance nor objective: they are the paper's."""
+    """Its checkpoint names neither prediction, variance nor objective: they are the paper's. The network's options have their
+    old names."""
     whole, old = tmp_path / "whole", tmp_path / "old"
     trainer(whole).run(progress=False)
     trainer(old, dataclasses.replace(SHORT, steps=3)).run(progress=False)
     saved = torch.load(old / "checkpoint.pt", weights_only=True)
     del saved["prediction"], saved["variance"], saved["recipe"]["objective"]
+    old_names = {new: old for old, new in OLD_NAMES.items()}
+    saved["unet"] = {old_names.get(name, name): value for name, value in saved["unet"].items()}
+    assert {"multipliers", "classes", "pad"} < saved["unet"].keys()
     torch.save(saved, old / "checkpoint.pt")
-    resumed = Trainer.resume(images(), old, torch.device("cpu"), steps=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        resumed = Trainer.resume(images(), old, torch.device("cpu"), steps=6)
     assert resumed.run(progress=False) and log(whole) == log(old)
     assert (resumed.model.prediction, resumed.model.variance) == ("epsilon", "fixed_large")
 
@@ -311,7 +325,7 @@ def test_learns(tmp_path):
 
 def test_any_dataset_and_labels(tmp_path):
     dataset = TensorDataset(torch.rand(10, 1, 8, 8), torch.arange(10) % 3)
-    config = dataclasses.replace(TINY, classes=3)
+    config = dataclasses.replace(TINY, num_classes=3)
     run = trainer(tmp_path, SHORT, dataset, config)
     _, labels, _ = next(run.batches())
     assert labels.dtype == torch.int64 and labels.shape == (2,)
@@ -356,7 +370,7 @@ def test_a_run_goes_on_with_what_it_began_with(tmp_path):
     with pytest.raises(TrainingError, match="as many as the run in .* began with, but other ones"):
         Trainer.resume(data.load(moved), tmp_path / "run", torch.device("cpu"))
     with_labels = data.ArrayImages(images().pixels.numpy(), np.arange(10) % 2, "noise")
-    trainer(tmp_path / "two", dataset=with_labels, config=dataclasses.replace(TINY, classes=2)).run()
+    trainer(tmp_path / "two", dataset=with_labels, config=dataclasses.replace(TINY, num_classes=2)).run()
     other = data.ArrayImages(images().pixels.numpy(), np.arange(10) % 2 == 0, "noise")
     more = data.ArrayImages(images().pixels.numpy(), np.arange(10) % 3, "noise", class_names=["a", "b", "c"])
     for dataset in (other, more):
@@ -381,7 +395,7 @@ def test_a_damaged_log_is_told_of(tmp_path, content, says):
 @pytest.mark.parametrize(("classes", "rows"), [(3, 3), (25, 10)])
 def test_grids_show_classes_in_rows(tmp_path, monkeypatch, classes, rows):
     dataset = data.ArrayImages(images(classes).pixels.numpy(), np.arange(classes), "noise")
-    run = trainer(tmp_path, dataset=dataset, config=dataclasses.replace(TINY, classes=classes))
+    run = trainer(tmp_path, dataset=dataset, config=dataclasses.replace(TINY, num_classes=classes))
     asked = []
 
     def drawn(model, n, **options):
@@ -411,7 +425,7 @@ def test_bytes_are_not_trained_on(tmp_path):
 def test_arguments_of_a_loss_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match=r"x0: got shape \[0, 1, 8, 8\], no images"):
         fastddpm.training_loss(UNet(TINY), torch.zeros(0, 1, 8, 8))
-    model = UNet(dataclasses.replace(TINY, classes=3))
+    model = UNet(dataclasses.replace(TINY, num_classes=3))
     for labels in ([0, 3], [-1, 0]):
         with pytest.raises(
             ValueError, match=f"class_labels: got values from {min(labels)} to {max(labels)}; expected 0..2"
@@ -447,7 +461,7 @@ def test_network_for_other_images():
     assert shape_for(28, 28, 1, "digits") == dataclasses.replace(UNet.from_preset("digits").config)
     assert shape_for(32, 32, 3, "cifar10") == UNet.from_preset("cifar10").config
     wide = shape_for(50, 64, 3, "cifar10")
-    assert (wide.sample_size, wide.attention, wide.in_channels) == (64, (32,), 3)
+    assert (wide.sample_size, wide.attention_resolutions, wide.in_channels) == (64, (32,), 3)
 
 
 @pytest.mark.parametrize(

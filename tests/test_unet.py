@@ -1,6 +1,7 @@
 """The network: parameter counts, diffusers' UNet2DModel with the same weights, initialisation, body(x, embed(t))."""
 
 import dataclasses
+import inspect
 import math
 
 import pytest
@@ -8,29 +9,34 @@ import torch
 from conftest import randomised
 
 from fastddpm import Schedule, UNet, UNetConfig, backend
+from fastddpm.models.config import OLD_NAMES
 from fastddpm.models.unet import GroupNormSiLU
 
-SMALL = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4)
+SMALL = UNetConfig(sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4)
 
 
 def as_diffusers(config: UNetConfig):
     diffusers = pytest.importorskip("diffusers")
-    sides = [config.sample_size >> i for i in range(len(config.multipliers))]
+    sides = [config.sample_size >> i for i in range(len(config.channel_mult))]
     return diffusers.UNet2DModel(
         sample_size=config.sample_size,
         in_channels=config.in_channels,
         out_channels=config.out_channels,
-        block_out_channels=tuple(config.channels * m for m in config.multipliers),
-        down_block_types=tuple("AttnDownBlock2D" if s in config.attention else "DownBlock2D" for s in sides),
-        up_block_types=tuple("AttnUpBlock2D" if s in config.attention else "UpBlock2D" for s in reversed(sides)),
-        layers_per_block=config.blocks,
+        block_out_channels=tuple(config.channels * m for m in config.channel_mult),
+        down_block_types=tuple(
+            "AttnDownBlock2D" if s in config.attention_resolutions else "DownBlock2D" for s in sides
+        ),
+        up_block_types=tuple(
+            "AttnUpBlock2D" if s in config.attention_resolutions else "UpBlock2D" for s in reversed(sides)
+        ),
+        layers_per_block=config.num_res_blocks,
         downsample_padding=0,
         flip_sin_to_cos=False,
         freq_shift=1,
-        norm_num_groups=config.groups,
+        norm_num_groups=config.norm_groups,
         norm_eps=1e-6,
         attention_head_dim=None,
-        num_class_embeds=config.classes,
+        num_class_embeds=config.num_classes,
     ).eval()
 
 
@@ -51,9 +57,11 @@ def test_parameter_count(preset, count):
     "config",
     [
         SMALL,
-        dataclasses.replace(SMALL, blocks=1, attention=(), in_channels=1, out_channels=2),  # a learned variance
-        dataclasses.replace(SMALL, multipliers=(1, 1, 2), attention=(8, 2)),
-        dataclasses.replace(SMALL, classes=5),
+        dataclasses.replace(
+            SMALL, num_res_blocks=1, attention_resolutions=(), in_channels=1, out_channels=2
+        ),  # a learned variance
+        dataclasses.replace(SMALL, channel_mult=(1, 1, 2), attention_resolutions=(8, 2)),
+        dataclasses.replace(SMALL, num_classes=5),
     ],
 )
 def test_equals_diffusers_in_float64(config, monkeypatch):
@@ -62,7 +70,7 @@ def test_equals_diffusers_in_float64(config, monkeypatch):
     model = randomised(config).double()
     peer.load_state_dict(model.state_dict())  # strict: the names and shapes are diffusers' own
     x = torch.randn(3, config.in_channels, config.sample_size, config.sample_size, dtype=torch.float64)
-    labels = torch.tensor([0, 4, 2]) if config.classes else None
+    labels = torch.tensor([0, 4, 2]) if config.num_classes else None
     for t in ([0, 1, 2], [17, 500, 999]):
         t = torch.tensor(t)
         with torch.no_grad():
@@ -131,9 +139,9 @@ def test_initialisation_is_the_papers():
 
 def test_made_without_memory():
     with torch.device("meta"):
-        model = UNet(dataclasses.replace(SMALL, classes=3), schedule=Schedule.linear())
+        model = UNet(dataclasses.replace(SMALL, num_classes=3), schedule=Schedule.linear())
     assert all(p.is_meta for p in model.parameters())
-    like = randomised(dataclasses.replace(SMALL, classes=3))
+    like = randomised(dataclasses.replace(SMALL, num_classes=3))
     model.to_empty(device="cpu").load_state_dict(like.state_dict())
     x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([3, 999]), torch.tensor([0, 2])
     with torch.no_grad():
@@ -156,17 +164,33 @@ def test_an_unknown_preset():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"groups": 5}, "groups: 8 channels cannot be divided into 5 groups"),
+        ({"norm_groups": 5}, "norm_groups: 8 channels cannot be divided into 5 groups"),
         ({"sample_size": 9}, "sample_size: 9 cannot be halved"),
         ({"dropout": 1.5}, "dropout: got 1.5"),
-        ({"multipliers": ()}, "multipliers"),
-        ({"classes": 0}, "classes"),
+        ({"channel_mult": ()}, "channel_mult"),
+        ({"num_classes": 0}, "num_classes"),
         ({"channels": 0}, "channels: got 0"),
     ],
 )
 def test_bad_config(change, says):
     with pytest.raises(ValueError, match=says):
         dataclasses.replace(SMALL, **change)
+
+
+def test_old_names_of_options_are_accepted_with_a_warning():
+    with pytest.warns(DeprecationWarning) as caught:
+        config = UNetConfig(sample_size=8, channels=8, multipliers=(1, 2), attention=(4,), groups=4)
+    assert config == SMALL
+    (warning,) = caught
+    assert warning.filename == __file__ and str(warning.message) == (
+        "fastddpm: UNetConfig: multipliers is now channel_mult, attention is now attention_resolutions, groups is now norm_groups"
+    )
+    with pytest.warns(DeprecationWarning, match="classes is now num_classes"):
+        assert dataclasses.replace(SMALL, classes=3).num_classes == 3
+    with pytest.raises(TypeError, match="unexpected keyword argument 'width'"):
+        UNetConfig(width=3)
+    fields = [field.name for field in dataclasses.fields(UNetConfig)]
+    assert list(inspect.signature(UNetConfig).parameters) == fields and set(OLD_NAMES.values()) < set(fields)
 
 
 def test_bad_inputs():

@@ -218,7 +218,9 @@ def test_where_it_is_used(monkeypatch):
 
 @pytest.fixture
 def network():
-    model = randomised(UNetConfig(sample_size=16, channels=32, multipliers=(1, 2, 2), attention=(), groups=4))
+    model = randomised(
+        UNetConfig(sample_size=16, channels=32, channel_mult=(1, 2, 2), attention_resolutions=(), norm_groups=4)
+    )
     fuse_layers(model)
     return model
 

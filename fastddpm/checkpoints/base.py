@@ -101,7 +101,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def multiples(widths: Iterable[int], channels: int) -> tuple[int | float, ...]:
-    """UNetConfig.multipliers; ints where they are."""
+    """UNetConfig.channel_mult; ints where they are."""
     return tuple(width / channels if width % channels else width // channels for width in widths)
 
 

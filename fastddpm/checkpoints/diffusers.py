@@ -189,7 +189,7 @@ def _wrapped(config: dict, path: Path, notes: list[str]) -> UNetConfig:
         notes.append(f"{path}: {', '.join(unknown)}: unknown to UNet2DModel, and ignored")
     try:
         found = unet_config(config)
-        if found.attended and "attention_head_dim" not in config:
+        if found.attention_channels and "attention_head_dim" not in config:
             notes.append(
                 f"{path}: no attention_head_dim, so heads are {DEFAULTS['attention_head_dim']} channels wide, as in diffusers; "
                 "the paper's networks have one head, for which null has to stand there"

@@ -25,13 +25,13 @@ DEFAULTS = {
 
 # The options that both have, by UNetConfig's names.
 SAME = {
-    "in_channels": "in_channels", "out_channels": "out_channels", "blocks": "layers_per_block", "dropout": "dropout",
-    "groups": "norm_num_groups", "classes": "num_class_embeds", "eps": "norm_eps", "flip_sin_to_cos": "flip_sin_to_cos",
-    "freq_shift": "freq_shift", "center_input": "center_input_sample", "middle_attention": "add_attention",
-    "middle_scale": "mid_block_scale_factor",
+    "in_channels": "in_channels", "out_channels": "out_channels", "num_res_blocks": "layers_per_block",
+    "dropout": "dropout", "norm_groups": "norm_num_groups", "num_classes": "num_class_embeds", "norm_eps": "norm_eps",
+    "flip_sin_to_cos": "flip_sin_to_cos", "freq_shift": "freq_shift", "center_input": "center_input_sample",
+    "middle_attention": "add_attention", "middle_scale": "mid_block_scale_factor",
 }  # fmt: skip
 TOLD_BY = SAME | {
-    "channels": "block_out_channels", "multipliers": "block_out_channels", "middle_groups": "attn_norm_num_groups",
+    "channels": "block_out_channels", "channel_mult": "block_out_channels", "middle_groups": "attn_norm_num_groups",
 }  # fmt: skip
 
 
@@ -79,20 +79,20 @@ def unet_config(config: Mapping) -> UNetConfig:
     config = UNetConfig(
         sample_size=size,
         channels=widths[0],
-        multipliers=multiples(widths, widths[0]),
-        attention=attention,
-        attention_up=None if set(attention_up) == set(attention) else attention_up,
+        channel_mult=multiples(widths, widths[0]),
+        attention_resolutions=attention,
+        up_attention_resolutions=None if set(attention_up) == set(attention) else attention_up,
         scale_shift=scale_shift,
         resample=next(iter(down | up), "conv"),
-        pad="both" if found["downsample_padding"] else "end",
+        downsample_padding="both" if found["downsample_padding"] else "end",
         middle_groups=None if middle_groups == groups else middle_groups,
         **{ours: found[theirs] for ours, theirs in SAME.items()},
     )
     head = found["attention_head_dim"]
-    for width in config.attended:
+    for width in config.attention_channels:
         if head is not None and (not isinstance(head, int) or head < 1 or width % head):
             raise ValueError(f"attention_head_dim: got {head!r}; expected None or what divides {width} channels")
-    return dataclasses.replace(config, head_channels=head if config.attended else None)
+    return dataclasses.replace(config, num_head_channels=head if config.attention_channels else None)
 
 
 def _levels(found: Mapping, way: str, sides: list[int]) -> tuple[tuple[int, ...], set[str]]:
@@ -119,28 +119,39 @@ def unet_options(config: UNetConfig) -> dict:
 
     if config.time_scale != 1:
         refuse("time_scale", "it embeds t as it is")
-    if config.first_width != config.channels:
-        refuse("stem", f"its first convolution is as wide as the timestep's embedding, {config.channels}")
+    if config.stem_width != config.channels:
+        refuse("stem_channels", f"its first convolution is as wide as the timestep's embedding, {config.channels}")
     if config.widths[0] != config.channels:
-        refuse("multipliers", "its first level is as wide as the timestep's embedding")
+        refuse("channel_mult", "its first level is as wide as the timestep's embedding")
     if config.middle_groups == 0 and config.middle_attention and not config.scale_shift:
         refuse("middle_groups", "without scale_shift the middle's attention has a norm")
-    heads = {width // config.heads for width in config.attended} if config.heads else {config.head_channels}
+    heads = (
+        {width // config.num_heads for width in config.attention_channels}
+        if config.num_heads
+        else {config.num_head_channels}
+    )
     if len(heads) > 1:
-        refuse("heads", f"its heads are equally wide everywhere, and {config.attended} channels have attention")
-    groups = config.groups if config.middle_groups is None else config.middle_groups
-    default = 0 if config.scale_shift else config.groups  # what it makes of an attn_norm_num_groups that is left out
+        refuse(
+            "num_heads",
+            f"its heads are equally wide everywhere, and {config.attention_channels} channels have attention",
+        )
+    groups = config.norm_groups if config.middle_groups is None else config.middle_groups
+    default = (
+        0 if config.scale_shift else config.norm_groups
+    )  # what it makes of an attn_norm_num_groups that is left out
     plain = {"conv": ("DownBlock2D", "UpBlock2D"), "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")}
     down, up = plain[config.resample]
     return {
         "_class_name": "UNet2DModel",
         "sample_size": config.sample_size,
         "block_out_channels": config.widths,
-        "down_block_types": ["AttnDownBlock2D" if s in config.attention else down for s in config.sides],
-        "up_block_types": ["AttnUpBlock2D" if s in config.going_up else up for s in reversed(config.sides)],
+        "down_block_types": [
+            "AttnDownBlock2D" if s in config.attention_resolutions else down for s in config.resolutions
+        ],
+        "up_block_types": ["AttnUpBlock2D" if s in config.up_attention else up for s in reversed(config.resolutions)],
         "downsample_type": config.resample,
         "upsample_type": config.resample,
-        "downsample_padding": int(config.pad == "both"),
+        "downsample_padding": int(config.downsample_padding == "both"),
         "attention_head_dim": next(iter(heads), None),
         "attn_norm_num_groups": None if groups in (0, default) else groups,
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",

@@ -12,7 +12,7 @@ import torch
 from ..diffusion.coefficients import PREDICTIONS, VARIANCES
 from ..diffusion.schedule import Schedule
 from ..errors import CheckpointError
-from ..models.config import UNetConfig
+from ..models.config import UNetConfig, with_current_names
 from ..models.unet import UNet
 from ..utils.files import made, whole
 from ..utils.validation import bound_of, choice
@@ -155,7 +155,7 @@ def _schedule(config: dict, path: Path) -> Schedule:
 
 def _unet_config(config: dict, path: Path) -> UNetConfig:
     try:
-        return UNetConfig(**config["unet"])
+        return UNetConfig(**with_current_names(config["unet"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: unet: {error}") from error
 
@@ -163,9 +163,9 @@ def _unet_config(config: dict, path: Path) -> UNetConfig:
 def _class_names(config: dict, network: UNetConfig, path: Path) -> list[str] | None:
     names = config.get("class_names")
     if names is not None and not (
-        isinstance(names, list) and len(names) == network.classes and all(isinstance(name, str) for name in names)
+        isinstance(names, list) and len(names) == network.num_classes and all(isinstance(name, str) for name in names)
     ):
-        raise CheckpointError(f"{path}: class_names: got {names!r}; expected {network.classes or 'no'} names")
+        raise CheckpointError(f"{path}: class_names: got {names!r}; expected {network.num_classes or 'no'} names")
     return names
 
 

@@ -230,18 +230,18 @@ class _Network:
             in_channels=inputs,
             out_channels=outputs,
             channels=channels,
-            multipliers=multipliers,
-            blocks=self.blocks,
-            attention=attention,
+            channel_mult=multipliers,
+            num_res_blocks=self.blocks,
+            attention_resolutions=attention,
             dropout=flags["dropout"],
-            classes=state["label_emb.weight"].shape[0] if flags["class_cond"] else None,
-            eps=1e-5,
-            stem=None if stem == channels else stem,
-            heads=None if wide else flags["num_heads"],
-            head_channels=flags["num_head_channels"] if wide else None,
+            num_classes=state["label_emb.weight"].shape[0] if flags["class_cond"] else None,
+            norm_eps=1e-5,
+            stem_channels=None if stem == channels else stem,
+            num_heads=None if wide else flags["num_heads"],
+            num_head_channels=flags["num_head_channels"] if wide else None,
             scale_shift=flags["use_scale_shift_norm"],
             resample="resnet" if self.updown else "conv",
-            pad="both",
+            downsample_padding="both",
             flip_sin_to_cos=True,
             freq_shift=0,
             time_scale=1000 / T if rescale else 1.0,
@@ -268,7 +268,7 @@ class _Network:
             if not layer.endswith(".qkv"):
                 result[f"{layer}.{kind}" if layer else kind] = value
                 continue
-            heads = config.heads or len(value) // 3 // config.head_channels
+            heads = config.num_heads or len(value) // 3 // config.num_head_channels
             # Rows: of q, then k, then v; or in the old order of one head after another, each with its q, k and v.
             parts = value.unflatten(0, (3, -1) if new_order else (heads, 3, -1))
             for part, row in zip("qkv", parts if new_order else parts.transpose(0, 1).flatten(1, 2), strict=True):

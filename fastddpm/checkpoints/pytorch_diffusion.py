@@ -61,9 +61,9 @@ def _config(state: Mapping[str, torch.Tensor], levels: int) -> UNetConfig:
         in_channels=inputs,
         out_channels=state["conv_out.weight"].shape[0],
         channels=channels,
-        multipliers=multiples(widths, channels),
-        blocks=sum(re.fullmatch(r"down\.0\.block\.\d+\.conv1\.weight", name) is not None for name in state),
-        attention=(ATTENDED,),
+        channel_mult=multiples(widths, channels),
+        num_res_blocks=sum(re.fullmatch(r"down\.0\.block\.\d+\.conv1\.weight", name) is not None for name in state),
+        attention_resolutions=(ATTENDED,),
         dropout=0.1 if size == 32 else 0.0,
     )
 

@@ -132,7 +132,7 @@ class EngineRunner(Runner):
             raise CopyError(str(error).partition("\n")[0]) from error
         # A body that is not the package's may read what fused layers don't keep, so that nothing is fused for it.
         self.runs_body = "" not in changed
-        self.embeds_outside_loop = self.runs_body and model.config.classes is None
+        self.embeds_outside_loop = self.runs_body and model.config.num_classes is None
         unfused, warnings = [], list(warnings)
 
         def keep_dtype() -> list[nn.Module]:  # fusing replaces some of these

@@ -299,8 +299,8 @@ def evaluate(
         raise ValueError(f"metrics: got {', '.join(unknown) or 'none'}; expected some of {', '.join(METRICS)}")
     model, options = adopted(model), _given(options)
     folder, shape = Path(folder), shape_of(model, options.get("shape"))
-    labels = "bpd" in metrics and isinstance(model, UNet) and model.config.classes is not None
-    read_as = {"classes": (model.class_names or model.config.classes) if labels else None, "size": size}
+    labels = "bpd" in metrics and isinstance(model, UNet) and model.config.num_classes is not None
+    read_as = {"classes": (model.class_names or model.config.num_classes) if labels else None, "size": size}
     held_out = data.load_test(source, labels=labels, **read_as) if "bpd" in metrics else None
     of_reference = labels and held_out is None
     reference = data.load(source, labels=of_reference, alpha=alpha, skip_damaged=skip_damaged, **read_as)

@@ -28,7 +28,7 @@ from ..images import to_uint8
 from ..inputs.adopt import adopted
 from ..inputs.arguments import device_of, labels_of, output_fault, shape_of
 from ..inputs.resolve import schedule_of
-from ..models.config import UNetConfig
+from ..models.config import OLD_NAMES, UNetConfig
 from ..models.unet import UNet
 from ..ops.rng import Stream, check_seed
 from ..sampling.api import sample
@@ -136,7 +136,7 @@ class _Drawing:
 
 
 def _labels(model, label: int | None, span: range) -> torch.Tensor | int | None:
-    classes = model.config.classes if isinstance(model, UNet) else None
+    classes = model.config.num_classes if isinstance(model, UNet) else None
     if label is not None or classes is None:
         return label
     return torch.arange(span.start, span.stop) % classes
@@ -165,7 +165,7 @@ def drawn(model: object, seed: int, dtype: torch.dtype | None, options: dict) ->
     }
 
 
-LATER = list(itertools.dropwhile(lambda field: field.name != "eps", dataclasses.fields(UNetConfig)))
+LATER = list(itertools.dropwhile(lambda field: field.name != "norm_eps", dataclasses.fields(UNetConfig)))
 
 
 def _told_by(model: object, dtype: torch.dtype | None) -> dict:
@@ -176,9 +176,11 @@ def _told_by(model: object, dtype: torch.dtype | None) -> dict:
     for field in LATER:  # left out where they change nothing, so that folders of before are this model's still
         if config.get(field.name) == field.default:
             config.pop(field.name, None)
+    # The old names stay: settings.json of existing folders has them, and folder names are hashes of these entries.
+    old_names = {new: old for old, new in OLD_NAMES.items()}
     return {
         "weights": checksum(model) if module else None,
-        **{f"config.{k}": list(v) if isinstance(v, tuple) else v for k, v in config.items()},
+        **{f"config.{old_names.get(k, k)}": list(v) if isinstance(v, tuple) else v for k, v in config.items()},
         "dtype": str(dtype or own).removeprefix("torch."),
     }
 

@@ -90,7 +90,7 @@ def check_image_shape(name: str, network: nn.Module | None, shape: Sequence[int]
         )
     if channels != config.in_channels:
         raise ValueError(f"{name}: {channels} channels; the network takes {config.in_channels}")
-    halvings = len(config.multipliers if isinstance(network, UNet) else config.block_out_channels) - 1
+    halvings = len(config.channel_mult if isinstance(network, UNet) else config.block_out_channels) - 1
     if height % (1 << halvings) == 0 == width % (1 << halvings):
         return
     floor, ceiling = (

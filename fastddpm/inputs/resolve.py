@@ -60,7 +60,7 @@ class ResolvedModel:
 
     @property
     def num_classes(self) -> int | None:
-        return None if self.unet is None else self.unet.config.classes
+        return None if self.unet is None else self.unet.config.num_classes
 
     @property
     def is_function(self) -> bool:

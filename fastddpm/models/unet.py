@@ -3,7 +3,7 @@
 `embed` yields what each residual block needs of the timestep (and class); `body` is everything that depends on x. Parameters
 carry the names that diffusers' UNet2DModel gives them, so that a state dict goes both ways unchanged.
 
-The defaults are the paper's network. The options behind `classes` are what its descendants changed (Nichol & Dhariwal
+The defaults are the paper's network. The options after `num_classes` are what its descendants changed (Nichol & Dhariwal
 2021, Dhariwal & Nichol 2021, diffusers), so that their checkpoints are this network too.
 """
 
@@ -121,10 +121,10 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift, self.resample, self.divisor = config.scale_shift, resample, divisor
-        self.norm1 = GroupNormSiLU(config.groups, inputs, config.eps)
+        self.norm1 = GroupNormSiLU(config.norm_groups, inputs, config.norm_eps)
         self.conv1 = _conv(inputs, outputs)
         self.time_emb_proj = _linear(4 * config.channels, 2 * outputs if config.scale_shift else outputs)
-        self.norm2 = GroupNormSiLU(config.groups, outputs, config.eps)
+        self.norm2 = GroupNormSiLU(config.norm_groups, outputs, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = _conv(outputs, outputs, gain=1e-5)
         self.conv_shortcut = _conv(inputs, outputs, 1) if inputs != outputs else None
@@ -158,9 +158,11 @@ class Attention(nn.Module):
     def __init__(self, channels: int, config: UNetConfig, *, groups: int, divisor: float = 1.0) -> None:
         """groups: of the norm; 0 for none."""
         super().__init__()
-        self.heads = config.heads or (1 if config.head_channels is None else channels // config.head_channels)
+        self.heads = config.num_heads or (
+            1 if config.num_head_channels is None else channels // config.num_head_channels
+        )
         self.divisor = divisor
-        self.group_norm = GroupNormSiLU(groups, channels, config.eps, silu=False) if groups else None
+        self.group_norm = GroupNormSiLU(groups, channels, config.norm_eps, silu=False) if groups else None
         self.to_q, self.to_k, self.to_v = (_linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([_linear(channels, channels, gain=1e-5)])
 
@@ -200,7 +202,7 @@ class Level(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(i, o, config) for i, o in widths)
         if attention:
-            self.attentions = nn.ModuleList(Attention(o, config, groups=config.groups) for _, o in widths)
+            self.attentions = nn.ModuleList(Attention(o, config, groups=config.norm_groups) for _, o in widths)
         self.attention = attention
 
     def block(self, j: int, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
@@ -237,7 +239,7 @@ class Middle(nn.Module):
             ResBlock(channels, channels, config, divisor=config.middle_scale) for _ in range(2)
         )
         if config.middle_attention:
-            groups = config.groups if config.middle_groups is None else config.middle_groups
+            groups = config.norm_groups if config.middle_groups is None else config.middle_groups
             self.attentions = nn.ModuleList([Attention(channels, config, groups=groups, divisor=config.middle_scale)])
         self.attention = config.middle_attention
 
@@ -270,35 +272,39 @@ class UNet(nn.Module):
         class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if class_names is not None and len(class_names) != config.classes:
+        if class_names is not None and len(class_names) != config.num_classes:
             raise ValueError(
-                f"class_names: got {len(class_names)} names; the network has {config.classes or 'no'} classes"
+                f"class_names: got {len(class_names)} names; the network has {config.num_classes or 'no'} classes"
             )
         self.config = config
         self.class_names = None if class_names is None else list(class_names)
         self.schedule = Schedule.linear() if schedule is None else schedule
         self.prediction, self.variance, self.clip = prediction, variance, plain(clip)
 
-        self.conv_in = _conv(config.in_channels, config.first_width)
+        self.conv_in = _conv(config.in_channels, config.stem_width)
         self.time_embedding = TimestepEmbedding(config)
-        if config.classes is not None:
-            self.class_embedding = _embedding(config.classes, 4 * config.channels)
+        if config.num_classes is not None:
+            self.class_embedding = _embedding(config.num_classes, 4 * config.channels)
 
         def down(width: int) -> nn.Module:
             if config.resample == "resnet":
                 return ResBlock(width, width, config, resample="down")
-            return Downsample(width, config.pad)
+            return Downsample(width, config.downsample_padding)
 
         def up(width: int) -> nn.Module:
             return ResBlock(width, width, config, resample="up") if config.resample == "resnet" else Upsample(width)
 
-        levels = list(enumerate(zip(config.widths, config.sides, strict=True)))
-        skips = [config.first_width]  # widths of what the way up will be given, in the order it is produced
-        width = config.first_width
+        levels = list(enumerate(zip(config.widths, config.resolutions, strict=True)))
+        skips = [config.stem_width]  # widths of what the way up will be given, in the order it is produced
+        width = config.stem_width
         self.down_blocks = nn.ModuleList()
         for i, (out, side) in levels:
-            level = Level([(width, out)] + [(out, out)] * (config.blocks - 1), side in config.attention, config)
-            skips += [out] * config.blocks
+            level = Level(
+                [(width, out)] + [(out, out)] * (config.num_res_blocks - 1),
+                side in config.attention_resolutions,
+                config,
+            )
+            skips += [out] * config.num_res_blocks
             if i + 1 < len(levels):
                 level.downsamplers = nn.ModuleList([down(out)])
                 skips.append(out)
@@ -310,15 +316,15 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i, (out, side) in reversed(levels):
             pairs = []
-            for _ in range(config.blocks + 1):
+            for _ in range(config.num_res_blocks + 1):
                 pairs.append((width + skips.pop(), out))
                 width = out
-            level = Level(pairs, side in config.going_up, config)
+            level = Level(pairs, side in config.up_attention, config)
             if i > 0:
                 level.upsamplers = nn.ModuleList([up(out)])
             self.up_blocks.append(level)
 
-        self.conv_norm_out = GroupNormSiLU(config.groups, width, config.eps)
+        self.conv_norm_out = GroupNormSiLU(config.norm_groups, width, config.norm_eps)
         self.conv_out = _conv(width, config.out_channels, gain=1e-5)
 
     @classmethod
@@ -370,13 +376,13 @@ class UNet(nn.Module):
 
     def embedding_layers(self) -> list[nn.Module]:
         """All that `embed` calls and `body` doesn't."""
-        classes = [self.class_embedding] if self.config.classes is not None else []
+        classes = [self.class_embedding] if self.config.num_classes is not None else []
         return [self.time_embedding, *classes, *(block.time_emb_proj for block in self.resblocks())]
 
     def embed(self, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> list[torch.Tensor]:
         """What each residual block takes for timesteps t [N] (and class labels int64 [N]): a list of [N, width]."""
-        if (class_labels is None) != (self.config.classes is None):
-            wanted = "int64 [N]" if self.config.classes is not None else "none, as this network has no classes"
+        if (class_labels is None) != (self.config.num_classes is None):
+            wanted = "int64 [N]" if self.config.num_classes is not None else "none, as this network has no classes"
             raise ValueError(f"class_labels: got {class_labels!r}; expected {wanted}")
         temb = self.time_embedding(t)
         if class_labels is not None:

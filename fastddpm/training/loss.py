@@ -115,7 +115,7 @@ def training_loss(
     if x0.device.type == "cpu" or _first_time(model):  # each look at values on a GPU waits for it
         check_range("x0", x0)
         if class_labels is not None and isinstance(model, UNet):
-            check_labels(class_labels, model.config.classes)
+            check_labels(class_labels, model.config.num_classes)
     if t is None:
         t = draw_timesteps(n, len(schedule), seed=seed, first=first, device=x0.device)
     if noise is None:

@@ -28,7 +28,7 @@ from ..checkpoints import fastddpm_folder
 from ..data import Images, decoded
 from ..diffusion.coefficients import PREDICTIONS
 from ..errors import DataError, TrainingError
-from ..models.config import PRESETS, UNetConfig
+from ..models.config import PRESETS, UNetConfig, with_current_names
 from ..models.unet import UNet
 from ..ops.philox_normal import first_words
 from ..ops.rng import Stream
@@ -150,12 +150,17 @@ def network_for(preset: str, dataset: Dataset, *, classes: int | None = None) ->
     image = _image_of(dataset[0])
     channels, height, width = image.shape
     config = PRESETS[preset]
-    multiple = 1 << (len(config.multipliers) - 1)
+    multiple = 1 << (len(config.channel_mult) - 1)
     side = math.ceil(max(height, width) / multiple) * multiple
     # Attention stays at the same depth when the side differs from the preset's.
-    attention = tuple(a * side // config.sample_size for a in config.attention)
+    attention = tuple(a * side // config.sample_size for a in config.attention_resolutions)
     return dataclasses.replace(
-        config, in_channels=channels, out_channels=channels, sample_size=side, attention=attention, classes=classes
+        config,
+        in_channels=channels,
+        out_channels=channels,
+        sample_size=side,
+        attention_resolutions=attention,
+        num_classes=classes,
     )
 
 
@@ -204,14 +209,14 @@ class Trainer:
             raise TrainingError(f"data: images of shape {got}; the network takes {expected}")
         if not isinstance(dataset, Images):
             check_range("data: image 0", torch.as_tensor(_image_of(dataset[0])))
-        if config.classes is not None and not isinstance(dataset[0], (tuple, list)):
+        if config.num_classes is not None and not isinstance(dataset[0], (tuple, list)):
             raise TrainingError(
-                f"data: no labels in it, and the network has {config.classes} classes (--labels reads them)"
+                f"data: no labels in it, and the network has {config.num_classes} classes (--labels reads them)"
             )
         if recipe.dtype == "bfloat16" and (reason := backend.no_products(device, torch.bfloat16)):
             warn_once(self, f"{reason}, so training is many times slower than with dtype float32")
         torch.manual_seed(recipe.seed)
-        names = getattr(dataset, "class_names", None) if config.classes is not None else None
+        names = getattr(dataset, "class_names", None) if config.num_classes is not None else None
         model = UNet(config, prediction=prediction, variance=variance, class_names=names)
         model = model.to(device, memory_format=torch.channels_last)
         self.model = model.train()
@@ -234,7 +239,7 @@ class Trainer:
         try:
             saved = torch.load(path, map_location=device, weights_only=True)
             recipe = Recipe(**{**saved["recipe"], **changes})
-            config = UNetConfig(**saved["unet"])
+            config = UNetConfig(**with_current_names(saved["unet"]))
             # Runs begun before there was a choice have neither.
             trained_for = {name: saved[name] for name in ("prediction", "variance") if name in saved}
         except TrainingError:
@@ -306,7 +311,7 @@ class Trainer:
 
     def draw_grid(self, progress: bool | None) -> None:
         """Samples of the averaged network to samples/; of one with classes, each row is a class, of many a part of them."""
-        (rows, columns), classes, labels = GRID, self.model.config.classes, None
+        (rows, columns), classes, labels = GRID, self.model.config.num_classes, None
         if classes is not None:
             rows = min(classes, MOST_ROWS)
             labels = torch.linspace(0, classes - 1, rows).round().long().repeat_interleave(columns)
@@ -330,7 +335,7 @@ class Trainer:
                 draws = torch.arange(first, first + part, device=self.device)
                 flip = first_words(draws, seed=self.recipe.seed, stream=Stream.FLIP) >> 31 == 1
                 x0 = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
-            yield x0, None if self.model.config.classes is None else labels[0].to(self.device), first
+            yield x0, None if self.model.config.num_classes is None else labels[0].to(self.device), first
             first += part
 
     def _optimize(self, batches: Iterator) -> tuple[float, float]:
