@@ -35,25 +35,28 @@ CPU = torch.device("cpu")
 CONFIGS = {
     "two levels": UNetConfig(sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4),
     "three levels, two attentions": UNetConfig(
-        sample_size=12, in_channels=1, channels=8, channel_mult=(1, 1, 3), attention_resolutions=(12, 6), norm_groups=8, num_res_blocks=1
+        sample_size=12, in_channels=1, channels=8, channel_mult=(1, 1, 3), attention_resolutions=(12, 6), norm_groups=8,
+        num_res_blocks=1
     ),
     "classes": UNetConfig(
         sample_size=8, in_channels=2, out_channels=4, channels=8, channel_mult=(2, 2), norm_groups=2, num_classes=3
     ),
     "guided diffusion's": UNetConfig(
-        sample_size=8, out_channels=6, channels=16, channel_mult=(0.5, 1, 1.5), attention_resolutions=(4,), norm_groups=4, stem_channels=8, num_res_blocks=1,
-        norm_eps=1e-5, num_head_channels=4, scale_shift=True, resample="resnet", flip_sin_to_cos=True, freq_shift=0, time_scale=0.25,
+        sample_size=8, out_channels=6, channels=16, channel_mult=(0.5, 1, 1.5), attention_resolutions=(4,),
+        norm_groups=4, stem_channels=8, num_res_blocks=1, norm_eps=1e-5, num_head_channels=4, scale_shift=True,
+        resample="resnet", flip_sin_to_cos=True, freq_shift=0, time_scale=0.25,
     ),
     "every other option": UNetConfig(
-        sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(), up_attention_resolutions=(8,), norm_groups=4, num_heads=2, downsample_padding="both",
-        center_input=True, middle_groups=0, middle_scale=1.5,
+        sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(), up_attention_resolutions=(8,),
+        norm_groups=4, num_heads=2, downsample_padding="both", center_input=True, middle_groups=0, middle_scale=1.5,
     ),
     "scaled and shifted, resampled by residual blocks, one head": UNetConfig(
-        sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(8,), norm_groups=4, scale_shift=True, resample="resnet",
-        middle_attention=False,
+        sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(8,), norm_groups=4, scale_shift=True,
+        resample="resnet", middle_attention=False,
     ),
     "one head, in the middle without a norm": UNetConfig(
-        sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(8,), norm_groups=4, middle_groups=0, middle_scale=2.0,
+        sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(8,), norm_groups=4, middle_groups=0,
+        middle_scale=2.0,
     ),
 }  # fmt: skip
 
