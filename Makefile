@@ -83,6 +83,7 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache --no-logo
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix
@@ -124,5 +125,5 @@ $(VENV)/test $(VENV)/bench $(VENV)/docs: $(VENV)/%: $(VENV)/installed
 	@touch $@
 
 $(VENV)/lint: $(PINS)
-	$(INSTALL) ruff clang-format
+	$(INSTALL) ruff clang-format import-linter
 	@touch $@

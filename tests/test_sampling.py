@@ -19,6 +19,8 @@ from fastddpm.engine.runner import EngineRunner, Runner
 from fastddpm.errors import SamplingError
 from fastddpm.ops.rng import Stream
 from fastddpm.sampling import loop
+from fastddpm.sampling.plan import ChainArguments, resolve_for
+from fastddpm.sampling.plan import plan as make_plan
 
 SHAPE = (3, 4, 5)
 SHORT = Schedule.linear(20, 1e-3, 0.3)
@@ -82,6 +84,31 @@ def test_prediction_types_give_the_same_chain(prediction):
         ideal(SHORT, prediction), 2, shape=SHAPE, schedule=SHORT, prediction=prediction, clip=False, seed=3
     )
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+CHAINS = [
+    {},
+    {"variance": "fixed_small", "steps": 7},
+    {"sampler": "ddim", "steps": 9, "eta": 0.5},
+    {"sampler": "dpm++2m", "steps": 6, "clip": False},
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=str)
+@pytest.mark.parametrize("kind", ["function", "unet"])
+def test_sample_computes_what_sample_ref_does(kind, chain):
+    """The fast loop, in batches, through the engine and by the kernels, against the dozen lines of algorithm 2."""
+    model, shape = (ideal(SHORT), SHAPE) if kind == "function" else (small_unet(), (1, 8, 8))
+    options = {"schedule": SHORT, "prediction": "epsilon", "clip": True, **chain}
+    arguments = ChainArguments(**options)
+    plan = make_plan(resolve_for(model, arguments), arguments)
+    seed, first = (1 << 63) + 5, (1 << 40) + 3
+    with torch.no_grad():
+        clip = 1.0 if options["clip"] else None
+        expected = loop.sample_ref(model, plan.table, (5, *shape), seed=seed, first=first, clip=clip)
+    got = fastddpm.sample(model, 5, shape=shape, seed=seed, first=first, batch_size=2, **options)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
 def test_a_picture_in_x_T_is_said_once():
