@@ -51,7 +51,7 @@ from fastddpm.evaluation.likelihood import likelihood
 from fastddpm.models import unet
 from fastddpm.training import loss
 from fastddpm.training.trainer import CHECKPOINT, VARIANCES, Recipe, Trainer
-from fastddpm.utils.files import whole
+from fastddpm.utils.files import atomic_write
 
 SIDE = 14
 NETWORK = UNetConfig(
@@ -216,8 +216,8 @@ def drawn(model: UNet, out: Path, settings: argparse.Namespace, variance: str) -
                 model, count, first=len(done), seed=settings.seed, variance=variance, batch_size=LOT, progress=False
             )
             done = np.concatenate((done, images.numpy()))
-            with whole(path) as aside:
-                np.save(aside, done)
+            with atomic_write(path) as temporary:
+                np.save(temporary, done)
             bar.update(count)
     return done[: settings.n]
 
@@ -278,8 +278,8 @@ def plot(
             axis.set_xscale("log")
         axis.margins(x=0.15)
     left.axvline(real, color="black", linestyle="--", linewidth=1)
-    with whole(path) as aside:
-        figure.savefig(aside, dpi=120)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
     print(f"wrote {path}")
 

@@ -23,9 +23,8 @@ from .checkpoints import base, fastddpm_folder, pretrained
 from .diffusion import coefficients
 from .diffusion.schedule import Schedule
 from .errors import FastddpmError
-from .evaluation.api import evaluate
-from .evaluation.features import inception, named
-from .evaluation.samples import RESULT
+from .evaluation.api import RESULT, evaluate
+from .evaluation.features import import_features, inception
 from .models.config import UNetConfig
 from .models.unet import UNet
 from .ops import philox_normal
@@ -36,7 +35,7 @@ from .sampling.trajectories import Frames
 from .training.loss import OBJECTIVES
 from .training.trainer import CHECKPOINT, RECIPES, Trainer, network_for
 from .training.trainer import VARIANCES as TRAINED_VARIANCES
-from .utils.files import whole
+from .utils.files import atomic_write
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RAW = (".npy", ".npz")
@@ -188,11 +187,11 @@ def _write(drawn: torch.Tensor, path: Path) -> None:
     if path.suffix.lower() not in RAW:
         images.save(images.grid(drawn), path)
         return
-    with whole(path) as aside:
+    with atomic_write(path) as temporary:
         if path.suffix.lower() == ".npy":
-            np.save(aside, drawn.numpy())
+            np.save(temporary, drawn.numpy())
         else:
-            np.savez(aside, images=drawn.numpy())
+            np.savez(temporary, images=drawn.numpy())
 
 
 def _write_film(frames: list[Image.Image], path: Path) -> None:
@@ -354,7 +353,7 @@ def evaluate_command(model, source, out, metrics, seed, device, dtype, features,
         raise ValueError("features, inception_weights: both given; expected one of them")
     chosen = None
     if features is not None:
-        chosen = named(features, device)
+        chosen = import_features(features, device)
     elif inception_weights is not None:
         chosen = inception(inception_weights, device)
     try:
@@ -390,16 +389,16 @@ def convert_command(source, out, format, revision, flags) -> None:
     found = pretrained.read(source, revision=revision, flags=flags)
     for name, value in _described(found):
         click.echo(f"{name:<12} {value}")
-    aside = place.with_name(f".{place.name}.{os.getpid()}")
+    temporary = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         network = base.build(found)
         said = {} if found.averaged is None else {"averaged": found.averaged}  # so that it needn't be asked again
-        pretrained.FORMATS[format](network, aside, extra=said)
+        pretrained.FORMATS[format](network, temporary, extra=said)
         if place.is_dir():
             place.rmdir()
-        aside.rename(place)
+        temporary.rename(place)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     click.echo(f"{out}: written, for {format}")
 
 

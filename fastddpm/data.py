@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import pictures
 from .errors import DataError
 from .pictures import CHANNELS
-from .utils.files import whole
+from .utils.files import atomic_write
 from .utils.progress import bar as progress_bar
 from .utils.validation import LEAST_BYTE, check_count, choice, plain
 from .utils.warn import warn_once
@@ -603,10 +603,10 @@ def _checked(path: Path, files: list[Path]) -> np.ndarray:
     table = np.array(rows, dtype=TABLE)
     with contextlib.suppress(OSError):  # it is checked again next time
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with whole(kept) as aside:
+        with atomic_write(kept) as temporary:
             columns = {name: table[name] for name in TABLE.names}
             texts = {name: column.astype(str) for name, column in columns.items() if column.dtype == object}
-            np.savez_compressed(aside, **{**columns, **texts})
+            np.savez_compressed(temporary, **{**columns, **texts})
     return table
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from .pictures import CHANNELS, on_black
-from .utils.files import whole
+from .utils.files import atomic_write
 
 __all__ = ["to_pil", "to_uint8"]
 
@@ -88,5 +88,5 @@ def grid(x: torch.Tensor, columns: int | None = None, scale: int | None = None) 
 
 
 def save(image: Image.Image, path: str | Path, **options: object) -> None:
-    with whole(path) as aside:
-        image.save(aside, **options)
+    with atomic_write(path) as temporary:
+        image.save(temporary, **options)

@@ -11,7 +11,7 @@ from PIL import Image
 import fastddpm
 from fastddpm import data, images, pictures
 from fastddpm.data import DataError
-from fastddpm.utils.files import whole
+from fastddpm.utils.files import atomic_write
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 5), dtype=np.uint8)
 
@@ -512,10 +512,10 @@ def test_a_grid_that_no_file_can_hold_is_refused():
 def test_files_are_whole_or_not_there(tmp_path):
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with pytest.raises(RuntimeError), whole(target) as path:
+    with pytest.raises(RuntimeError), atomic_write(target) as path:
         path.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
-    with whole(target) as path:
+    with atomic_write(target) as path:
         path.write_text("new")
     assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]

@@ -33,7 +33,7 @@ from ..models.unet import UNet
 from ..ops.philox_normal import first_words
 from ..ops.rng import Stream
 from ..sampling.api import sample
-from ..utils.files import whole
+from ..utils.files import atomic_write
 from ..utils.progress import bar as progress_bar
 from ..utils.validation import check_range
 from ..utils.warn import warn_once
@@ -265,7 +265,7 @@ class Trainer:
     def save(self) -> None:
         """The whole run to its folder; each file appears whole or not at all."""
         self.out.mkdir(parents=True, exist_ok=True)
-        with whole(self.out / CHECKPOINT) as path:
+        with atomic_write(self.out / CHECKPOINT) as path:
             torch.save(
                 {
                     "step": self.step,
@@ -291,7 +291,7 @@ class Trainer:
             "weights": "exponential moving average",
         }
         fastddpm_folder.save(self.model, self.out, state=self.ema, extra={"training": training})
-        with whole(self.out / LOG) as path, path.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.out / LOG) as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
