@@ -50,7 +50,8 @@ from fastddpm.evaluation.distances import Statistics, frechet, statistics
 from fastddpm.evaluation.likelihood import likelihood
 from fastddpm.models import unet
 from fastddpm.training import loss
-from fastddpm.training.trainer import CHECKPOINT, VARIANCES, Recipe, Trainer
+from fastddpm.training.recipe import Recipe
+from fastddpm.training.trainer import CHECKPOINT, VARIANCES, Trainer
 from fastddpm.utils.files import atomic_write
 
 SIDE = 14
@@ -177,7 +178,7 @@ def train(settings: argparse.Namespace, variant: Variant, dataset: ArrayImages) 
         trainer = Trainer(dataset, out, NETWORK, recipe(settings, variant.objective), device, **how)
 
     def seconds() -> float:
-        return sum(float(row["seconds"]) for row in trainer.rows)
+        return sum(float(entry["seconds"]) for entry in trainer.log)
 
     if trainer.step < trainer.total:
         allowed, began = 60 * settings.minutes - seconds(), time.perf_counter()
@@ -198,7 +199,7 @@ def train(settings: argparse.Namespace, variant: Variant, dataset: ArrayImages) 
                 f"{done} after {settings.minutes:g} minutes. With more --minutes (at most 5) it goes on; with fewer --steps "
                 "all begin anew. Do other processes use the cores?"
             )
-    return {"minutes": seconds() / 60, "loss": float(trainer.rows[-1]["loss"])}
+    return {"minutes": seconds() / 60, "loss": float(trainer.log[-1]["loss"])}
 
 
 # ------------------------------------------------------------------------------------------------- samples

@@ -33,7 +33,8 @@ from .sampling.api import sample
 from .sampling.plan import plan
 from .sampling.trajectories import Frames
 from .training.loss import OBJECTIVES
-from .training.trainer import CHECKPOINT, RECIPES, Trainer, network_for
+from .training.recipe import RECIPES
+from .training.trainer import CHECKPOINT, Trainer, network_for
 from .training.trainer import VARIANCES as TRAINED_VARIANCES
 from .utils.files import atomic_write
 

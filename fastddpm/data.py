@@ -74,7 +74,7 @@ class Images(Dataset):
         """The images of these indices as uint8 [len(indices), C, H, W]; many picture files by worker processes."""
         if self.on_disk and len(indices) >= PART and torch.utils.data.get_worker_info() is None:
             parts = [indices[start : start + PART] for start in range(0, len(indices), PART)]
-            return torch.cat(list(decoded(_Parts(self), batch_size=None, sampler=parts)))
+            return torch.cat(list(load_in_workers(_Parts(self), batch_size=None, sampler=parts)))
         out = torch.zeros(len(indices), *self.shape, dtype=torch.uint8)
         for row, i in zip(out, indices, strict=True):
             image = torch.from_numpy(self._bytes(i))
@@ -597,7 +597,7 @@ def _checked(path: Path, files: list[Path]) -> np.ndarray:
         return table
     rows = []
     with progress_bar(None, total=len(files), unit="picture", desc=f"checking {path.name}") as bar:
-        for part in decoded(_Check(files), batch_size=64, collate_fn=list):
+        for part in load_in_workers(_Check(files), batch_size=64, collate_fn=list):
             rows += part
             bar.update(len(part))
     table = np.array(rows, dtype=TABLE)
@@ -614,7 +614,7 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastddpm" / "pictures"
 
 
-def decoded(dataset: Dataset, **options: object) -> Iterator:
+def load_in_workers(dataset: Dataset, **options: object) -> Iterator:
     """What a DataLoader with these options gives, by worker processes that decode pictures side by side.
 
     Raises DataError without the worker's traceback in its message, and ends the processes at once.
