@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import DataError
 
-RULES = 1  # raised when a file is read otherwise than before, as checks of files are remembered
+READER_VERSION = 1  # to be raised when `read` changes, as the results of checks are cached
 MODES = ("L", "LA", "RGB", "RGBA")
 CHANNELS = (1, 3, 4)  # of grey, RGB and RGBA
 

@@ -388,7 +388,7 @@ def test_many_pictures_are_read_by_worker_processes(tmp_path, monkeypatch):
         picture(tmp_path / f"{i}.png", np.full((4, 4), i, np.uint8))
     images = data.load(tmp_path)
     alone = images.read(range(6, -1, -1))
-    monkeypatch.setattr(data, "PART", 3)
+    monkeypatch.setattr(data, "WORKER_BATCH", 3)
     assert torch.equal(images.read(range(6, -1, -1)), alone) and alone[:, 0, 0, 0].tolist() == [6, 5, 4, 3, 2, 1, 0]
     (tmp_path / "5.png").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="^/.*5.png: not a readable picture"):
@@ -396,7 +396,7 @@ def test_many_pictures_are_read_by_worker_processes(tmp_path, monkeypatch):
 
 
 def test_a_fault_that_is_over_is_not_remembered(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MANY", 3)
+    monkeypatch.setattr(data, "MANY_PICTURES", 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for i in range(4):
         picture(tmp_path / "pictures" / f"{i}.png")
@@ -426,7 +426,7 @@ def test_damaged_arrays_are_read_or_named(tmp_path, kind):
 
 
 def test_a_check_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MANY", 4)
+    monkeypatch.setattr(data, "MANY_PICTURES", 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "pictures"
     for i in range(6):

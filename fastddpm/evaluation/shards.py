@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import UNREADABLE
+from ..data import NUMPY_LOAD_ERRORS
 from ..errors import EvaluationError
 from ..utils.files import atomic_write
 from ..utils.progress import bar as progress_bar
@@ -53,7 +53,7 @@ class Shards:
             items = np.load(path, mmap_mode="r")
             if not isinstance(items, np.ndarray):
                 raise ValueError("an archive")
-        except UNREADABLE as error:
+        except NUMPY_LOAD_ERRORS as error:
             raise EvaluationError(f"{path}: not a whole .npy file ({error}); delete it, and it is made anew") from error
         if items.shape != (len(span), *self.item_shape) or items.dtype != self.dtype:
             raise EvaluationError(
@@ -126,5 +126,5 @@ def load_arrays(path: Path, *members: object) -> list[np.ndarray]:
     try:
         loaded = np.load(path)
         return [loaded[member] for member in members]
-    except (IndexError, *UNREADABLE) as error:  # IndexError: the file holds an array in place of members
+    except (IndexError, *NUMPY_LOAD_ERRORS) as error:  # IndexError: the file holds an array in place of members
         raise EvaluationError(f"{path}: not readable ({error}); delete it, and it is made anew") from error
