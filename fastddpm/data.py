@@ -146,7 +146,9 @@ class ArrayImages(Images):
         image = np.array(image) if self._scale is None else (image * self._scale).round().astype(np.uint8)
         if self._side is None:
             return image
-        return np.stack([np.asarray(pictures.cropped(Image.fromarray(channel), self._side)) for channel in image])
+        return np.stack(
+            [np.asarray(pictures.center_cropped(Image.fromarray(channel), self._side)) for channel in image]
+        )
 
     def digest(self) -> str:
         reading = self._array.shape, self._array.dtype.str, self._scale, self._side, self.shape
@@ -199,9 +201,9 @@ class PictureImages(Images):
     def _unpadded(self, i: int) -> np.ndarray:
         image, _ = pictures.read(self._files[i])
         if "A" not in self._mode:
-            image = pictures.on_black(image)
+            image = pictures.composed_on_black(image)
         if self._side is not None:
-            image = pictures.cropped(image, self._side)
+            image = pictures.center_cropped(image, self._side)
         values = pictures.channels_first(image.convert(self._mode))
         if self._side is None and values.shape[1:] != self._size:
             height, width = self._size

@@ -192,7 +192,7 @@ def test_arrays_are_resized_like_pictures(tmp_path, channels):
     assert images.shape == images[0].shape == (channels, 6, 6) and notes == ""
     for image, original in zip(images.pixels, pixels, strict=True):
         for c in range(channels):
-            expected = np.asarray(pictures.cropped(Image.fromarray(np.ascontiguousarray(original[..., c])), 6))
+            expected = np.asarray(pictures.center_cropped(Image.fromarray(np.ascontiguousarray(original[..., c])), 6))
             np.testing.assert_array_equal(image[c].numpy(), expected)
     assert (
         "2 of 2 images are smaller than 16 pixels and are enlarged" in said(data.load, tmp_path / "x.npy", size=16)[1]
@@ -492,7 +492,7 @@ def test_grid_places_every_image():
 def test_grids_of_any_channels(channels):
     x = torch.rand(3, channels, 4, 5) * 2 - 1
     sheet = np.asarray(images.grid(x, scale=1))
-    assert sheet.shape[1::-1] == images.laid_out(3, (channels, 4, 5), scale=1).size
+    assert sheet.shape[1::-1] == images.grid_layout(3, (channels, 4, 5), scale=1).size
     pixels = fastddpm.to_uint8(x).numpy()
     if channels == 3:
         np.testing.assert_array_equal(sheet[2:6, 2:7], pixels[0].transpose(1, 2, 0))
@@ -503,10 +503,10 @@ def test_grids_of_any_channels(channels):
 
 
 def test_a_grid_that_no_file_can_hold_is_refused():
-    sheet = images.laid_out(1_000_000, (1, 64, 64))
+    layout = images.grid_layout(1_000_000, (1, 64, 64))
     with pytest.raises(ValueError, match=r"gif: x.gif would have 66002x66002 pixels; a .gif has at most 65535 a side"):
-        images.check_size("gif", Path("x.gif"), sheet)
-    images.check_size("output", Path("x.png"), sheet)
+        images.check_grid_size("gif", Path("x.gif"), layout)
+    images.check_grid_size("output", Path("x.png"), layout)
 
 
 def test_files_are_whole_or_not_there(tmp_path):
