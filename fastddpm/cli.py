@@ -300,9 +300,9 @@ def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels
         config = network_for(preset, dataset, classes=dataset.classes)
         if dtype == "auto":
             dtype = "bfloat16" if backend.no_products(device, torch.bfloat16) is None else "float32"
-        objective = {name: changes.pop(name) for name in ("prediction", "variance") if name in changes}
+        model_options = {name: changes.pop(name) for name in ("prediction", "variance") if name in changes}
         recipe = dataclasses.replace(RECIPES[preset], dtype=dtype, **changes)
-        trainer = Trainer(dataset, out, config, recipe, device, **objective)
+        trainer = Trainer(dataset, out, config, recipe, device, **model_options)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     click.echo(
         f"{len(dataset)} images of {'x'.join(map(str, trainer.model.shape))}; {parameters:,} parameters; "

@@ -68,16 +68,17 @@ def evaluate(
 ) -> Result:
     """Measure `model` against the images at `source`, which `fastddpm.data.load` reads; write folder/result.json, too.
 
-    metrics: some of "fid" and "kid", of the seed's first n images, as 8-bit pictures, against all training images, and "bpd",
-        of the .npz's x_test, or where there is none of the training images.
-    features: default `inception()`; FID and KID are called so on those alone.
+    metrics: some of "fid" and "kid", which compare the seed's first n images, in 8 bits, with all training images, and "bpd", the
+        bits per dimension of the .npz's x_test, or of the training images if it has none.
+    features: default `inception()`; only with it are the metrics named FID and KID.
     cache: folder for the reference's features and statistics; default evaluation-cache, beside `folder`.
     size, alpha, skip_damaged: how the images are read, as in `fastddpm.data.load`.
-    subsample: timesteps drawn for each image's bits per dimension; default all T. likelihood_images: how many of the images.
+    subsample: timesteps drawn for each image's bits per dimension; default all T. likelihood_images: how many; default all.
     shard, options: see `draw`. The other arguments are `fastddpm.sample`'s.
 
-    Defaults are the paper's: 50,000 samples of the whole chain with the averaged weights, which are what a run's folder holds.
-    An interrupted call, called again, goes on where it was. All that can be checked is checked before anything is drawn.
+    Defaults are the paper's: 50,000 samples of the full chain with the averaged weights, which are those in a run's folder.
+    After an interruption, the same call goes on where it stopped. Everything that can be checked is checked before anything is
+    drawn.
     """
     metrics = _checked_metrics(metrics)
     model, options = adopted(model), checked_chain_options(options)

@@ -53,12 +53,13 @@ def draw(
     progress: bool | None = None,
     **options: object,
 ) -> Shards:
-    """Draw images 0..n-1 of the seed's sequence, uint8 [N, C, H, W], to folder/samples, but for those that are there already.
+    """Draw images 0..n-1 of the seed's sequence to folder/samples, uint8 [N, C, H, W]; existing ones are not drawn again.
 
-    shard: images in one file, what an interruption can lose; default 1000, on a CPU 100. options: shape, schedule, prediction,
-    sampler, steps, spacing, eta, variance, clip and class_labels (an int) as `fastddpm.sample` takes them. A network with
-    classes and no class_labels draws each in turn: image i is of class i mod classes.
-    settings.json says what was drawn. Raises EvaluationError where that is something else, or a file is foreign or broken.
+    shard: images in one file, the most that an interruption can lose; default 1000, on a CPU 100. options: `fastddpm.sample`'s
+    shape, schedule, prediction, sampler, steps, spacing, eta, variance, clip and class_labels (an int). Without class_labels, a
+    network with classes draws each in turn: image i is of class i mod classes.
+    settings.json records what the images depend on. Raises EvaluationError if that differs, or if a file is damaged or is not
+    an evaluation's.
     """
     drawing = DrawingOptions(n, seed, shard, batch_size, device, dtype, checked_chain_options(options))
     return Drawing(adopted(model), folder, drawing).run(progress)

@@ -58,7 +58,7 @@ _checked_models: weakref.WeakSet[object] = weakref.WeakSet()
 
 
 def _is_first_call(model: object) -> bool:
-    """Whether this function has not been called for the model; always True for callables without weak references."""
+    """Return whether this is the first call with the model; always True for callables without weak references."""
     try:
         first = model not in _checked_models
         _checked_models.add(model)

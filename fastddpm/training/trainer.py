@@ -178,22 +178,22 @@ class Trainer:
             saved = torch.load(path, map_location=device, weights_only=True)
             recipe = Recipe(**{**saved["recipe"], **changes})
             config = UNetConfig(**saved["unet"])
-            # Checkpoints of earlier versions, which had no such options, have neither.
-            trained_for = {name: saved[name] for name in ("prediction", "variance") if name in saved}
+            # Checkpoints of earlier versions lack both.
+            model_options = {name: saved[name] for name in ("prediction", "variance") if name in saved}
         except TrainingError:
             raise
         except Exception as error:  # torch.load raises many kinds
             raise TrainingError(f"out: {path} is not a whole training checkpoint ({error})") from error
         if saved["examples"] != len(dataset):
             raise TrainingError(f"data: {len(dataset)} images, but the run in {out} began with {saved['examples']}")
-        # Checkpoints of earlier versions have no digest, nor have data sets that fastddpm.data has not loaded.
+        # Checkpoints of earlier versions lack a digest, and so does a Dataset that is no `Images`.
         digest = saved.get("digest")
         if digest is not None and isinstance(dataset, Images) and _digest(dataset.pad_to(config.sample_size)) != digest:
             raise TrainingError(
                 f"data: {len(dataset)} images, as many as the run in {out} began with, but other ones, or other labels, or read "
                 "with other options; pass what it began with, or start another run"
             )
-        self = cls(dataset, out, config, recipe, device, **trained_for)
+        self = cls(dataset, out, config, recipe, device, **model_options)
         fastddpm_folder.load_state(self.model, saved["model"], path)
         self.ema = saved["ema"]
         self.optimizer.load_state_dict(saved["optimizer"])
