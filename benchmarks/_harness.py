@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 import fastddpm
-from fastddpm.utils.files import whole
+from fastddpm.utils.files import atomic_write
 
 BUSY = 0.3  # cores' worth of other processes beyond which a machine is not idle
 
@@ -308,8 +308,8 @@ def check_inputs(settings: argparse.Namespace) -> None:
 
 
 def write_json(path: Path, content: dict[str, object], *, quiet: bool = False) -> None:
-    with whole(path) as aside:
-        aside.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     if not quiet:
         print(f"wrote {path}")
 
@@ -351,7 +351,7 @@ def bar_chart(path: Path, title: str, unit: str, panels: dict[str, dict[str, flo
         axis.set_visible(False)
     figure.suptitle(title)
     figure.tight_layout()
-    with whole(path) as aside:
-        figure.savefig(aside, dpi=150)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150)
     plt.close(figure)
     print(f"wrote {path}")

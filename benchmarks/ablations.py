@@ -50,8 +50,9 @@ from fastddpm.evaluation.distances import Statistics, frechet, statistics
 from fastddpm.evaluation.likelihood import likelihood
 from fastddpm.models import unet
 from fastddpm.training import loss
-from fastddpm.training.trainer import CHECKPOINT, VARIANCES, Recipe, Trainer
-from fastddpm.utils.files import whole
+from fastddpm.training.recipe import Recipe
+from fastddpm.training.trainer import CHECKPOINT, VARIANCES, Trainer
+from fastddpm.utils.files import atomic_write
 
 SIDE = 14
 NETWORK = UNetConfig(
@@ -183,7 +184,7 @@ def train(settings: argparse.Namespace, variant: Variant, dataset: ArrayImages) 
         trainer = Trainer(dataset, out, NETWORK, recipe(settings, variant.objective), device, **how)
 
     def seconds() -> float:
-        return sum(float(row["seconds"]) for row in trainer.rows)
+        return sum(float(entry["seconds"]) for entry in trainer.log)
 
     if trainer.step < trainer.total:
         allowed, began = 60 * settings.minutes - seconds(), time.perf_counter()
@@ -204,7 +205,7 @@ def train(settings: argparse.Namespace, variant: Variant, dataset: ArrayImages) 
                 f"{done} after {settings.minutes:g} minutes. With more --minutes (at most 5) it goes on; with fewer --steps "
                 "all begin anew. Do other processes use the cores?"
             )
-    return {"minutes": seconds() / 60, "loss": float(trainer.rows[-1]["loss"])}
+    return {"minutes": seconds() / 60, "loss": float(trainer.log[-1]["loss"])}
 
 
 # ------------------------------------------------------------------------------------------------- samples
@@ -222,8 +223,8 @@ def drawn(model: UNet, out: Path, settings: argparse.Namespace, variance: str) -
                 model, count, first=len(done), seed=settings.seed, variance=variance, batch_size=LOT, progress=False
             )
             done = np.concatenate((done, images.numpy()))
-            with whole(path) as aside:
-                np.save(aside, done)
+            with atomic_write(path) as temporary:
+                np.save(temporary, done)
             bar.update(count)
     return done[: settings.n]
 
@@ -284,8 +285,8 @@ def plot(
             axis.set_xscale("log")
         axis.margins(x=0.15)
     left.axvline(real, color="black", linestyle="--", linewidth=1)
-    with whole(path) as aside:
-        figure.savefig(aside, dpi=120)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
     print(f"wrote {path}")
 

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 import fastddpm
 from fastddpm.checkpoints import fastddpm_folder
 from fastddpm.evaluation.distances import Statistics, frechet, statistics
-from fastddpm.utils.files import whole
+from fastddpm.utils.files import atomic_write
 
 TRAINED_ON = 50_000  # of the 60,000 training images; the others are the held-out ones
 EPOCHS, BATCH, RATE, SHIFT, SEED = 4, 128, 3e-3, 2, 0
@@ -123,8 +123,8 @@ def trained(path: Path, pixels: torch.Tensor, labels: torch.Tensor) -> Classifie
         model.load_state_dict(safetensors.torch.load_file(path))
     else:
         model = train(pixels, labels)
-        with whole(path) as aside:
-            safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, aside)
+        with atomic_write(path) as temporary:
+            safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
     return model.eval()
 
 
@@ -183,8 +183,8 @@ def sampled(settings: argparse.Namespace, weights: str) -> np.ndarray:
                 progress=False,
             )
             done = np.concatenate((done, images.cpu().numpy()))
-            with whole(path) as aside:
-                np.save(aside, done)
+            with atomic_write(path) as temporary:
+                np.save(temporary, done)
             bar.update(count)
     return done[: settings.n]
 

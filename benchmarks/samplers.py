@@ -31,7 +31,7 @@ from fastddpm.checkpoints import fastddpm_folder
 from fastddpm.engine import runner
 from fastddpm.evaluation import distances, samples
 from fastddpm.sampling import loop
-from fastddpm.utils.files import whole
+from fastddpm.utils.files import atomic_write
 
 STEPS = (100, 50, 20, 10)
 FEW = (20, 10)
@@ -72,7 +72,7 @@ def quality(settings: argparse.Namespace) -> dict[str, object]:
                 model, settings.cache / name, settings.n, seed=settings.seed, batch_size=settings.batch_size,
                 dtype=getattr(torch, settings.dtype), device=settings.device, steps=steps, progress=False, **options,
             )  # fmt: skip
-        pixels = torch.from_numpy(np.concatenate(list(shards.lots(settings.n))))
+        pixels = torch.from_numpy(np.concatenate(list(shards.batches(settings.n))))
         seen, probabilities = judged(classifier, pixels)
         distance = distances.frechet(distances.statistics([seen]), test)
         confident, shares = certainty(probabilities)
@@ -119,8 +119,8 @@ def draw_chart(path: Path, rows: list[dict[str, object]]) -> None:
     axes[0].set_yscale("log")
     axes[1].legend(fontsize=8)
     figure.tight_layout()
-    with whole(path) as aside:
-        figure.savefig(aside, dpi=130)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=130)
     plt.close(figure)
     print(f"wrote {path}")
 

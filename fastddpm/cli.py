@@ -22,24 +22,24 @@ from . import __version__, backend, data, images, pictures
 from .checkpoints import base, fastddpm_folder, pretrained
 from .diffusion import coefficients
 from .diffusion.schedule import Schedule
-from .errors import FastddpmError
-from .evaluation.api import evaluate
-from .evaluation.features import inception, named
-from .evaluation.samples import RESULT
+from .errors import DataError, FastddpmError
+from .evaluation.api import RESULT, evaluate
+from .evaluation.features import import_features, inception
 from .models.config import UNetConfig
 from .models.unet import UNet
 from .ops import philox_normal
 from .ops.rng import Stream, random_seed
 from .sampling.api import sample
-from .sampling.plan import plan
-from .sampling.trajectories import Frames
+from .sampling.plan import ChainArguments, plan, resolve_for
+from .sampling.trajectories import FrameRecorder
 from .training.loss import OBJECTIVES
-from .training.trainer import CHECKPOINT, RECIPES, Trainer, network_for
+from .training.recipe import RECIPES
+from .training.trainer import CHECKPOINT, Trainer, network_for
 from .training.trainer import VARIANCES as TRAINED_VARIANCES
-from .utils.files import whole
+from .utils.files import atomic_write
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RAW = (".npy", ".npz")
+ARRAY_SUFFIXES = (".npy", ".npz")
 FILM_FRAMES = 60
 FORWARD_COLUMNS = STRIP_COLUMNS = 10
 
@@ -51,10 +51,10 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line, not a traceback."""
+    """Run the command line; print errors that the user can correct as one line, without a traceback."""
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: click.echo(message, err=True)  # its place is of no use here
+            warnings.showwarning = lambda message, *_: click.echo(message, err=True)  # without file and line
             cli()
     except (FastddpmError, ValueError, OSError) as error:
         click.echo(f"fastddpm: {error}", err=True)
@@ -74,7 +74,7 @@ def _device(name: str) -> torch.device:
 
 
 def _writable(path: Path, suffixes: tuple[str, ...]) -> Path:
-    """An output path that can be written to, checked before the work and not after it."""
+    """Return the output path; raise ValueError, before any work, if it cannot be written to."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"output: {path} ends in {path.suffix!r}; expected {', '.join(suffixes)}")
     if not path.parent.is_dir():
@@ -85,7 +85,7 @@ def _writable(path: Path, suffixes: tuple[str, ...]) -> Path:
 
 
 def _sampler_options(command):
-    """What `plan` asks of a chain, for every command that draws; None means the default."""
+    """Add the options of a chain to a command that draws; None means the default."""
     for option in (
         click.option(
             "--variance",
@@ -133,66 +133,68 @@ def sample_command(
         images.save(_forward_strip(forward, UNet.from_pretrained(model).schedule, seed), output)
         click.echo(f"{output}: {forward} from x_0 to x_T (seed {seed})")
         return
-    _writable(output, (".png", *RAW))
+    _writable(output, (".png", *ARRAY_SUFFIXES))
     for path, suffix in ((gif, ".gif"), (strip, ".png")):
         if path is not None:
             _writable(path, (suffix,))
-    if n < 1 and (output.suffix.lower() not in RAW or gif or strip):
+    if n < 1 and (output.suffix.lower() not in ARRAY_SUFFIXES or gif or strip):
         raise ValueError(f"n: got {n}; a picture needs at least 1 image")
     network = UNet.from_pretrained(model).to(_device(device))
     chain = {name: value for name, value in chain.items() if value is not None}
-    label = None if label is None else _class(label, network)
-    steps = len(plan(network, **chain).table.timesteps)
-    if output.suffix.lower() not in RAW:
-        images.check_size("output", output, images.laid_out(n, network.shape))
+    label = None if label is None else _class_number(label, network)
+    arguments = ChainArguments(**chain)
+    steps = len(plan(resolve_for(network, arguments), arguments).table.timesteps)
+    if output.suffix.lower() not in ARRAY_SUFFIXES:
+        images.check_grid_size("output", output, images.grid_layout(n, network.shape))
     if gif is not None:
-        images.check_size("gif", gif, images.laid_out(n, network.shape))
+        images.check_grid_size("gif", gif, images.grid_layout(n, network.shape))
     if strip is not None:
         columns = min(STRIP_COLUMNS, steps)
-        images.check_size("strip", strip, images.laid_out(n * columns, network.shape, columns))
-    film = Frames(steps, min(FILM_FRAMES, steps), lambda state: state.x.clamp(-1, 1).cpu())
-    progress = Frames(steps, min(STRIP_COLUMNS, steps), lambda state: state.x0.cpu())
-    wanted = [frames for frames, path in ((film, gif), (progress, strip)) if path is not None]
+        images.check_grid_size("strip", strip, images.grid_layout(n * columns, network.shape, columns))
+    film = FrameRecorder(steps, min(FILM_FRAMES, steps), lambda state: state.x.clamp(-1, 1).cpu())
+    predictions = FrameRecorder(steps, min(STRIP_COLUMNS, steps), lambda state: state.x0.cpu())
+    recorders = [frames for frames, path in ((film, gif), (predictions, strip)) if path is not None]
     began = time.perf_counter()
-    drawn = sample(
+    samples = sample(
         network, n, seed=seed, first=first, batch_size=batch_size,
         dtype=None if dtype is None else DTYPES[dtype], class_labels=label,
-        callback=(lambda state: [frames(state) for frames in wanted]) if wanted else None, **chain,
+        callback=(lambda state: [frames(state) for frames in recorders]) if recorders else None, **chain,
     ).cpu()  # fmt: skip
     seconds = time.perf_counter() - began
-    _write(drawn, output)
+    _write(samples, output)
     if gif is not None:
         _write_film([images.grid(frame) for frame in film.frames], gif)
     if strip is not None:
-        columns = progress.frames
+        columns = predictions.frames
         images.save(images.grid(torch.stack(columns, dim=1).flatten(0, 1), columns=len(columns)), strip)
     shape = "x".join(map(str, network.shape))
     click.echo(f"{output}: {n} images {shape}, {steps} steps in {seconds:.1f} s (seed {seed})")
 
 
-def _class(label: str, network: UNet) -> int:
-    """The number of the class that --label names."""
+def _class_number(label: str, network: UNet) -> int:
+    """Return the number of the class that --label names."""
     names = network.class_names or []
     if label in names:
         return names.index(label)
     try:
         if any(name.isdecimal() for name in names):
-            raise ValueError  # a number would be taken for a name
+            raise ValueError  # --label 3 could mean class 3 or a name that is a number
         return int(label)
     except ValueError:
         known = f"one of {', '.join(names)}" if names else "a number, as this network's classes have no names"
         raise ValueError(f"label: got {label!r}; expected {known}") from None
 
 
-def _write(drawn: torch.Tensor, path: Path) -> None:
-    if path.suffix.lower() not in RAW:
-        images.save(images.grid(drawn), path)
+def _write(samples: torch.Tensor, path: Path) -> None:
+    """Write the samples as a grid, or as an array if `path` is a .npy or .npz."""
+    if path.suffix.lower() not in ARRAY_SUFFIXES:
+        images.save(images.grid(samples), path)
         return
-    with whole(path) as aside:
+    with atomic_write(path) as temporary:
         if path.suffix.lower() == ".npy":
-            np.save(aside, drawn.numpy())
+            np.save(temporary, samples.numpy())
         else:
-            np.savez(aside, images=drawn.numpy())
+            np.savez(temporary, images=samples.numpy())
 
 
 def _write_film(frames: list[Image.Image], path: Path) -> None:
@@ -201,12 +203,12 @@ def _write_film(frames: list[Image.Image], path: Path) -> None:
 
 
 def _forward_strip(path: Path, schedule: Schedule, seed: int) -> Image.Image:
-    """x_0 and x_t at evenly spaced t, the same picture with fresh noise of the forward stream."""
+    """Draw x_0 and x_t at evenly spaced t, the same picture with fresh noise of the forward stream."""
     try:
         picture, _ = pictures.read(path)
-    except pictures.DataError as error:
+    except DataError as error:
         raise ValueError(f"forward: {error}") from error
-    x0 = torch.from_numpy(pictures.channels_first(pictures.on_black(picture)))[None].float() / 127.5 - 1
+    x0 = torch.from_numpy(pictures.channels_first(pictures.composed_on_black(picture)))[None].float() / 127.5 - 1
     last = len(schedule) - 1
     steps = torch.linspace(0, last, FORWARD_COLUMNS).round().long()
     repeated = x0.expand(len(steps), *x0.shape[1:])
@@ -216,7 +218,7 @@ def _forward_strip(path: Path, schedule: Schedule, seed: int) -> Image.Image:
 
 
 def _recipe_options(command):
-    """One option for each field of the recipe that people change; None means the preset's value."""
+    """Add an option for each field of the recipe that users change; None means the preset's value."""
     for name, kind, text in reversed(
         [
             (
@@ -247,7 +249,7 @@ def _recipe_options(command):
 
 
 def _data_options(command):
-    """How data.load reads images, for every command that takes data."""
+    """Add the options of data.load to a command that takes data."""
     alpha = "Transparency: composed on black, or kept as a channel."
     source = ".npz or .npy of images, or a folder of pictures."
     for option in (
@@ -285,24 +287,23 @@ def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels
         changes = {"steps": None, "epochs": None, **changes}
     dataset = data.load(source, labels=labels, size=size, alpha=alpha, skip_damaged=skip_damaged)
     if resume:
-        kept = {"preset": preset, "dtype": None if dtype == "auto" else dtype}
-        foreign = {k for k, v in {**changes, **kept}.items() if v is not None} - {"steps", "epochs"}
-        if foreign:
+        passed = {**changes, "preset": preset, "dtype": None if dtype == "auto" else dtype}
+        fixed = {name for name, value in passed.items() if value is not None} - {"steps", "epochs"}
+        if fixed:
             raise ValueError(
-                f"{', '.join(sorted(foreign))}: a resumed run keeps its recipe; only --steps or --epochs may change"
+                f"{', '.join(sorted(fixed))}: a resumed run keeps its recipe; only --steps or --epochs may change"
             )
         trainer = Trainer.resume(dataset, out, device, **changes)
     else:
         if (out / CHECKPOINT).exists():
             raise ValueError(f"out: {out} already holds a run; pass --resume to go on with it, or name another folder")
-        classes = dataset.classes
         preset = preset or "digits"
-        config = network_for(preset, dataset, classes=classes)
+        config = network_for(preset, dataset, classes=dataset.classes)
         if dtype == "auto":
             dtype = "bfloat16" if backend.no_products(device, torch.bfloat16) is None else "float32"
-        trained_for = {name: changes.pop(name) for name in ("prediction", "variance") if name in changes}
+        model_options = {name: changes.pop(name) for name in ("prediction", "variance") if name in changes}
         recipe = dataclasses.replace(RECIPES[preset], dtype=dtype, **changes)
-        trainer = Trainer(dataset, out, config, recipe, device, **trained_for)
+        trainer = Trainer(dataset, out, config, recipe, device, **model_options)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     click.echo(
         f"{len(dataset)} images of {'x'.join(map(str, trainer.model.shape))}; {parameters:,} parameters; "
@@ -311,12 +312,12 @@ def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels
     if trainer.run():
         click.echo(f"{out}: trained; draw with  fastddpm sample {out}")
     else:
-        again = ["fastddpm", "train", "--data", str(source), "--out", str(out), "--resume"]
-        again += ["--labels"] * labels + ["--skip-damaged"] * skip_damaged
-        again += [] if size is None else ["--size", str(size)]
-        again += [] if alpha == "black" else ["--alpha", alpha]
+        command = ["fastddpm", "train", "--data", str(source), "--out", str(out), "--resume"]
+        command += ["--labels"] * labels + ["--skip-damaged"] * skip_damaged
+        command += [] if size is None else ["--size", str(size)]
+        command += [] if alpha == "black" else ["--alpha", alpha]
         click.echo(
-            f"{out}: stopped and saved at step {trainer.step} of {trainer.total}; go on with  {shlex.join(again)}"
+            f"{out}: stopped and saved at step {trainer.step} of {trainer.total}; go on with  {shlex.join(command)}"
         )
 
 
@@ -352,14 +353,13 @@ def evaluate_command(model, source, out, metrics, seed, device, dtype, features,
     network = UNet.from_pretrained(model).to(device)
     if features is not None and inception_weights is not None:
         raise ValueError("features, inception_weights: both given; expected one of them")
-    chosen = None
     if features is not None:
-        chosen = named(features, device)
+        features = import_features(features, device)
     elif inception_weights is not None:
-        chosen = inception(inception_weights, device)
+        features = inception(inception_weights, device)
     try:
         result = evaluate(
-            network, source, out, metrics=metrics, seed=seed, features=chosen,
+            network, source, out, metrics=metrics, seed=seed, features=features,
             dtype=None if dtype is None else DTYPES[dtype], **options,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -382,24 +382,24 @@ def convert_command(source, out, format, revision, flags) -> None:
 
     IN is what sample takes as MODEL, or a checkpoint of OpenAI's improved-diffusion or guided-diffusion, or a folder of them.
     """
-    place = out.absolute()
-    if not place.parent.is_dir():
-        raise ValueError(f"out: the folder {place.parent} does not exist; make it first")
-    if place.is_symlink() or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
+    folder = out.absolute()
+    if not folder.parent.is_dir():
+        raise ValueError(f"out: the folder {folder.parent} does not exist; make it first")
+    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise ValueError(f"out: {out} exists; expected a new or an empty folder")
     found = pretrained.read(source, revision=revision, flags=flags)
     for name, value in _described(found):
         click.echo(f"{name:<12} {value}")
-    aside = place.with_name(f".{place.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         network = base.build(found)
-        said = {} if found.averaged is None else {"averaged": found.averaged}  # so that it needn't be asked again
-        pretrained.FORMATS[format](network, aside, extra=said)
-        if place.is_dir():
-            place.rmdir()
-        aside.rename(place)
+        extra = {} if found.averaged is None else {"averaged": found.averaged}  # so that the new folder states it, too
+        pretrained.FORMATS[format](network, temporary, extra=extra)
+        if folder.is_dir():
+            folder.rmdir()
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     click.echo(f"{out}: written, for {format}")
 
 

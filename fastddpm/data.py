@@ -23,24 +23,25 @@ from torch.utils.data import DataLoader, Dataset
 from . import pictures
 from .errors import DataError
 from .pictures import CHANNELS
-from .utils.files import whole
+from .utils.files import atomic_write
 from .utils.progress import bar as progress_bar
 from .utils.validation import LEAST_BYTE, check_count, choice, plain
 from .utils.warn import warn_once
 
-# What np.load and the members of a .npz raise.
-UNREADABLE = (ValueError, OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
+# What np.load and reading a member of a .npz raise for a damaged file.
+NUMPY_LOAD_ERRORS = (ValueError, OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
 ALPHAS = ("black", "keep")
-MANY = 1000  # pictures from which on they are checked and read by worker processes, and the check is remembered
-PART = 128  # pictures that a worker process reads at a time
-FEW = 10  # names of a kind that are listed
-MOST_LABEL = 1 << 62
-HIDDEN = (".", "__MACOSX")  # how folders begin that systems add
-DARK = 1 / 8  # a largest value below this share of the full range is pointed out
+ARRAY_CHUNK = 1000  # images of an array that are read at a time
+MANY_PICTURES = 1000  # from so many on, pictures are checked by worker processes and the result is cached
+WORKER_BATCH = 128  # pictures that a worker process reads at a time
+MAX_LISTED = 10  # names in a message
+MAX_LABEL = 1 << 62
+HIDDEN_PREFIXES = (".", "__MACOSX")  # of files and folders that operating systems add
+DARK = 1 / 8  # a largest value below this share of the full range is warned about
 
 
 class Images(Dataset):
-    """Images of one shape, read when they are needed; items are float32 [C, H, W] = x/127.5 - 1, as the paper scales them.
+    """Images of one shape, read on access. Items are float32 [C, H, W] = x/127.5 - 1, as the paper scales them.
 
     With labels, items are pairs (image, label).
 
@@ -55,36 +56,36 @@ class Images(Dataset):
     labels: torch.Tensor | None
     class_names: list[str] | None
     source: str
-    on_disk = False  # whether an item is decoded from a file each time
+    on_disk = False  # whether every access decodes a file
 
-    def _bytes(self, i: int) -> np.ndarray:
-        """Image i as uint8 [C, H, W], before it is padded."""
+    def _unpadded(self, i: int) -> np.ndarray:
+        """Return image i as uint8 [C, H, W], before it is padded."""
         raise NotImplementedError
 
     def digest(self) -> str:
-        """A checksum of the images, as they are read."""
+        """Return a checksum of the images as `read` returns them."""
         raise NotImplementedError
 
     @property
     def classes(self) -> int | None:
-        """How many classes the labels are of; None without labels."""
+        """The number of classes; None without labels."""
         return None if self.labels is None else len(self.class_names or ()) or int(self.labels.max()) + 1
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """The images of these indices as uint8 [len(indices), C, H, W]; many picture files by worker processes."""
-        if self.on_disk and len(indices) >= PART and torch.utils.data.get_worker_info() is None:
-            parts = [indices[start : start + PART] for start in range(0, len(indices), PART)]
-            return torch.cat(list(decoded(_Parts(self), batch_size=None, sampler=parts)))
+        """Return these images as uint8 [len(indices), C, H, W]; worker processes decode them if they are many files."""
+        if self.on_disk and len(indices) >= WORKER_BATCH and torch.utils.data.get_worker_info() is None:
+            batches = [indices[start : start + WORKER_BATCH] for start in range(0, len(indices), WORKER_BATCH)]
+            return torch.cat(list(load_in_workers(_Batches(self), batch_size=None, sampler=batches)))
         out = torch.zeros(len(indices), *self.shape, dtype=torch.uint8)
-        for row, i in zip(out, indices, strict=True):
-            image = torch.from_numpy(self._bytes(i))
+        for padded, i in zip(out, indices, strict=True):
+            image = torch.from_numpy(self._unpadded(i))
             top, left = ((a - b) // 2 for a, b in zip(self.shape[1:], image.shape[1:], strict=True))
-            row[:, top : top + image.shape[1], left : left + image.shape[2]] = image
+            padded[:, top : top + image.shape[1], left : left + image.shape[2]] = image
         return out
 
     @property
     def pixels(self) -> torch.Tensor:
-        """All images as uint8 [N, C, H, W], which reads them all into memory."""
+        """All images as uint8 [N, C, H, W], in memory."""
         return self.read(range(len(self)))
 
     def __getitem__(self, i: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +93,7 @@ class Images(Dataset):
         return image if self.labels is None else (image, self.labels[i])
 
     def pad_to(self, side: int) -> Images:
-        """The same images in the middle of a black square; those that are larger stay as they are."""
+        """Return the images centred in a black square; larger images are returned unchanged."""
         if max(self.shape[1:]) > side:
             return self
         padded = copy.copy(self)
@@ -100,8 +101,8 @@ class Images(Dataset):
         return padded
 
 
-class _Parts(Dataset):
-    """What `Images.read` gives for lists of indices."""
+class _Batches(Dataset):
+    """A data set whose index is a list of indices, and whose item is `Images.read` of it."""
 
     def __init__(self, images: Images) -> None:
         self.images = images
@@ -119,7 +120,7 @@ class ArrayImages(Images):
         source: what the images are.
         class_names: the names of the classes.
         scale: what the array's numbers are multiplied by to be in 0..255; None for uint8.
-        side: the smaller side that images are resized to before the middle is cut out as a square; None leaves them alone.
+        side: the smaller side that images are resized to before the middle is cut out as a square; None means unchanged.
     """
 
     def __init__(
@@ -140,28 +141,29 @@ class ArrayImages(Images):
     def __len__(self) -> int:
         return len(self._array)
 
-    def _bytes(self, i: int) -> np.ndarray:
+    def _unpadded(self, i: int) -> np.ndarray:
         image = self._array[i]
         image = np.array(image) if self._scale is None else (image * self._scale).round().astype(np.uint8)
         if self._side is None:
             return image
-        return np.stack([np.asarray(pictures.cropped(Image.fromarray(channel), self._side)) for channel in image])
+        return np.stack(
+            [np.asarray(pictures.center_cropped(Image.fromarray(channel), self._side)) for channel in image]
+        )
 
     def digest(self) -> str:
-        read_as = self._array.shape, self._array.dtype.str, self._scale, self._side, self.shape
-        return hashlib.sha256(f"{read_as} {self._content}".encode()).hexdigest()
+        reading = self._array.shape, self._array.dtype.str, self._scale, self._side, self.shape
+        return hashlib.sha256(f"{reading} {self._array_checksum}".encode()).hexdigest()
 
     @functools.cached_property
-    def _content(self) -> str:
-        """A checksum of the array as it is, which may be long."""
-        total = hashlib.sha256()
-        for start in range(0, len(self), MANY):
-            total.update(np.ascontiguousarray(self._array[start : start + MANY]))
-        return total.hexdigest()
+    def _array_checksum(self) -> str:
+        checksum = hashlib.sha256()
+        for start in range(0, len(self), ARRAY_CHUNK):
+            checksum.update(np.ascontiguousarray(self._array[start : start + ARRAY_CHUNK]))
+        return checksum.hexdigest()
 
 
 class PictureImages(Images):
-    """Images of picture files, each decoded when it is needed.
+    """Images of picture files, decoded on access.
 
     Args:
         files: the files.
@@ -170,7 +172,7 @@ class PictureImages(Images):
         class_names: the names of the classes.
         mode: "L", "LA", "RGB" or "RGBA", what every picture is converted to. Without alpha, transparency is composed on black.
         size: (height, width) of the pictures.
-        side: the smaller side that pictures are resized to before the middle is cut out as a square; None leaves them alone.
+        side: the smaller side that pictures are resized to before the middle is cut out as a square; None means unchanged.
         digest: a checksum of the files' contents.
     """
 
@@ -196,12 +198,12 @@ class PictureImages(Images):
     def __len__(self) -> int:
         return len(self._files)
 
-    def _bytes(self, i: int) -> np.ndarray:
+    def _unpadded(self, i: int) -> np.ndarray:
         image, _ = pictures.read(self._files[i])
         if "A" not in self._mode:
-            image = pictures.on_black(image)
+            image = pictures.composed_on_black(image)
         if self._side is not None:
-            image = pictures.cropped(image, self._side)
+            image = pictures.center_cropped(image, self._side)
         values = pictures.channels_first(image.convert(self._mode))
         if self._side is None and values.shape[1:] != self._size:
             height, width = self._size
@@ -223,7 +225,7 @@ def load(
     alpha: str = "black",
     skip_damaged: bool = False,
 ) -> Images:
-    """Images from `path`.
+    """Load the images at `path`.
 
     - A .npz: the array x_train, x, images or the only one, with its labels in y_train, y or labels. A .npy: the array, which is
       memory-mapped. Arrays are [N, H, W] or [N, H, W, C]; [N, C, H, W] where it cannot be mistaken. Their numbers are uint8;
@@ -249,14 +251,14 @@ def load(
     choice("alpha", alpha, ALPHAS)
     size, classes = None if size is None else check_count("size", size, 1), plain(classes)
     if path.is_dir():
-        return _folder(path, labels, classes, size, alpha, skip_damaged)
+        return _load_folder(path, labels, classes, size, alpha, skip_damaged)
     if alpha != "black" or skip_damaged:
         raise DataError(
             f"data: {path}: alpha and skip_damaged are for folders of pictures; leave them out for an array"
         )
     names = ("y_train", "y", "labels") if labels else None
-    with _arrays(path) as arrays:
-        return _images(arrays, ("x_train", "x", "images"), names, path, classes, size)
+    with _opened(path) as arrays:
+        return _load_arrays(arrays, ("x_train", "x", "images"), names, path, classes, size)
 
 
 def load_test(
@@ -266,28 +268,28 @@ def load_test(
     classes: int | Sequence[str] | None = None,
     size: int | None = None,
 ) -> Images | None:
-    """The x_test of a .npz, with labels=True its y_test too; None where `path` holds no such array. See `load`."""
+    """Load the x_test of a .npz, with labels=True its y_test, too; return None if `path` has no such array. See `load`."""
     path = Path(path)
     size, classes = None if size is None else check_count("size", size, 1), plain(classes)
     if path.is_dir():
         return None
-    with _arrays(path) as arrays:
+    with _opened(path) as arrays:
         names = ("y_test",) if labels else None
-        return _images(arrays, ("x_test",), names, path, classes, size) if "x_test" in arrays else None
+        return _load_arrays(arrays, ("x_test",), names, path, classes, size) if "x_test" in arrays else None
 
 
 # ------------------------------------------------------------------------------------------------------------- arrays
 
 
 @contextlib.contextmanager
-def _arrays(path: Path) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of a file by their names; those of a .npz are read when they are asked for."""
+def _opened(path: Path) -> Iterator[dict[str, np.ndarray]]:
+    """Yield a file's arrays by name; an array of a .npz is read on access."""
     if not path.is_file():
         raise DataError(f"data: {path}: no such file or folder")
     try:
         loaded = np.load(path, mmap_mode="r")
     except Exception as error:  # damaged headers make NumPy raise nearly anything
-        raise _unreadable(path, error) from error
+        raise _load_error(path, error) from error
     if isinstance(loaded, np.ndarray):
         yield {"x": loaded}
     else:
@@ -295,12 +297,12 @@ def _arrays(path: Path) -> Iterator[dict[str, np.ndarray]]:
             yield loaded
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def _load_error(path: Path, error: Exception) -> DataError:
     hint = ": save words as an array of strings, x.astype(str)" if "allow_pickle" in str(error) else ""
     return DataError(f"data: {path}: not a readable .npz or .npy file ({type(error).__name__}: {error}){hint}")
 
 
-def _images(
+def _load_arrays(
     arrays: dict[str, np.ndarray],
     names: tuple[str, ...],
     labels: tuple[str, ...] | None,
@@ -308,6 +310,7 @@ def _images(
     classes: int | Sequence[str] | None,
     size: int | None,
 ) -> ArrayImages:
+    """Make images of the first of `names` that is in `arrays`, with the first of `labels`."""
     pixels = _pick(arrays, names, path)
     if pixels.size == 0:
         raise DataError(f"data: {path}: {list(pixels.shape)} holds no images")
@@ -321,7 +324,7 @@ def _images(
         if y.shape != pixels.shape[:1]:
             hint = ": of one-hot rows take y.argmax(1)" if y.ndim == 2 and len(y) == len(pixels) else ""
             raise DataError(f"data: {path}: labels have shape {list(y.shape)}; expected [{len(pixels)}]{hint}")
-        y, class_names = _classes(y, classes, path, notes)
+        y, class_names = _number_labels(y, classes, path, notes)
     if size is not None:
         _note_enlarged(len(pixels) if min(pixels.shape[2:]) < size else 0, len(pixels), size, notes)
     images = ArrayImages(pixels, y, path.name, class_names=class_names, scale=scale, side=size)
@@ -336,13 +339,13 @@ def _pick(arrays: dict[str, np.ndarray], names: tuple[str, ...], path: Path) -> 
     if name is not None:
         try:
             return arrays[name]
-        except Exception as error:  # of a damaged member of a .npz
-            raise _unreadable(path, error) from error
+        except Exception as error:  # a damaged member of a .npz makes NumPy raise nearly anything
+            raise _load_error(path, error) from error
     raise DataError(f"data: {path}: holds {', '.join(arrays) or 'nothing'}; expected one of {', '.join(names)}")
 
 
 def _channels_first(pixels: np.ndarray, path: Path) -> tuple[np.ndarray, list[str]]:
-    """(The array as [N, C, H, W], what is to be said about it). A view, so that a memory-mapped array stays on the disk."""
+    """Return the array as [N, C, H, W], and notes about it. It is a view, so that a memory-mapped array stays on the disk."""
     shape = list(pixels.shape)
     expected = "expected images [N, H, W] or [N, H, W, C]"
     if pixels.ndim == 2:
@@ -375,60 +378,59 @@ def _channels_first(pixels: np.ndarray, path: Path) -> tuple[np.ndarray, list[st
 
 
 def _scale(pixels: np.ndarray, path: Path, notes: list[str]) -> float | None:
-    """What the array's numbers are multiplied by to be in 0..255; None where they are uint8."""
-    kind = pixels.dtype
-    if kind == np.uint8:
+    """Return the factor that brings the array's numbers to 0..255; None if they are uint8."""
+    dtype = pixels.dtype
+    if dtype == np.uint8:
         return None
-    if kind == np.bool_:
+    if dtype == np.bool_:
         return 255.0
     low, high = _range(pixels)
-    if kind.kind == "u":
-        full = np.iinfo(kind).max
+    if dtype.kind == "u":
+        full = np.iinfo(dtype).max
         _note_dark(high / full, notes)
         return 255 / full
-    if kind.kind == "f" and 0 <= low <= high <= 1:
+    if dtype.kind == "f" and 0 <= low <= high <= 1:
         return 255.0
-    wanted = "expected uint8, wider unsigned integers that use their full range, or floats in [0, 1]"
+    expected = "expected uint8, wider unsigned integers that use their full range, or floats in [0, 1]"
     if 0 <= low and LEAST_BYTE < high <= 255:
-        mend = ": write x.round().astype(np.uint8)" if kind.kind == "f" else ": write x.astype(np.uint8)"
-    elif kind.kind == "i" and 0 <= low and high <= 1:
-        mend = ": write x.astype(bool)"
-    elif kind.kind == "f" and 0 <= low and high <= 1.5:
-        mend = ": write x.clip(0, 1)"
-    elif kind.kind == "f" and -1.5 <= low and high <= 1.5:
-        mend = ": write ((x + 1) / 2).clip(0, 1)"
+        hint = ": write x.round().astype(np.uint8)" if dtype.kind == "f" else ": write x.astype(np.uint8)"
+    elif dtype.kind == "i" and 0 <= low and high <= 1:
+        hint = ": write x.astype(bool)"
+    elif dtype.kind == "f" and 0 <= low and high <= 1.5:
+        hint = ": write x.clip(0, 1)"
+    elif dtype.kind == "f" and -1.5 <= low and high <= 1.5:
+        hint = ": write ((x + 1) / 2).clip(0, 1)"
     else:
-        mend = ""
-    raise DataError(f"data: {path}: {kind} from {low:.9g} to {high:.9g}; {wanted}{mend}")
+        hint = ""
+    raise DataError(f"data: {path}: {dtype} from {low:.9g} to {high:.9g}; {expected}{hint}")
 
 
 def _range(pixels: np.ndarray) -> tuple[float, float]:
-    """(The smallest number, the largest one), a part of the array at a time."""
+    """Return the smallest and the largest number, reading a chunk of the array at a time."""
     if pixels.dtype.kind not in "iuf":
         return float("nan"), float("nan")
-    found = [(part.min(), part.max()) for part in (pixels[i : i + MANY] for i in range(0, len(pixels), MANY))]
-    low, high = np.array(found).T
+    chunks = (pixels[i : i + ARRAY_CHUNK] for i in range(0, len(pixels), ARRAY_CHUNK))
+    low, high = np.array([(chunk.min(), chunk.max()) for chunk in chunks]).T
     return float(low.min()), float(high.max())
 
 
-def _classes(
+def _number_labels(
     y: np.ndarray, classes: int | Sequence[str] | None, path: Path, notes: list[str]
 ) -> tuple[np.ndarray, list[str] | None]:
-    """(Labels in 0..K-1, the names of the classes or None where the labels are what they were)."""
+    """Return labels in 0..K-1, and the names of the classes, or None if the labels are unchanged."""
     if y.dtype.kind in "US":
         words = [word.decode(errors="replace") if isinstance(word, bytes) else str(word) for word in y.tolist()]
         if isinstance(classes, int):
             raise DataError(f"data: {path}: labels are words, such as {words[0]!r}; expected ids in 0..{classes - 1}")
         names = sorted(set(words)) if classes is None else list(classes)
-        return _numbered(words, names, path), names
+        return _indices_of(words, names, path), names
     if y.dtype.kind not in "biuf":
         raise DataError(f"data: {path}: labels are {y.dtype}; expected whole numbers or words")
     if y.dtype == bool:
         y = y.astype(np.int64)
-    # In this order, as a comparison with a NaN is False. Of integers and bools all but the bounds is true.
-    right = (y >= 0) & (y < MOST_LABEL) & (y == np.floor(y))
-    if not right.all():
-        i = int(right.argmin())
+    valid = (y >= 0) & (y < MAX_LABEL) & (y == np.floor(y))  # False for a NaN
+    if not valid.all():
+        i = int(valid.argmin())
         raise DataError(f"data: {path}: label {i} is {y[i]}; expected whole numbers from 0 to 2^62, or words")
     y = y.astype(np.int64)
     if isinstance(classes, int):
@@ -437,105 +439,129 @@ def _classes(
             raise DataError(f"data: {path}: label {i} is {y[i]}; expected 0..{classes - 1}")
         return y, None
     if classes is not None:
-        return _numbered([str(v) for v in y.tolist()], list(classes), path), list(classes)
+        return _indices_of([str(v) for v in y.tolist()], list(classes), path), list(classes)
     ids, mapped = np.unique(y, return_inverse=True)
     if len(ids) == int(ids[-1]) + 1:
         return y, None
     names = [str(v) for v in ids]
-    notes.append(f"labels are {_listed(names)}: classes 0..{len(ids) - 1} in this order")
+    notes.append(f"labels are {_shortened(names)}: classes 0..{len(ids) - 1} in this order")
     return mapped.reshape(-1), names
 
 
-def _numbered(words: list[str], names: list[str], path: Path) -> np.ndarray:
-    number = {name: i for i, name in enumerate(names)}
-    strange = next((word for word in words if word not in number), None)
-    if strange is not None:
-        raise DataError(f"data: {path}: label {strange!r} is none of the classes {_listed(names)}")
-    return np.array([number[word] for word in words], dtype=np.int64)
+def _indices_of(words: list[str], names: list[str], path: Path) -> np.ndarray:
+    """Return the index of each word among the classes' names."""
+    index = {name: i for i, name in enumerate(names)}
+    unknown = next((word for word in words if word not in index), None)
+    if unknown is not None:
+        raise DataError(f"data: {path}: label {unknown!r} is none of the classes {_shortened(names)}")
+    return np.array([index[word] for word in words], dtype=np.int64)
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def _folder(
+def _load_folder(
     path: Path, labels: bool, classes: int | Sequence[str] | None, size: int | None, alpha: str, skip_damaged: bool
 ) -> PictureImages:
-    files, others = _found(path)
-    if not files:
-        seen = f": {_counted(others)}" if others else ""
-        raise DataError(f"data: {path}: no pictures in it or its subfolders{seen}")
+    """Make images of the pictures in a folder and its subfolders, after a check of every file."""
     notes = []
-    if others:
-        notes.append(f"left out files that are not pictures: {_counted(others)}")
-    table = _checked(path, files)
-    damaged = np.flatnonzero(table["fault"] != "")
-    if len(damaged) and not skip_damaged:
-        more = f"; so are {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        raise DataError(
-            f"data: {table['fault'][damaged[0]]}{more}. skip_damaged (--skip-damaged) leaves such files out"
-        )
-    if len(damaged):
-        notes.append(f"left out {len(damaged)} damaged: {', '.join(str(files[i].relative_to(path)) for i in damaged)}")
-        whole_ones = np.flatnonzero(table["fault"] == "")
-        if not len(whole_ones):
-            raise DataError(f"data: {path}: none of its {len(files)} pictures can be read; {table['fault'][0]}")
-        table, files = table[whole_ones], [files[i] for i in whole_ones]
-    elif skip_damaged:
-        notes.append("no damaged pictures")
-    mode = _mode(path, files, table, alpha, notes)
-    height, width = int(table["height"][0]), int(table["width"][0])
+    files, facts = _readable_pictures(path, skip_damaged, notes)
+    mode = _common_mode(path, facts, alpha, notes)
     if size is None:
-        other = np.flatnonzero((table["height"] != height) | (table["width"] != width))
-        if len(other):
-            i = other[0]
-            raise DataError(
-                f"data: {files[i]}: {table['width'][i]}x{table['height'][i]} pixels, but {files[0].name} has {width}x{height}; "
-                "pictures must have one size, or pass size (--size) to crop and resize them"
-            )
+        _check_sizes(files, facts)
     else:
-        small = int((np.minimum(table["height"], table["width"]) < size).sum())
+        small = int((np.minimum(facts["height"], facts["width"]) < size).sum())
         _note_enlarged(small, len(files), size, notes)
-    _note_dark(float(np.fmax.reduce(table["largest"])), notes)
-    if table["several"].any():
-        notes.append(f"{table['several'].sum()} of {len(files)} files hold several pictures each; the first is taken")
-    doubtful = np.flatnonzero(table["doubt"] != "")
+    _note_dark(float(np.fmax.reduce(facts["largest"])), notes)
+    if facts["several"].any():
+        notes.append(f"{facts['several'].sum()} of {len(files)} files hold several pictures each; the first is taken")
+    doubtful = np.flatnonzero(facts["doubt"] != "")
     if len(doubtful):
         i = doubtful[0]
         notes.append(
-            f"{len(doubtful)} of {len(files)} pictures were read with a warning, such as {files[i]}: {table['doubt'][i]}"
+            f"{len(doubtful)} of {len(files)} pictures were read with a warning, such as {files[i]}: {facts['doubt'][i]}"
         )
-    y, class_names = None, None
-    if labels:
-        parts = [file.relative_to(path).parts for file in files]
-        loose = next((file for file, names in zip(files, parts, strict=True) if len(names) == 1), None)
-        if loose is not None:
-            raise DataError(
-                f"data: {loose}: has no class; with labels, every picture lies in the subfolder of its class"
-            )
-        words = [names[0] for names in parts]
-        empty = sorted({entry.name for entry in os.scandir(path) if _is_open(entry)} - set(words))
-        if empty:
-            notes.append(f"subfolders without a picture are no classes: {_listed(empty)}")
-        y, class_names = _classes(np.array(words), classes, path, notes)
-    digest = _digest(path, files, table)
+    y, class_names = _subfolder_labels(path, files, classes, notes) if labels else (None, None)
     images = PictureImages(
-        files, y, path.name, class_names=class_names, mode=mode, size=(height, width), side=size, digest=digest
+        files,
+        y,
+        path.name,
+        class_names=class_names,
+        mode=mode,
+        size=(int(facts["height"][0]), int(facts["width"][0])),
+        side=size,
+        digest=_digest(path, files, facts),
     )
     for note in notes:
         warn_once(images, f"data: {path}: {note}")
     return images
 
 
-def _found(path: Path) -> tuple[list[Path], Counter[str]]:
-    """(Picture files in the order of their names, how many other files there are of each suffix); hidden ones don't count."""
-    files, others, seen = [], Counter(), set()
+def _readable_pictures(path: Path, skip_damaged: bool, notes: list[str]) -> tuple[list[Path], np.ndarray]:
+    """Return the folder's pictures and their facts; raise DataError if there are none, or damaged ones not to be skipped."""
+    files, others = _list_pictures(path)
+    if not files:
+        contents = f": {_summary(others)}" if others else ""
+        raise DataError(f"data: {path}: no pictures in it or its subfolders{contents}")
+    if others:
+        notes.append(f"left out files that are not pictures: {_summary(others)}")
+    facts = _check_pictures(path, files)
+    damaged = np.flatnonzero(facts["fault"] != "")
+    if not len(damaged):
+        if skip_damaged:
+            notes.append("no damaged pictures")
+        return files, facts
+    if not skip_damaged:
+        more = f"; so are {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise DataError(
+            f"data: {facts['fault'][damaged[0]]}{more}. skip_damaged (--skip-damaged) leaves such files out"
+        )
+    notes.append(f"left out {len(damaged)} damaged: {', '.join(str(files[i].relative_to(path)) for i in damaged)}")
+    readable = np.flatnonzero(facts["fault"] == "")
+    if not len(readable):
+        raise DataError(f"data: {path}: none of its {len(files)} pictures can be read; {facts['fault'][0]}")
+    return [files[i] for i in readable], facts[readable]
+
+
+def _check_sizes(files: list[Path], facts: np.ndarray) -> None:
+    """Raise DataError if the pictures have more than one size."""
+    height, width = facts["height"][0], facts["width"][0]
+    others = np.flatnonzero((facts["height"] != height) | (facts["width"] != width))
+    if len(others):
+        i = others[0]
+        raise DataError(
+            f"data: {files[i]}: {facts['width'][i]}x{facts['height'][i]} pixels, but {files[0].name} has {width}x{height}; "
+            "pictures must have one size, or pass size (--size) to crop and resize them"
+        )
+
+
+def _subfolder_labels(
+    path: Path, files: list[Path], classes: int | Sequence[str] | None, notes: list[str]
+) -> tuple[np.ndarray, list[str] | None]:
+    """Return the pictures' labels, from the subfolders that they are in, and the names of the classes."""
+    parts = [file.relative_to(path).parts for file in files]
+    unlabelled = next((file for file, names in zip(files, parts, strict=True) if len(names) == 1), None)
+    if unlabelled is not None:
+        raise DataError(
+            f"data: {unlabelled}: has no class; with labels, every picture lies in the subfolder of its class"
+        )
+    words = [names[0] for names in parts]
+    empty = sorted({entry.name for entry in os.scandir(path) if _is_visible_folder(entry)} - set(words))
+    if empty:
+        notes.append(f"subfolders without a picture are no classes: {_shortened(empty)}")
+    return _number_labels(np.array(words), classes, path, notes)
+
+
+def _list_pictures(path: Path) -> tuple[list[Path], Counter[str]]:
+    """Return the picture files, sorted, and how many other files there are of each suffix; hidden files don't count."""
+    files, others, visited = [], Counter(), set()
     for folder, subfolders, names in os.walk(path, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in seen:  # a link to a folder that it is in
+        target = os.path.realpath(folder)
+        if target in visited:  # a link to a folder that contains it
             subfolders.clear()
             continue
-        seen.add(place)
-        subfolders[:] = [name for name in subfolders if not name.startswith(HIDDEN)]
+        visited.add(target)
+        subfolders[:] = [name for name in subfolders if not name.startswith(HIDDEN_PREFIXES)]
         for name in names:
             if name.startswith("."):
                 continue
@@ -547,17 +573,22 @@ def _found(path: Path) -> tuple[list[Path], Counter[str]]:
     return sorted(files), others
 
 
-def _is_open(entry: os.DirEntry) -> bool:
-    return entry.is_dir() and not entry.name.startswith(HIDDEN)
+def _is_visible_folder(entry: os.DirEntry) -> bool:
+    return entry.is_dir() and not entry.name.startswith(HIDDEN_PREFIXES)
 
 
-FACTS = ("U4", "i4", "i4", "?", "f8", "?", "O")  # dtypes of pictures.Facts
-TABLE = np.dtype([*zip(pictures.Facts._fields, FACTS, strict=True), ("sha256", "S64"), ("fault", "O")])
-NOTHING = pictures.Facts("", 0, 0, False, float("nan"), False, "")
+FACTS = np.dtype(
+    [
+        *zip(pictures.Facts._fields, ("U4", "i4", "i4", "?", "f8", "?", "O"), strict=True),
+        ("sha256", "S64"),
+        ("fault", "O"),  # why the file cannot be read; "" if it can
+    ]
+)
+NO_FACTS = pictures.Facts("", 0, 0, False, float("nan"), False, "")
 
 
-class _Check(Dataset):
-    """The row of TABLE for each file."""
+class _PictureChecks(Dataset):
+    """The FACTS of each file, which is decoded completely."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -572,55 +603,63 @@ class _Check(Dataset):
             _, facts = pictures.read(self.files[i], content)
             fault = ""
         except OSError as error:
-            facts, fault = NOTHING, f"{self.files[i]}: cannot be read ({error})"
+            facts, fault = NO_FACTS, f"{self.files[i]}: cannot be read ({error})"
         except DataError as error:
-            facts, fault = NOTHING, str(error)
+            facts, fault = NO_FACTS, str(error)
         return (*facts, hashlib.sha256(content).hexdigest(), fault)
 
 
-def _checked(path: Path, files: list[Path]) -> np.ndarray:
-    """A row of TABLE for each file, decoded in full; of many files remembered as long as none of them has changed."""
-    if len(files) < MANY:
-        return np.array(list(map(_Check(files).__getitem__, range(len(files)))), dtype=TABLE)
-    listing = hashlib.sha256(f"{path.resolve()} {pictures.RULES} {PIL.__version__}".encode(errors="surrogateescape"))
-    for file in files:
-        with contextlib.suppress(OSError):  # which the check will name
-            status = file.stat()
-            listing.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
-    kept = _cache() / f"{listing.hexdigest()}.npz"
-    with contextlib.suppress(Exception), np.load(kept) as columns:  # of which a damaged one is made anew
-        table = np.empty(len(files), dtype=TABLE)
-        for name in TABLE.names:
-            table[name] = columns[name]
-        for i in np.flatnonzero(table["fault"] != ""):  # a network's fault may be over
-            table[i] = _Check(files)[i]
-        return table
-    rows = []
+def _check_pictures(path: Path, files: list[Path]) -> np.ndarray:
+    """Return the FACTS of each file. Those of many files are cached until a file changes."""
+    checks = _PictureChecks(files)
+    if len(files) < MANY_PICTURES:
+        return np.array([checks[i] for i in range(len(files))], dtype=FACTS)
+    cache = _cache_folder() / f"{_listing_checksum(path, files)}.npz"
+    with contextlib.suppress(Exception), np.load(cache) as columns:  # a damaged cache is computed again
+        facts = np.empty(len(files), dtype=FACTS)
+        for name in FACTS.names:
+            facts[name] = columns[name]
+        for i in np.flatnonzero(facts["fault"] != ""):  # the fault may have been a network's
+            facts[i] = checks[i]
+        return facts
+    checked = []
     with progress_bar(None, total=len(files), unit="picture", desc=f"checking {path.name}") as bar:
-        for part in decoded(_Check(files), batch_size=64, collate_fn=list):
-            rows += part
-            bar.update(len(part))
-    table = np.array(rows, dtype=TABLE)
-    with contextlib.suppress(OSError):  # it is checked again next time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with whole(kept) as aside:
-            columns = {name: table[name] for name in TABLE.names}
+        for batch in load_in_workers(checks, batch_size=64, collate_fn=list):
+            checked += batch
+            bar.update(len(batch))
+    facts = np.array(checked, dtype=FACTS)
+    with contextlib.suppress(OSError):  # without a cache, the next call checks the files again
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(cache) as temporary:
+            columns = {name: facts[name] for name in FACTS.names}
             texts = {name: column.astype(str) for name, column in columns.items() if column.dtype == object}
-            np.savez_compressed(aside, **{**columns, **texts})
-    return table
+            np.savez_compressed(temporary, **{**columns, **texts})
+    return facts
 
 
-def _cache() -> Path:
+def _listing_checksum(path: Path, files: list[Path]) -> str:
+    """Return a checksum of the files' names, sizes and times, and of everything else that a check depends on."""
+    checksum = hashlib.sha256(
+        f"{path.resolve()} {pictures.READER_VERSION} {PIL.__version__}".encode(errors="surrogateescape")
+    )
+    for file in files:
+        with contextlib.suppress(OSError):  # the check reports it
+            status = file.stat()
+            checksum.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    return checksum.hexdigest()
+
+
+def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastddpm" / "pictures"
 
 
-def decoded(dataset: Dataset, **options: object) -> Iterator:
-    """What a DataLoader with these options gives, by worker processes that decode pictures side by side.
+def load_in_workers(dataset: Dataset, **options: object) -> Iterator:
+    """Yield the items of a DataLoader with these options, whose worker processes decode pictures in parallel.
 
-    Raises DataError without the worker's traceback in its message, and ends the processes at once.
+    A DataError has no worker's traceback in its message, and ends the processes at once.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    items = iter(DataLoader(dataset, num_workers=min(8, cores), worker_init_fn=_undisturbed, **options))
+    items = iter(DataLoader(dataset, num_workers=min(8, cores), worker_init_fn=_ignore_interrupts, **options))
     fault = None
     while fault is None:
         try:
@@ -629,26 +668,25 @@ def decoded(dataset: Dataset, **options: object) -> Iterator:
             return
         except DataError as error:
             fault = DataError(str(error).rpartition("DataError: ")[2].strip())
-            error.__traceback__ = (
-                None  # one of torch's frames in it refers to the error, which would keep the processes
-            )
+            # A frame of torch's in the traceback refers to the iterator, which would keep the processes running.
+            error.__traceback__ = None
         else:
             yield item
-    del items  # outside of the except block, in which the error's frames are still referred to
+    del items  # outside of the except block, which holds a reference to the error's frames
     raise fault
 
 
-def _undisturbed(_: int) -> None:
-    """For a worker process: Ctrl-C is the main process's to handle."""
+def _ignore_interrupts(_: int) -> None:
+    """In a worker process, ignore Ctrl-C: the main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _mode(path: Path, files: list[Path], table: np.ndarray, alpha: str, notes: list[str]) -> str:
-    """The mode that every picture is converted to."""
-    with_alpha = np.char.endswith(table["mode"], "A")
-    grey = np.char.startswith(table["mode"], "L")
+def _common_mode(path: Path, facts: np.ndarray, alpha: str, notes: list[str]) -> str:
+    """Return the mode that every picture is converted to."""
+    with_alpha = np.char.endswith(facts["mode"], "A")
+    grey = np.char.startswith(facts["mode"], "L")
     if not grey.all() and grey.any():
-        notes.append(f"{grey.sum()} of {len(files)} pictures are grey; all become RGB")
+        notes.append(f"{grey.sum()} of {len(facts)} pictures are grey; all become RGB")
     mode = "L" if grey.all() else "RGB"
     if alpha == "keep":
         if not with_alpha.any():
@@ -656,17 +694,18 @@ def _mode(path: Path, files: list[Path], table: np.ndarray, alpha: str, notes: l
                 f"data: {path}: alpha is to be kept, but no picture has an alpha channel; leave alpha (--alpha) out"
             )
         return f"{mode}A"
-    transparent = int(table["transparent"].sum())
+    transparent = int(facts["transparent"].sum())
     if transparent:
         notes.append(
-            f"{transparent} of {len(files)} pictures are transparent; they are composed on black (alpha keeps transparency)"
+            f"{transparent} of {len(facts)} pictures are transparent; they are composed on black (alpha keeps transparency)"
         )
     return mode
 
 
-def _digest(path: Path, files: list[Path], table: np.ndarray) -> str:
+def _digest(path: Path, files: list[Path], facts: np.ndarray) -> str:
+    """Return a checksum of the files' names and contents."""
     total = hashlib.sha256()
-    for file, checksum in zip(files, table["sha256"], strict=True):
+    for file, checksum in zip(files, facts["sha256"], strict=True):
         total.update(str(file.relative_to(path)).encode(errors="surrogateescape") + b"\0" + checksum)
     return total.hexdigest()
 
@@ -680,7 +719,7 @@ def _note_enlarged(small: int, n: int, size: int, notes: list[str]) -> None:
 
 
 def _note_dark(largest: float, notes: list[str]) -> None:
-    """largest: as a share of the full range; a NaN where nothing has more than 8 bits."""
+    """Note that images are dark. `largest` is a share of the full range, a NaN if no image has more than 8 bits."""
     if largest < DARK:
         notes.append(
             f"integers of more than 8 bits are scaled by their full range, of which they use {100 * largest:.2g} %, so that "
@@ -688,9 +727,9 @@ def _note_dark(largest: float, notes: list[str]) -> None:
         )
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:FEW]) + (f", ... ({len(names)})" if len(names) > FEW else "")
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:MAX_LISTED]) + (f", ... ({len(names)})" if len(names) > MAX_LISTED else "")
 
 
-def _counted(others: Counter[str]) -> str:
-    return ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(FEW))
+def _summary(others: Counter[str]) -> str:
+    return ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(MAX_LISTED))

@@ -1,8 +1,8 @@
-"""Picture files as 8-bit images: one way to read them for training, measuring and the command line.
+"""Read picture files as 8-bit images, for training, evaluation and the command line.
 
-Whatever a file stores, `read` gives one of four modes of Pillow: "L" (grey), "LA", "RGB" or "RGBA". Integers of more than 8 bits
-are scaled by their full range, or by the smaller maximum that the file states; floats in [0, 1] by 255. The EXIF orientation is
-applied. A file that cannot be read that way raises `DataError`, which names it.
+Whatever a file stores, `read` returns one of four modes of Pillow: "L" (grey), "LA", "RGB" or "RGBA". Integers of more than 8
+bits are scaled by their full range, or by the smaller maximum that the file states; floats in [0, 1] by 255. The EXIF
+orientation is applied. A file that cannot be read that way raises `DataError`, which names it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import DataError
 
-RULES = 1  # raised when a file is read otherwise than before, as checks of files are remembered
+READER_VERSION = 1  # to be raised when `read` changes, as the results of checks are cached
 MODES = ("L", "LA", "RGB", "RGBA")
 CHANNELS = (1, 3, 4)  # of grey, RGB and RGBA
-
 
 # Pillow identifies these without decoding them, or runs another program to decode them.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -38,13 +37,13 @@ class Facts(NamedTuple):
     height: int
     transparent: bool  # whether a pixel is not opaque
     largest: float  # the largest value as a share of the full range, for integers of more than 8 bits; else a NaN
-    several: bool  # whether the file holds more pictures, of which the first is taken
-    doubt: str  # what Pillow warned of, mostly damaged metadata; empty: of nothing
+    several: bool  # whether the file holds more pictures; the first one is used
+    doubt: str  # Pillow's warning, mostly of damaged metadata; "" without one
 
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """The suffixes of files that Pillow decodes, in lower case."""
+    """Return the suffixes of files that Pillow decodes, in lower case."""
     Image.init()
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in _formats())
 
@@ -56,11 +55,11 @@ def _formats() -> tuple[str, ...]:
 
 
 def read(path: str | Path, content: bytes | None = None) -> tuple[Image.Image, Facts]:
-    """The picture in the file `path`, in one of `MODES`, and what else was found.
+    """Read the picture in the file `path`; return it in one of `MODES`, with facts about it.
 
     Args:
         path: the file.
-        content: the file's bytes, where they have been read already.
+        content: the file's bytes, if they have been read already.
 
     Raises:
         DataError: the file is missing, damaged, too large, or holds values that cannot be scaled to 8 bits.
@@ -71,13 +70,12 @@ def read(path: str | Path, content: bytes | None = None) -> tuple[Image.Image, F
             Image.open(path if content is None else io.BytesIO(content), formats=_formats()) as image,
         ):
             warnings.simplefilter("always")
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # from twice as many pixels on it is an error
-            # An MPO file is a photograph of a phone; its further pictures are previews and depth maps.
+            # Pillow raises an error for twice as many pixels as it warns of.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # An MPO file is a phone's photograph; its further pictures are previews and depth maps.
             several = image.format != "MPO" and getattr(image, "is_animated", False)
             upright = ImageOps.exif_transpose(image)
-            converted, largest = _eight_bits(upright, image.format, getattr(image, "tag_v2", {}), path)
+            converted, largest = _to_8_bits(upright, image.format, getattr(image, "tag_v2", {}), path)
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -91,22 +89,22 @@ def read(path: str | Path, content: bytes | None = None) -> tuple[Image.Image, F
     return converted, Facts(converted.mode, *converted.size, transparent, largest, several, doubt)
 
 
-def _eight_bits(image: Image.Image, format: str, tags: dict, path: str | Path) -> tuple[Image.Image, float]:
-    """The image in one of `MODES`, and the largest value as a share of the full range. tags: a TIFF's."""
+def _to_8_bits(image: Image.Image, format: str, tags: dict, path: str | Path) -> tuple[Image.Image, float]:
+    """Return the image in one of `MODES`, and its largest value as a share of the full range. `tags` are a TIFF's."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode == "F":
             scaled, largest = _floats(values, path), math.nan
         else:
             scaled, largest = _integers(values, _full_range(image.mode, format, tags), path)
-        if _most(tags, PHOTOMETRIC, None) == WHITE_IS_ZERO:  # of such files Pillow inverts those of 8 bits
+        if _largest_in_tag(tags, PHOTOMETRIC, None) == WHITE_IS_ZERO:  # of such files Pillow inverts those of 8 bits
             scaled, largest = 255 - scaled, math.nan
         grey = Image.fromarray(scaled)
         if image.has_transparency_data:
             opaque = (values != image.info["transparency"]).astype(np.uint8) * 255
             grey = Image.merge("LA", (grey, Image.fromarray(opaque)))
         return grey, largest
-    bits, stated = _most(tags, BITS, 8), _most(tags, MAXIMUM, None)
+    bits, stated = _largest_in_tag(tags, BITS, 8), _largest_in_tag(tags, MAXIMUM, None)
     if bits > 8 and stated and stated < (1 << bits) - 1:
         # Pillow has dropped the low bits, the only ones that such a file uses.
         raise DataError(
@@ -118,19 +116,19 @@ def _eight_bits(image: Image.Image, format: str, tags: dict, path: str | Path) -
     return image.convert(mode), math.nan
 
 
-def _most(tags: dict, tag: int, default: int | None) -> int | None:
-    """The largest of a tag's numbers."""
-    found = tags.get(tag, default)
-    return max(found) if isinstance(found, tuple) else found
+def _largest_in_tag(tags: dict, tag: int, default: int | None) -> int | None:
+    """Return the largest of a tag's numbers."""
+    value = tags.get(tag, default)
+    return max(value) if isinstance(value, tuple) else value
 
 
 def _full_range(mode: str, format: str, tags: dict) -> range:
-    """The values that a picture of this mode can hold: 0 to the maximum that the file states, or to what its bits allow."""
+    """Return the values that a picture of this mode can hold, 0 to the maximum that the file states or its bits allow."""
     if tags:
-        signed = _most(tags, SAMPLE_FORMAT, 1) == SIGNED
-        bits = _most(tags, BITS, 16)
+        signed = _largest_in_tag(tags, SAMPLE_FORMAT, 1) == SIGNED
+        bits = _largest_in_tag(tags, BITS, 16)
         largest = (1 << bits - signed) - 1
-        return range(min(largest, _most(tags, MAXIMUM, None) or largest) + 1)
+        return range(min(largest, _largest_in_tag(tags, MAXIMUM, None) or largest) + 1)
     # Pillow scales a PGM by the maximum in its header, and any PNG, to 16 bits.
     return range(1 << 16 if mode.startswith("I;16") or format in ("PNG", "PPM") else 1 << 31)
 
@@ -151,16 +149,16 @@ def _integers(values: np.ndarray, full: range, path: str | Path) -> tuple[np.nda
     return (values * (255 / full[-1])).round().astype(np.uint8), high / full[-1]
 
 
-def on_black(image: Image.Image) -> Image.Image:
-    """The image without its alpha channel, composed on black; one without alpha as it is."""
+def composed_on_black(image: Image.Image) -> Image.Image:
+    """Compose the image on black, without its alpha channel; return an image without alpha unmodified."""
     if "A" not in image.mode:
         return image
     opaque = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA"))
     return opaque.convert(image.mode.removesuffix("A"))
 
 
-def cropped(image: Image.Image, side: int) -> Image.Image:
-    """The middle of the image as a square, its smaller side resized to `side` with antialiasing."""
+def center_cropped(image: Image.Image, side: int) -> Image.Image:
+    """Resize the image's smaller side to `side`, with antialiasing, and cut out the middle as a square."""
     width, height = image.size
     shorter = min(width, height)
     left, top = (width - shorter) / 2, (height - shorter) / 2
@@ -169,6 +167,6 @@ def cropped(image: Image.Image, side: int) -> Image.Image:
 
 
 def channels_first(image: Image.Image) -> np.ndarray:
-    """The image as uint8 [C, H, W]."""
+    """Return the image as uint8 [C, H, W]."""
     values = np.array(image)
     return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)

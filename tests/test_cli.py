@@ -286,22 +286,12 @@ def test_class_folders_to_samples_of_a_class(tmp_path, capsys, monkeypatch):
 
 
 def test_a_number_is_no_name(model):
-    network = UNet(
-        UNetConfig(
-            sample_size=8,
-            channels=8,
-            channel_mult=(1,),
-            num_res_blocks=1,
-            attention_resolutions=(),
-            norm_groups=4,
-            num_classes=2,
-        )
-    )
-    assert cli._class("1", network) == 1
+    network = UNet(UNetConfig(sample_size=8, channels=8, multipliers=(1,), blocks=1, attention=(), groups=4, classes=2))
+    assert cli._class_number("1", network) == 1
     network.class_names = ["3", "7"]
-    assert cli._class("7", network) == 1
+    assert cli._class_number("7", network) == 1
     with pytest.raises(ValueError, match="label: got '1'; expected one of 3, 7"):
-        cli._class("1", network)
+        cli._class_number("1", network)
 
 
 def test_info_and_check(capsys, monkeypatch):

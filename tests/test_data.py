@@ -11,7 +11,7 @@ from PIL import Image
 import fastddpm
 from fastddpm import data, images, pictures
 from fastddpm.data import DataError
-from fastddpm.utils.files import whole
+from fastddpm.utils.files import atomic_write
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 5), dtype=np.uint8)
 
@@ -192,7 +192,7 @@ def test_arrays_are_resized_like_pictures(tmp_path, channels):
     assert images.shape == images[0].shape == (channels, 6, 6) and notes == ""
     for image, original in zip(images.pixels, pixels, strict=True):
         for c in range(channels):
-            expected = np.asarray(pictures.cropped(Image.fromarray(np.ascontiguousarray(original[..., c])), 6))
+            expected = np.asarray(pictures.center_cropped(Image.fromarray(np.ascontiguousarray(original[..., c])), 6))
             np.testing.assert_array_equal(image[c].numpy(), expected)
     assert (
         "2 of 2 images are smaller than 16 pixels and are enlarged" in said(data.load, tmp_path / "x.npy", size=16)[1]
@@ -388,7 +388,7 @@ def test_many_pictures_are_read_by_worker_processes(tmp_path, monkeypatch):
         picture(tmp_path / f"{i}.png", np.full((4, 4), i, np.uint8))
     images = data.load(tmp_path)
     alone = images.read(range(6, -1, -1))
-    monkeypatch.setattr(data, "PART", 3)
+    monkeypatch.setattr(data, "WORKER_BATCH", 3)
     assert torch.equal(images.read(range(6, -1, -1)), alone) and alone[:, 0, 0, 0].tolist() == [6, 5, 4, 3, 2, 1, 0]
     (tmp_path / "5.png").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="^/.*5.png: not a readable picture"):
@@ -396,7 +396,7 @@ def test_many_pictures_are_read_by_worker_processes(tmp_path, monkeypatch):
 
 
 def test_a_fault_that_is_over_is_not_remembered(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MANY", 3)
+    monkeypatch.setattr(data, "MANY_PICTURES", 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for i in range(4):
         picture(tmp_path / "pictures" / f"{i}.png")
@@ -426,7 +426,7 @@ def test_damaged_arrays_are_read_or_named(tmp_path, kind):
 
 
 def test_a_check_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MANY", 4)
+    monkeypatch.setattr(data, "MANY_PICTURES", 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "pictures"
     for i in range(6):
@@ -492,7 +492,7 @@ def test_grid_places_every_image():
 def test_grids_of_any_channels(channels):
     x = torch.rand(3, channels, 4, 5) * 2 - 1
     sheet = np.asarray(images.grid(x, scale=1))
-    assert sheet.shape[1::-1] == images.laid_out(3, (channels, 4, 5), scale=1).size
+    assert sheet.shape[1::-1] == images.grid_layout(3, (channels, 4, 5), scale=1).size
     pixels = fastddpm.to_uint8(x).numpy()
     if channels == 3:
         np.testing.assert_array_equal(sheet[2:6, 2:7], pixels[0].transpose(1, 2, 0))
@@ -503,19 +503,19 @@ def test_grids_of_any_channels(channels):
 
 
 def test_a_grid_that_no_file_can_hold_is_refused():
-    sheet = images.laid_out(1_000_000, (1, 64, 64))
+    layout = images.grid_layout(1_000_000, (1, 64, 64))
     with pytest.raises(ValueError, match=r"gif: x.gif would have 66002x66002 pixels; a .gif has at most 65535 a side"):
-        images.check_size("gif", Path("x.gif"), sheet)
-    images.check_size("output", Path("x.png"), sheet)
+        images.check_grid_size("gif", Path("x.gif"), layout)
+    images.check_grid_size("output", Path("x.png"), layout)
 
 
 def test_files_are_whole_or_not_there(tmp_path):
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with pytest.raises(RuntimeError), whole(target) as path:
+    with pytest.raises(RuntimeError), atomic_write(target) as path:
         path.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
-    with whole(target) as path:
+    with atomic_write(target) as path:
         path.write_text("new")
     assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]

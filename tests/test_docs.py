@@ -195,7 +195,7 @@ def test_examples_run(page, made, tmp_path, monkeypatch):
     }
     monkeypatch.setitem(config.PRESETS, "digits", dataclasses.replace(config.PRESETS["digits"], **smaller))
     monkeypatch.setattr(trainer, "GRID", (2, 1))
-    monkeypatch.setattr(trainer, "MOST_ROWS", 2)
+    monkeypatch.setattr(trainer, "MAX_CLASS_ROWS", 2)
     names = dict(GIVEN.get(page, {}))
     for language, line, text in blocks(page):
         if language == "python":

@@ -24,12 +24,13 @@ from torchmetrics.image.kid import KernelInceptionDistance
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, cli
 from fastddpm.errors import EvaluationError
-from fastddpm.evaluation import api
+from fastddpm.evaluation import api, identity, metrics
 from fastddpm.evaluation import samples as sampling
 from fastddpm.evaluation.distances import Statistics, frechet, kernel_distance, statistics
 from fastddpm.evaluation.features import Features, checksum, inception
 from fastddpm.evaluation.likelihood import likelihood
 from fastddpm.evaluation.shards import Shards
+from fastddpm.utils.files import write_if_missing
 
 pytestmark = [  # what most of these tests' few images bring about
     pytest.mark.filterwarnings("ignore:.*every subset is all of them"),
@@ -130,7 +131,7 @@ def run(capsys, monkeypatch, *arguments):
 
 
 def samples(folder, n, shape=(1, 8, 8)):
-    return torch.from_numpy(Shards(folder / "samples", shape, np.uint8).rows(range(n)))
+    return torch.from_numpy(Shards(folder / "samples", shape, np.uint8).load(range(n)))
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
@@ -220,7 +221,7 @@ def test_kernel_distance_has_the_mean_it_should():
 @given(st.lists(st.integers(1, 39), max_size=6), st.sampled_from([0.0, 1.0, 1e5]))
 def test_statistics_do_not_depend_on_the_split(cuts, offset):
     x = features_like_a_network(40, 5, 5, 3) + offset
-    edges = [0, *sorted(cuts), 40]  # empty lots too
+    edges = [0, *sorted(cuts), 40]  # empty batches too
     got = statistics(x[a:b] for a, b in itertools.pairwise(edges))
     centred = x - offset  # exact to 2^-52 of the offset
     assert got.count == 40
@@ -249,8 +250,8 @@ def test_shards_are_cut_as_in_an_unbroken_run(tmp_path):
     assert shards.missing(4, 4) == [range(0, 3)]
     shards.fill(10, 4, lambda span: rows[span.start : span.stop], False, "rows")
     again = Shards(tmp_path / "s", (2,), np.uint8)
-    assert again.missing(10, 3) == [] and np.array_equal(again.rows(range(10)), rows)
-    assert np.array_equal(again.rows(range(2, 9)), rows[2:9])
+    assert again.missing(10, 3) == [] and np.array_equal(again.load(range(10)), rows)
+    assert np.array_equal(again.load(range(2, 9)), rows[2:9])
 
 
 def test_draw_is_the_sequence_of_the_seed(tmp_path):
@@ -263,10 +264,10 @@ def test_draw_is_the_sequence_of_the_seed(tmp_path):
     ]
     whole = fastddpm.to_uint8(fastddpm.sample(model, 10, seed=3, progress=False))
     # Other batch sizes: pictures are the same to the tolerance of test_sampling.py, 1e-3, so at most a grey level off.
-    assert np.abs(shards.rows(range(10)).astype(int) - whole.numpy()).max() <= 1
+    assert np.abs(shards.load(range(10)).astype(int) - whole.numpy()).max() <= 1
     assert len(np.unique(whole.reshape(10, -1), axis=0)) == 10
     alike = sampling.draw(model, tmp_path / "f", 10, seed=3, progress=False)  # as sample does it: to the bit
-    assert np.array_equal(alike.rows(range(10)), whole.numpy())
+    assert np.array_equal(alike.load(range(10)), whole.numpy())
 
 
 def test_an_interrupted_drawing_goes_on_and_draws_nothing_twice(tmp_path, monkeypatch):
@@ -278,7 +279,7 @@ def test_an_interrupted_drawing_goes_on_and_draws_nothing_twice(tmp_path, monkey
         spans.append(range(first, first + arguments[1]))
         return fastddpm.sample(*arguments, first=first, **options)
 
-    unbroken = sampling.draw(model, tmp_path / "a", 23, shard=5, progress=False).rows(range(23))
+    unbroken = sampling.draw(model, tmp_path / "a", 23, shard=5, progress=False).load(range(23))
     monkeypatch.setattr(sampling, "sample", sample)
     with pytest.raises(KeyboardInterrupt):
         sampling.draw(model, tmp_path / "b", 23, shard=5, progress=False)
@@ -290,12 +291,12 @@ def test_an_interrupted_drawing_goes_on_and_draws_nothing_twice(tmp_path, monkey
     )
     resumed = sampling.draw(model, tmp_path / "b", 23, shard=5, progress=False)
     assert sorted(i for span in spans for i in span) == list(range(23))
-    assert np.array_equal(resumed.rows(range(23)), unbroken)
+    assert np.array_equal(resumed.load(range(23)), unbroken)
     spans.clear()
     more = sampling.draw(model, tmp_path / "b", 31, shard=5, progress=False)  # n may grow, and shrink
     assert spans == [range(23, 25), range(25, 30), range(30, 31)]
-    assert np.array_equal(more.rows(range(23)), unbroken) and len(np.unique(more.rows(range(31)), axis=0)) == 31
-    assert len(sampling.draw(model, tmp_path / "b", 4, progress=False).rows(range(4))) == 4
+    assert np.array_equal(more.load(range(23)), unbroken) and len(np.unique(more.load(range(31)), axis=0)) == 31
+    assert len(sampling.draw(model, tmp_path / "b", 4, progress=False).load(range(4))) == 4
 
 
 def test_a_folder_holds_one_set_of_samples(tmp_path):
@@ -383,7 +384,7 @@ def test_classes_are_drawn_in_turn(tmp_path):
     shards = sampling.draw(model, tmp_path / "e", 7, shard=4, batch_size=4, progress=False)
     labels = torch.arange(7) % 3
     truth = fastddpm.sample(model, 7, seed=0, class_labels=labels, batch_size=4, progress=False)
-    assert np.abs(shards.rows(range(7)).astype(int) - fastddpm.to_uint8(truth).numpy()).max() <= 1
+    assert np.abs(shards.load(range(7)).astype(int) - fastddpm.to_uint8(truth).numpy()).max() <= 1
     with pytest.raises(EvaluationError, match="class_labels each in turn, now 1"):
         sampling.draw(model, tmp_path / "e", 7, class_labels=1, progress=False)
 
@@ -394,7 +395,7 @@ def test_a_bare_callable(tmp_path):
 
     options = {"shape": (1, 4, 4), "schedule": Schedule.linear(5, 0.1, 0.4), "progress": False}
     shards = sampling.draw(model, tmp_path / "e", 3, **options)
-    assert shards.rows(range(3)).shape == (3, 1, 4, 4)
+    assert shards.load(range(3)).shape == (3, 1, 4, 4)
     assert json.loads((tmp_path / "e" / "settings.json").read_text())["weights"] is None
 
 
@@ -436,9 +437,9 @@ def test_a_model_is_told_by_what_it_answers_too(metric, here):
 def test_the_probe_lets_bfloat16_pass():
     """The bundled network in bfloat16 answers as in float32, to the tolerance: machines differ by less."""
     model = fastddpm.UNet.from_pretrained("digits")
-    exact, rounded = (sampling._answer(model, model.shape, 1000, None, d) for d in (None, torch.bfloat16))
+    exact, rounded = (identity.probe_outputs(model, model.shape, 1000, None, d) for d in (None, torch.bfloat16))
     assert exact.shape == (8 * 32 * 32, 2) and not np.array_equal(exact, rounded)
-    assert (np.abs(exact - rounded).max(0) < sampling.ALIKE / 2 * np.abs(exact).max(0)).all()
+    assert (np.abs(exact - rounded).max(0) < identity.PROBE_TOLERANCE / 2 * np.abs(exact).max(0)).all()
 
 
 def test_a_model_that_answers_wrongly_is_refused_before_anything_is_written(tmp_path):
@@ -462,17 +463,17 @@ def test_a_model_that_answers_wrongly_is_refused_before_anything_is_written(tmp_
 
 def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
     """Both made, and so both looked, before either drew."""
-    model, names = network(), ("n", "seed", "shard", "batch_size", "device", "dtype", "options")
+    model = network()
 
     def drawing(model=model, folder="e", **changed):
-        options = {"n": 9, "seed": 0, "shard": 3, "batch_size": None, "device": None, "dtype": None, "options": {}}
-        return sampling._Drawing(model, tmp_path / folder, *[{**options, **changed}[name] for name in names])
+        options = {"n": 9, "seed": 0, "shard": 3, "batch_size": None, "device": None, "dtype": None, "chain": {}}
+        return sampling.Drawing(model, tmp_path / folder, sampling.DrawingOptions(**{**options, **changed}))
 
     first, equal, other, further = drawing(), drawing(), drawing(seed=1), drawing(seed=1, n=12)
-    drawn = first.run(False).rows(range(9))
+    drawn = first.run(False).load(range(9))
     settings = (tmp_path / "e" / "settings.json").read_bytes()
     equal.model = None  # all is there, and nothing drawn again
-    assert np.array_equal(equal.run(False).rows(range(9)), drawn)
+    assert np.array_equal(equal.run(False).load(range(9)), drawn)
     for later in (other, further):
         with pytest.raises(EvaluationError, match="drawn otherwise .seed 0, now 1"):
             later.run(False)
@@ -480,10 +481,10 @@ def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
     assert np.array_equal(samples(tmp_path / "e", 9).numpy(), drawn) and len(list((tmp_path / "e").iterdir())) == 3
 
     options = {"shape": (1, 4, 4), "schedule": Schedule.linear(5, 0.1, 0.4)}
-    half, less = (drawing(lambda x, t, by=by: x * by, "f", options=options) for by in (0.5, 0.4))
+    half, less = (drawing(lambda x, t, by=by: x * by, "f", chain=options) for by in (0.5, 0.4))
     half.run(False)
     with pytest.raises(EvaluationError, match="f: its samples are another model's"):
-        drawing(less.model, "f", options=options)  # before anything is run
+        drawing(less.model, "f", chain=options)  # before anything is run
     with pytest.raises(EvaluationError, match="f: its samples are another model's; name another folder, or delete"):
         less.run(False)
 
@@ -492,11 +493,11 @@ def test_settings_are_written_by_one_process(tmp_path, monkeypatch):
     """The file appears between the look and the writing, on disks with hard links and on such without."""
     path = tmp_path / "s.json"
 
-    def late(aside):
-        aside.write_text("mine")
+    def late(temporary):
+        temporary.write_text("mine")
         path.write_text("theirs")
 
-    sampling._once(path, late)
+    write_if_missing(path, late)
     assert path.read_text() == "theirs" and list(tmp_path.iterdir()) == [path]
     path.unlink()
 
@@ -505,13 +506,13 @@ def test_settings_are_written_by_one_process(tmp_path, monkeypatch):
 
     for link in (os.link, refused):
         monkeypatch.setattr(os, "link", link)
-        sampling._once(path, lambda aside: aside.write_text("mine"))
+        write_if_missing(path, lambda temporary: temporary.write_text("mine"))
         assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
         path.unlink()
-    mine, theirs = (sampling._Probe(tmp_path, np.full((2, 2), value), "another") for value in (1.0, 2.0))
-    theirs.keep()
+    mine, theirs = (identity.Probe(tmp_path, np.full((2, 2), value), "another") for value in (1.0, 2.0))
+    theirs.save()
     with pytest.raises(EvaluationError, match="another"):
-        mine.keep()
+        mine.save()
 
 
 def test_equal_processes_share_the_work(tmp_path):
@@ -526,7 +527,7 @@ def test_equal_processes_share_the_work(tmp_path):
 
     mine.fill(12, 4, make, False, "rows")
     assert made == [range(0, 4), range(8, 12)]
-    assert np.array_equal(mine.rows(range(12))[4:8], rows[4:8] + 100)  # as it was written
+    assert np.array_equal(mine.load(range(12))[4:8], rows[4:8] + 100)  # as it was written
 
 
 # ------------------------------------------------------------------------------------------------- evaluate
@@ -583,7 +584,7 @@ def test_the_command_from_end_to_end(here, capsys, monkeypatch):
     mine = sys.modules["mine"]
     monkeypatch.setattr(mine, "low", Counted())
     monkeypatch.setattr(sampling, "sample", None)  # nothing is drawn, and no bound computed, again
-    monkeypatch.setattr(api, "likelihood", None)
+    monkeypatch.setattr(metrics, "likelihood", None)
     code, again, _ = run(capsys, monkeypatch, *arguments)
     assert code == 0 and again == out and mine.low.images == 8  # the probe alone
 
@@ -639,9 +640,9 @@ def test_features_are_taken_once(here):
     counted = Counted()
     evaluated(here, features=Features(counted, "low"))
     assert counted.images == 8 + 40 + 30  # the probe, the reference, the samples
-    for metrics, n, more in ((("fid", "kid"), 30, 0), (("fid",), 35, 5)):
+    for names, n, more in ((("fid", "kid"), 30, 0), (("fid",), 35, 5)):
         counted.images = 0
-        evaluated(here, n=n, metrics=metrics, features=Features(counted, "low"))
+        evaluated(here, n=n, metrics=names, features=Features(counted, "low"))
         assert counted.images == 8 + more
     counted.images = 0
     first = evaluated(here, "other", features=Features(counted, "low"))
@@ -759,7 +760,7 @@ def test_too_few_images_for_the_features_are_warned_of(here):
 
 
 def test_bits_per_dimension_resume_and_say_what_they_are_of(here, monkeypatch):
-    monkeypatch.setattr(sampling, "CPU_LOT", 4)
+    monkeypatch.setattr(sampling, "CPU_SHARD_SIZE", 4)
     calls = []
 
     def stopping(model, images, **options):
@@ -768,18 +769,18 @@ def test_bits_per_dimension_resume_and_say_what_they_are_of(here, monkeypatch):
         calls.append(options["first"])
         return likelihood(model, images, **options)
 
-    monkeypatch.setattr(api, "likelihood", stopping)
+    monkeypatch.setattr(metrics, "likelihood", stopping)
     options = {"metrics": ["bpd"], "subsample": 3, "seed": 5, "dtype": None}
     with pytest.raises(KeyboardInterrupt):
         evaluated(here, **options)
     calls[:] = ["", *calls]
-    (row,) = evaluated(here, likelihood_images=4, **options).rows
+    (row,) = evaluated(here, likelihood_images=4, **options).metrics
     assert (
         "4 images: the x_test of x.npz, padded from 6x6 to 8x8; 3 timesteps drawn for each" in row.protocol
         and len(calls) == 3
     )
-    monkeypatch.setattr(api, "likelihood", lambda *a, **k: calls.append(k["first"]) or likelihood(*a, **k))
-    (row,) = evaluated(here, **options).rows
+    monkeypatch.setattr(metrics, "likelihood", lambda *a, **k: calls.append(k["first"]) or likelihood(*a, **k))
+    (row,) = evaluated(here, **options).metrics
     assert calls == ["", 0, 4, 8, 12]
     test = fastddpm.data.load_test(here / "x.npz").pad_to(8).pixels
     truth = likelihood(network(), test, subsample=3, seed=5, progress=False)
@@ -795,15 +796,15 @@ def test_bits_per_dimension_resume_and_say_what_they_are_of(here, monkeypatch):
 
     with np.load("x.npz") as arrays:
         np.savez("x.npz", x_train=arrays["x_train"][:5])
-    (row,) = evaluated(here, **options).rows
+    (row,) = evaluated(here, **options).metrics
     assert "5 images: the training images of x.npz, padded" in row.protocol
-    (row,) = evaluated(here, likelihood_images=1, **options).rows
+    (row,) = evaluated(here, likelihood_images=1, **options).metrics
     assert row.uncertainty is None
 
 
 def test_bits_per_dimension_of_a_network_with_classes(here):
     model = network(classes=3)
-    (row,) = evaluated(here, metrics=["bpd"], model=model).rows
+    (row,) = evaluated(here, metrics=["bpd"], model=model).metrics
     test = fastddpm.data.load_test(here / "x.npz").pad_to(8).pixels
     truth = likelihood(model, test, seed=0, class_labels=torch.arange(15) % 3, progress=False)
     assert row.value == pytest.approx(truth.bits_per_dim, rel=1e-5)
@@ -811,7 +812,7 @@ def test_bits_per_dimension_of_a_network_with_classes(here):
         changed = {**arrays, "y_test": (arrays["y_test"] + 1) % 3}
     del changed["y_train"]  # which the held-out images don't need
     np.savez("x.npz", **changed)
-    (row,) = evaluated(here, metrics=["bpd"], model=model).rows
+    (row,) = evaluated(here, metrics=["bpd"], model=model).metrics
     truth = likelihood(model, test, seed=0, class_labels=(torch.arange(15) + 1) % 3, progress=False)
     assert row.value == pytest.approx(truth.bits_per_dim, rel=1e-5)
     del changed["x_test"]
@@ -822,7 +823,7 @@ def test_bits_per_dimension_of_a_network_with_classes(here):
 
 def test_options_reach_the_bound(here, monkeypatch):
     seen = []
-    monkeypatch.setattr(api, "likelihood", lambda *a, **k: seen.append(k["batch_size"]) or likelihood(*a, **k))
+    monkeypatch.setattr(metrics, "likelihood", lambda *a, **k: seen.append(k["batch_size"]) or likelihood(*a, **k))
     evaluated(here, metrics=["bpd"], batch_size=7, clip=None, variance=None)
     assert seen == [7]
     with pytest.raises(TypeError, match="clipp, noise: no such option; expected some of schedule"):
@@ -831,7 +832,7 @@ def test_options_reach_the_bound(here, monkeypatch):
 
 def test_images_of_the_models_size_are_not_padded(here):
     np.save("x.npy", np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8))
-    (row,) = api.evaluate(network(), "x.npy", here / "e", metrics=["bpd"], progress=False).rows
+    (row,) = api.evaluate(network(), "x.npy", here / "e", metrics=["bpd"], progress=False).metrics
     assert "4 images: the training images of x.npy; all timesteps" in row.protocol
 
 
@@ -951,8 +952,8 @@ def test_inception_is_called_so_and_sees_three_channels(here, monkeypatch):
         features(grey.expand(-1, 2, -1, -1))
     with pytest.warns(UserWarning, match="FID: 30 samples for 64 features"):
         result = evaluated(here, metrics=("fid", "kid"), features=features)
-    assert [row.metric for row in result.rows] == ["FID", "KID"]
-    assert "64 features of Inception" in result.rows[0].protocol
+    assert [row.metric for row in result.metrics] == ["FID", "KID"]
+    assert "64 features of Inception" in result.metrics[0].protocol
 
 
 def test_inception_that_cannot_be_had_is_one_line(here, monkeypatch, capsys):

@@ -146,12 +146,14 @@ def test_transparency_is_composed_on_black(tmp_path):
     Image.fromarray(np.concatenate((COLOUR, alpha), 2)).save(tmp_path / "rgba.png")
     image, facts = pictures.read(tmp_path / "rgba.png")
     assert facts.transparent and facts.mode == "RGBA"
-    np.testing.assert_allclose(np.asarray(pictures.on_black(image)), COLOUR * (alpha / 255), atol=1)
+    np.testing.assert_allclose(np.asarray(pictures.composed_on_black(image)), COLOUR * (alpha / 255), atol=1)
     grey = np.dstack((COLOUR[..., 0], alpha[..., 0]))
     Image.fromarray(grey, "LA").save(tmp_path / "la.png")
     image, facts = pictures.read(tmp_path / "la.png")
-    assert facts.transparent and facts.mode == "LA" and pictures.on_black(image).mode == "L"
-    np.testing.assert_allclose(np.asarray(pictures.on_black(image)), grey[..., 0] * (alpha[..., 0] / 255), atol=1)
+    assert facts.transparent and facts.mode == "LA" and pictures.composed_on_black(image).mode == "L"
+    np.testing.assert_allclose(
+        np.asarray(pictures.composed_on_black(image)), grey[..., 0] * (alpha[..., 0] / 255), atol=1
+    )
     opaque = np.concatenate((COLOUR, np.full_like(alpha, 255)), 2)
     Image.fromarray(opaque).save(tmp_path / "opaque.png")
     assert not pictures.read(tmp_path / "opaque.png")[1].transparent
@@ -169,7 +171,7 @@ def test_a_transparent_colour_is_transparency(tmp_path):
     for name in ("p.png", "l.png", "i.png"):
         image, facts = pictures.read(tmp_path / name)
         assert facts.transparent, name
-        shown = np.asarray(pictures.on_black(image)).reshape(6, 5, -1)
+        shown = np.asarray(pictures.composed_on_black(image)).reshape(6, 5, -1)
         assert (shown[hidden] == 0).all() and (shown[~hidden].max(-1) > 0).sum() >= (6 * 5 - 8) * 2 // 3, name
 
 
@@ -192,7 +194,7 @@ def test_further_pictures_are_told_of(tmp_path):
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 24))
 def test_cropped_is_the_middle(width, height, side):
     image = Image.fromarray(RNG.integers(0, 256, (height, width), dtype=np.uint8))
-    got = pictures.cropped(image, side)
+    got = pictures.center_cropped(image, side)
     assert got.size == (side, side)
     if width == height == side:
         np.testing.assert_array_equal(np.asarray(got), np.asarray(image))
@@ -201,11 +203,11 @@ def test_cropped_is_the_middle(width, height, side):
 def test_cropped_is_antialiased():
     checkers = Image.fromarray((np.indices((64, 96)).sum(0) % 2 * 255).astype(np.uint8))
     assert (
-        np.abs(np.asarray(pictures.cropped(checkers, 8)).astype(float) - 127.5).max() < 2
+        np.abs(np.asarray(pictures.center_cropped(checkers, 8)).astype(float) - 127.5).max() < 2
     )  # picked pixels are 0 or 255
     wide = np.zeros((8, 16), np.uint8)
     wide[:, 4:12] = 200
-    assert (np.asarray(pictures.cropped(Image.fromarray(wide), 8)) == 200).all()
+    assert (np.asarray(pictures.center_cropped(Image.fromarray(wide), 8)) == 200).all()
 
 
 # ------------------------------------------------------------------------------------ damage

@@ -20,7 +20,8 @@ from fastddpm.ops.philox_normal import philox_words_ref
 from fastddpm.ops.rng import Stream
 from fastddpm.training import trainer as training
 from fastddpm.training.loss import draw_timesteps
-from fastddpm.training.trainer import Draws, Recipe, Trainer
+from fastddpm.training.recipe import Recipe
+from fastddpm.training.trainer import SeededBatchSampler, Trainer
 
 TINY = UNetConfig(
     sample_size=8,
@@ -116,12 +117,12 @@ def test_a_loss_of_ones_own():
 
 
 def test_draws_are_permutations_and_can_start_anywhere():
-    stream = iter(Draws(10, 4, seed=2, start=0))
+    stream = iter(SeededBatchSampler(10, 4, seed=2, start=0))
     flat = [i for _ in range(10) for i in next(stream)]
     for epoch in range(4):
         assert sorted(flat[epoch * 10 : epoch * 10 + 10]) == list(range(10))
     assert flat[:10] != flat[10:20]
-    later = iter(Draws(10, 4, seed=2, start=12))
+    later = iter(SeededBatchSampler(10, 4, seed=2, start=12))
     assert [i for _ in range(7) for i in next(later)] == flat[12:]
 
 
@@ -266,7 +267,7 @@ def test_recipe_is_followed(tmp_path):
     batches, rates = run.batches(), []
     for step in range(3):
         before = {k: v.clone() for k, v in run.ema.items()}
-        run._optimize(batches)
+        run._optimizer_step(batches)
         rates.append(run.optimizer.param_groups[0]["lr"])
         decay = (1 + step) / (10 + step)
         for k, v in run.model.state_dict().items():
@@ -275,12 +276,12 @@ def test_recipe_is_followed(tmp_path):
     cooling = trainer(tmp_path, dataclasses.replace(recipe, warmup=0, cooldown=4))
     batches, rates = cooling.batches(), []
     for _ in range(6):
-        cooling._optimize(batches)
+        cooling._optimizer_step(batches)
         rates.append(cooling.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
     # Adam's first step moves every parameter by at most lr, whatever the gradient: the first rate was lr / 3.
     again = trainer(tmp_path / "again", recipe)
-    again._optimize(again.batches())
+    again._optimizer_step(again.batches())
     for k, v in again.model.state_dict().items():
         assert (v - start[k]).abs().max() <= 1e-3 / 3 * 1.001
 
@@ -290,13 +291,13 @@ def test_accumulated_parts_are_the_same_step(tmp_path):
     losses = []
     for accumulate in (1, 2):
         run = trainer(tmp_path, dataclasses.replace(SHORT, accumulate=accumulate), config=config)
-        losses.append([run._optimize(b) for b in [run.batches()] for _ in range(3)])
+        losses.append([run._optimizer_step(b) for b in [run.batches()] for _ in range(3)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
 def test_gradients_are_clipped(tmp_path):
     run = trainer(tmp_path, dataclasses.replace(SHORT, grad_clip=1e-3))
-    _, norm = run._optimize(run.batches())
+    _, norm = run._optimizer_step(run.batches())
     assert norm > 1e-3  # what is logged is the norm before clipping
     state = run.optimizer.state
     squared = sum((state[p]["exp_avg"] / 0.1).square().sum() for p in run.model.parameters())
@@ -389,7 +390,7 @@ def test_a_damaged_log_is_told_of(tmp_path, content, says):
     with pytest.raises(TrainingError, match=rf"log.csv is damaged \(.*{says}.*\); move it away"):
         Trainer.resume(images(), tmp_path, torch.device("cpu"))
     (tmp_path / "log.csv").unlink()
-    assert Trainer.resume(images(), tmp_path, torch.device("cpu")).rows == []
+    assert Trainer.resume(images(), tmp_path, torch.device("cpu")).log == []
 
 
 @pytest.mark.parametrize(("classes", "rows"), [(3, 3), (25, 10)])

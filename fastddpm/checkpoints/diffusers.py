@@ -16,7 +16,7 @@ from ..diffusion.schedule import Schedule
 from ..errors import CheckpointError
 from ..models.config import UNetConfig
 from ..models.unet import UNet
-from ..utils.files import made, whole
+from ..utils.files import atomic_write, created_folder
 from ..utils.warn import warn_once
 from . import scheduler, tensors
 from .base import Read
@@ -140,9 +140,9 @@ def write(model: UNet, folder: Path, extra: dict | None = None) -> None:
     # All are written before the first is renamed; the weights are, and configs follow.
     with contextlib.ExitStack() as stack:
         for name in ("unet", "scheduler"):
-            stack.enter_context(made(folder / name))
-        paths = {name: stack.enter_context(whole(folder / name)) for name in configs}
-        weights = stack.enter_context(whole(folder / "unet" / f"{STEM}.safetensors"))
+            stack.enter_context(created_folder(folder / name))
+        paths = {name: stack.enter_context(atomic_write(folder / name)) for name in configs}
+        weights = stack.enter_context(atomic_write(folder / "unet" / f"{STEM}.safetensors"))
         weights.write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
         for name, config in configs.items():
             paths[name].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from ..diffusion.schedule import Schedule
 from ..errors import CheckpointError
 from ..models.config import UNetConfig, with_current_names
 from ..models.unet import UNet
-from ..utils.files import made, whole
+from ..utils.files import atomic_write, created_folder
 from ..utils.validation import bound_of, choice
 from . import tensors
 from .base import Read, check
@@ -62,9 +62,9 @@ def save(
         raise ValueError(f"folder: {folder} has the {CONFIG} of another model; name another folder")
     dense = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with (
-        made(folder),
-        whole(folder / CONFIG) as described,
-        whole(folder / WEIGHTS) as weights,
+        created_folder(folder),
+        atomic_write(folder / CONFIG) as described,
+        atomic_write(folder / WEIGHTS) as weights,
     ):  # of which the weights are renamed first
         weights.write_bytes(safetensors.torch.save(dense))  # save_file would leave a file that only its owner can read
         described.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

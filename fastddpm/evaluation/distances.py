@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-SUBSETS, SUBSET = 100, 1000  # of the kernel distance
+SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance
 
 
 class Statistics(NamedTuple):
@@ -16,21 +16,21 @@ class Statistics(NamedTuple):
     covariance: torch.Tensor  # float64 [D, D], over count - 1
 
 
-def statistics(lots: Iterable[torch.Tensor]) -> Statistics:
-    """Mean and covariance of features that come in lots [N, D], in float64; however they are split, to a few roundings.
+def statistics(batches: Iterable[torch.Tensor]) -> Statistics:
+    """Compute the mean and covariance of batches of features [N, D], in float64; the split changes a few roundings.
 
-    Each lot is centred by itself, and then merged (Chan, Golub & LeVeque 1983): nowhere is a mean's square subtracted.
+    Each batch is centred by itself and then merged (Chan, Golub & LeVeque 1983): no mean's square is ever subtracted.
     """
     count, mean, scatter = 0, 0.0, 0.0
-    for lot in lots:
-        if not len(lot):
+    for batch in batches:
+        if not len(batch):
             continue
-        lot = lot.double()
-        own = lot.mean(0)
-        centred, apart = lot - own, own - mean
-        total = count + len(lot)
-        scatter = scatter + centred.T @ centred + apart.outer(apart) * (count * len(lot) / total)
-        mean = mean + apart * (len(lot) / total)
+        batch = batch.double()
+        batch_mean = batch.mean(0)
+        centred, shift = batch - batch_mean, batch_mean - mean
+        total = count + len(batch)
+        scatter = scatter + centred.T @ centred + shift.outer(shift) * (count * len(batch) / total)
+        mean = mean + shift * (len(batch) / total)
         count = total
     if count < 2:
         raise ValueError(f"statistics: got {count} images; a covariance needs at least 2")
@@ -50,7 +50,7 @@ def frechet(p: Statistics, q: Statistics) -> float:
 
 
 def kernel_distance(
-    p: torch.Tensor, q: torch.Tensor, *, subsets: int = SUBSETS, size: int = SUBSET, seed: int = 0
+    p: torch.Tensor, q: torch.Tensor, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
 ) -> tuple[float, float]:
     """(mean, standard deviation) over subsets of the unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 

@@ -1,4 +1,4 @@
-"""Images compared by what a network sees in them: the network, and the Frechet and kernel distance of its features."""
+"""Networks whose features images are compared by: Inception, or the user's own."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import nn
 from ..errors import EvaluationError
 from ..inputs.arguments import device_of
 
-FEATURE_BATCH = 50  # images at once through the network
+BATCH_SIZE = 50  # images in one pass of the network
 
 
 class Features:
-    """A network that images are compared by: uint8 [N, C, H, W] -> float [N, D] on the CPU.
+    """A network that images are compared by, from uint8 [N, C, H, W] to floats [N, D] on the CPU.
 
     network: a module in eval mode, which gets images on its parameters' device, or any callable, which gets them on the CPU.
     It returns floats [N, D]. name: what the metrics are called by; only `inception` makes a FID.
@@ -37,11 +37,11 @@ class Features:
         self.checksum = checksum(network) if module else None
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """float32 [N, D], or float64 where the network's are. Raises ValueError where it gives anything else."""
+        """Return float32 [N, D], or float64 if the network does; raise ValueError if it returns anything else."""
         with torch.inference_mode():
-            return torch.cat([self._lot(lot) for lot in pixels.split(FEATURE_BATCH)])
+            return torch.cat([self._batch(batch) for batch in pixels.split(BATCH_SIZE)])
 
-    def _lot(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _batch(self, pixels: torch.Tensor) -> torch.Tensor:
         out = self.network(pixels.to(self.device))
         if (
             not isinstance(out, torch.Tensor)
@@ -58,7 +58,7 @@ class Features:
         return out.cpu() if out.dtype == torch.float64 else out.float().cpu()
 
     def title(self, metric: str) -> str:
-        """The name of "fid" or "kid" on these features."""
+        """Return the name of the metric "fid" or "kid" on these features."""
         return f"{'Fréchet' if metric == 'fid' else 'kernel'} distance ({self.name} features)"
 
 
@@ -125,14 +125,14 @@ def inception(weights: str | Path | None = None, device: torch.device | str = "c
     return _Inception(_Pooled(network).to(device).eval(), "Inception")
 
 
-def named(spec: str, device: torch.device | str = "cpu") -> Features:
-    """The features of "PACKAGE.MODULE:NAME": a callable, a module, or a module's class; also of the working directory."""
+def import_features(spec: str, device: torch.device | str = "cpu") -> Features:
+    """Import "PACKAGE.MODULE:NAME", a callable, an nn.Module or a class of one; the working directory is searched, too."""
     module, _, name = spec.partition(":")
     if not module or not name:
         raise ValueError(f"features: got {spec!r}; expected PACKAGE.MODULE:NAME")
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)  # as python -m has it; left there, for what the module imports later
+        sys.path.insert(0, here)  # as `python -m` does; it stays, for what the module imports later
     try:
         imported = importlib.import_module(module)
     except ImportError as error:
@@ -153,7 +153,7 @@ def named(spec: str, device: torch.device | str = "cpu") -> Features:
 
 
 def checksum(module: nn.Module) -> str:
-    """SHA-256 of the module's parameters and buffers, with their names, dtypes and shapes; of extra state, what it prints as."""
+    """Return the SHA-256 of the module's parameters and buffers, with names, dtypes and shapes, and of its extra state's repr."""
     total = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         if not isinstance(value, torch.Tensor):
@@ -162,6 +162,3 @@ def checksum(module: nn.Module) -> str:
         total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------- figures

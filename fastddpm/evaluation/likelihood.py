@@ -29,7 +29,7 @@ from ..inputs.arguments import check_image_shape, class_labels_of, default_batch
 from ..inputs.resolve import ResolvedModel, resolve
 from ..ops.philox_normal import first_words
 from ..ops.rng import Stream, check_first, seed_of
-from ..utils.files import whole
+from ..utils.files import atomic_write
 from ..utils.progress import bar as progress_bar
 from ..utils.validation import bound_of, check_count, is_int, plain, short
 
@@ -122,8 +122,8 @@ class RateDistortion:
         for axis, (x_name, x, y_name, y) in zip(figure.subplots(1, 3), panels, strict=True):
             axis.plot(x, y)
             axis.set(xlabel=x_name, ylabel=y_name, ylim=(0, None), xlim=(0, None))
-        with whole(path) as aside:
-            figure.savefig(aside, dpi=150)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, dpi=150)
 
 
 def likelihood(

@@ -60,7 +60,7 @@ class ResolvedModel:
 
     @property
     def num_classes(self) -> int | None:
-        return None if self.unet is None else self.unet.config.num_classes
+        return num_classes_of(self.unet)
 
     @property
     def is_function(self) -> bool:
@@ -85,6 +85,11 @@ def resolve(
     network, unsupported = as_unet(model)
     settings = resolve_settings(network, schedule, prediction, variance, clip, needs=needs)
     return ResolvedModel(network, unsupported, sized_network(network), settings)
+
+
+def num_classes_of(network: object) -> int | None:
+    """The number of a UNet's classes; None without classes, and for any other network."""
+    return network.config.num_classes if isinstance(network, UNet) else None
 
 
 def check_callable(model: object) -> None:

@@ -7,14 +7,15 @@ from ..errors import TrainingError
 from .loss import training_loss
 
 if TYPE_CHECKING:
-    from .trainer import RECIPES, Recipe, Trainer, network_for
+    from .recipe import RECIPES, Recipe
+    from .trainer import Trainer, network_for
 
-_TRAINER = ("RECIPES", "Recipe", "Trainer", "network_for")
+_MODULES = {"RECIPES": "recipe", "Recipe": "recipe", "Trainer": "trainer", "network_for": "trainer"}
 __all__ = ["RECIPES", "Recipe", "Trainer", "TrainingError", "network_for", "training_loss"]
 
 
 def __getattr__(name: str) -> object:
-    """Import a run's classes when they are first used: `import fastddpm` needs the loss alone."""
-    if name in _TRAINER:
-        return getattr(importlib.import_module(".trainer", __name__), name)
+    """Import the classes of a run when they are first used: `import fastddpm` needs the loss alone."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The training objectives (Ho et al. 2020, algorithm 1, eqs. 12 and 14) and the draws that they take."""
+"""The training objectives (Ho et al. 2020, algorithm 1, eqs. 12 and 14), and the timesteps and noise drawn for them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from ..diffusion.coefficients import to_x0
 from ..diffusion.schedule import Schedule
 from ..inputs.adopt import output_tensor, sized_network
 from ..inputs.arguments import as_labels, check_image_shape, check_labels
-from ..inputs.resolve import resolve_settings, warn_signal_left
-from ..models.unet import UNet
+from ..inputs.resolve import num_classes_of, resolve_settings, warn_signal_left
 from ..ops.philox_normal import first_words
 from ..ops.rng import Stream, check_first, check_seed, random_seed
 from ..utils.validation import check_range, choice
@@ -26,20 +25,20 @@ OBJECTIVES = ("simple", "bound")
 
 
 def draw_timesteps(n: int, T: int, *, seed: int, first: int = 0, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Uniform timesteps int64 [n] in 0..T-1 for draws first..first+n-1: t = (w0 T) >> 32 of stream 3."""
-    sample = torch.arange(first, first + n, device=device)
-    return (first_words(sample, seed=seed, stream=Stream.TIMESTEP) * T) >> 32
+    """Draw uniform timesteps int64 [n] in 0..T-1 for examples first..first+n-1: t = (w0 T) >> 32 of stream 3."""
+    examples = torch.arange(first, first + n, device=device)
+    return (first_words(examples, seed=seed, stream=Stream.TIMESTEP) * T) >> 32
 
 
 def draw_noise(x0: torch.Tensor, t: torch.Tensor, *, seed: int, first: int = 0) -> torch.Tensor:
-    """eps of stream 2 for draws first.. at timesteps t [N], float32 like x0."""
+    """Draw eps of stream 2 for examples first, first + 1, ... at timesteps t [N]: float32, of x0's shape."""
     return ops.philox_normal(x0.shape, seed=seed, t=t, stream=Stream.FORWARD, first=first, device=x0.device)
 
 
 def target(
     prediction: str, schedule: Schedule, x0: torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
 ):
-    """What the network should answer at (x_t, t)."""
+    """Return what the network should predict at (x_t, t)."""
     if prediction == "epsilon":
         return noise
     if prediction == "sample":
@@ -54,14 +53,14 @@ def target(
     return at_t(schedule.posterior_mean_coef1) * x0 + at_t(schedule.posterior_mean_coef2) * x_t  # "mean", eq. 7
 
 
-_seen: weakref.WeakSet[object] = weakref.WeakSet()
+_checked_models: weakref.WeakSet[object] = weakref.WeakSet()
 
 
-def _first_time(model: object) -> bool:
-    """Whether the model has not been asked for before; always True for callables that cannot be remembered."""
+def _is_first_call(model: object) -> bool:
+    """Return whether this is the first call with the model; always True for callables without weak references."""
     try:
-        first = model not in _seen
-        _seen.add(model)
+        first = model not in _checked_models
+        _checked_models.add(model)
     except TypeError:
         return True
     return first
@@ -81,7 +80,7 @@ def training_loss(
     objective: str = "simple",
     variance: str | None = None,
 ) -> torch.Tensor:
-    """The objective at uniform t, a 0-d float32 tensor with a graph (with "bound", float64 where the model's output is).
+    """Return the objective at uniform t, a 0-d float32 tensor with a graph (with "bound", float64 if the model's output is).
 
     objective: "simple", L_simple (eq. 14), the mean squared error of the prediction; or "bound", the mean of L_t in bits per
         dimension, so that T times its expectation, plus the constant L_T, is the variational bound L (eq. 5): eq. 12's weighted
@@ -98,9 +97,7 @@ def training_loss(
     choice("objective", objective, OBJECTIVES)
     needs = ("schedule", "prediction", *(["variance"] if objective == "bound" else []))
     schedule, prediction, variance, _ = resolve_settings(model, schedule, prediction, variance, needs=needs)
-    bound = None
-    if objective == "bound":
-        bound = Bound(schedule, variance, x0.device)
+    bound = Bound(schedule, variance, x0.device) if objective == "bound" else None
     if x0.dim() < 2 or not x0.is_floating_point():
         raise ValueError(f"x0: got {x0.dtype} {list(x0.shape)}; expected floating-point images [N, C, H, W] in [-1, 1]")
     if len(x0) == 0:
@@ -112,30 +109,43 @@ def training_loss(
     n, first = x0.shape[0], check_first(first)
     if class_labels is not None:
         class_labels = as_labels(class_labels, n).to(x0.device)
-    if x0.device.type == "cpu" or _first_time(model):  # each look at values on a GPU waits for it
+    if x0.device.type == "cpu" or _is_first_call(model):  # on a GPU, a check of values waits for the device
         check_range("x0", x0)
-        if class_labels is not None and isinstance(model, UNet):
-            check_labels(class_labels, model.config.num_classes)
+        if class_labels is not None:
+            check_labels(class_labels, num_classes_of(sized_network(model)))
     if t is None:
         t = draw_timesteps(n, len(schedule), seed=seed, first=first, device=x0.device)
     if noise is None:
         noise = draw_noise(x0, t, seed=seed, first=first).to(x0.dtype)
     x_t = schedule.add_noise(x0, noise, t)
-    at_zero = None if bound is None else (t == 0).nonzero()[:, 0]  # here, where a GPU has nothing to be waited for
+    # Before the model runs, since nonzero() waits for a GPU, and here the GPU has little to finish.
+    at_zero = None if bound is None else (t == 0).nonzero()[:, 0]
     o = output_tensor(model(x_t, t) if class_labels is None else model(x_t, t, class_labels))
-    wanted = target(prediction, schedule, x0, x_t, noise, t)
-    expected = list(wanted.shape)
+    expected = target(prediction, schedule, x0, x_t, noise, t)
+    expected_shape = list(expected.shape)
     if bound is not None and bound.log_variance is None:
-        expected[1] *= 2
-    if list(o.shape) != expected:
-        raise ValueError(f"model: its output has shape {list(o.shape)}; expected {expected}")
+        expected_shape[1] *= 2
+    if list(o.shape) != expected_shape:
+        raise ValueError(f"model: its output has shape {list(o.shape)}; expected {expected_shape}")
     if bound is None:
-        return (o.float() - wanted.float()).square().mean()
+        return (o.float() - expected.float()).square().mean()
+    b = to_x0(schedule, prediction)[1].to(x0.device)[t]
+    return _mean_bound(bound, x0, t, at_zero, o, expected, b)
+
+
+def _mean_bound(
+    bound: Bound,
+    x0: torch.Tensor,
+    t: torch.Tensor,
+    at_zero: torch.Tensor,
+    o: torch.Tensor,
+    expected: torch.Tensor,
+    b: torch.Tensor,
+) -> torch.Tensor:
+    """Return the mean of L_t. at_zero: where t is 0. expected: the right prediction. b: x0 = a x_t + b expected, [N]."""
     o = o.to(torch.promote_types(o.dtype, torch.float32))
     o, v = o.chunk(2, dim=1) if bound.log_variance is None else (o, None)
-    # x0 = a x_t + b wanted, so that this is x0 - x0_hat without the cancellation of two large numbers.
-    b = to_x0(schedule, prediction)[1].to(x0.device)[t]
-    error = _like(b, o) * (wanted.to(o.dtype) - o)
+    error = _like(b, o) * (expected.to(o.dtype) - o)  # x0 - x0_hat without the cancellation of two large numbers
     terms = bound.kl(t, error, v)
     decoded = bound.decoder(x0[at_zero], error[at_zero], None if v is None else v[at_zero])
     return terms.index_copy(0, at_zero, decoded.to(terms.dtype)).mean()

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from .. import backend, images
 from ..checkpoints import fastddpm_folder
-from ..data import Images, decoded
+from ..data import Images, load_in_workers
 from ..diffusion.coefficients import PREDICTIONS
 from ..errors import DataError, TrainingError
 from ..models.config import PRESETS, UNetConfig, with_current_names
@@ -33,99 +33,28 @@ from ..models.unet import UNet
 from ..ops.philox_normal import first_words
 from ..ops.rng import Stream
 from ..sampling.api import sample
-from ..utils.files import whole
+from ..utils.files import atomic_write
 from ..utils.progress import bar as progress_bar
 from ..utils.validation import check_range
 from ..utils.warn import warn_once
-from .loss import OBJECTIVES, training_loss
+from .loss import training_loss
+from .recipe import Recipe, check_choice
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.csv"
-VARIANCES = ("fixed_large", "fixed_small")  # those that need no training
-GRID, MOST_ROWS = (4, 4), 10  # of a run's grids: rows and columns, and the most rows where each is a class
+VARIANCES = ("fixed_large", "fixed_small")  # those that are not learned
+GRID, MAX_CLASS_ROWS = (4, 4), 10  # rows and columns of a grid of samples; most rows if each row is a class
 COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds")
 
 
-def _check(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise TrainingError(f"{name}: got {value!r}; expected one of {', '.join(choices)}")
+class SeededBatchSampler(Sampler[list[int]]):
+    """An endless batch sampler: one seeded permutation of the images after the other.
 
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to train. Defaults are the paper's for CIFAR-10.
-
-    steps: optimizer steps; None: epochs * examples // batch_size. batch_size: examples per optimizer step, taken in
-    `accumulate` equal parts. warmup: steps of linear learning-rate growth at the start; cooldown: of linear decay to 0 at the
-    end (0: none, as in the paper). ema: decay of the averaged weights; with ema_warmup
-    min(ema, (1 + k) / (10 + k)) at step k, for short runs. dtype: "float32", or "bfloat16" for autocast arithmetic.
-    log_every, sample_every, save_every: in steps; sample_every 0 draws no grids. objective: "simple", the mean squared error
-    of the prediction (for epsilon L_simple, eq. 14), or "bound", the variational bound (L, eq. 5).
+    Args:
+        examples: the number of images.
+        size: the number of images in a batch.
+        seed: the run's seed.
+        start: the run's example to start at; example d is an image of permutation d // examples.
     """
-
-    steps: int | None = 800_000
-    epochs: float | None = None
-    batch_size: int = 128
-    accumulate: int = 1
-    lr: float = 2e-4
-    warmup: int = 5000
-    cooldown: int = 0
-    ema: float = 0.9999
-    ema_warmup: bool = False
-    grad_clip: float = 1.0
-    flips: bool = True
-    dtype: str = "float32"
-    seed: int = 0
-    log_every: int = 100
-    sample_every: int = 20_000
-    save_every: int = 1000
-    objective: str = "simple"
-
-    def __post_init__(self) -> None:
-        _check("objective", self.objective, OBJECTIVES)
-        for name in ("batch_size", "accumulate", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name}: got {getattr(self, name)}; expected at least 1")
-        if self.batch_size % self.accumulate:
-            raise TrainingError(
-                f"accumulate: batch_size {self.batch_size} cannot be taken in {self.accumulate} equal parts"
-            )
-        if (self.steps is None) == (self.epochs is None):
-            raise TrainingError(f"steps, epochs: got {self.steps} and {self.epochs}; expected exactly one of them")
-        if (self.steps or self.epochs) <= 0:
-            raise TrainingError(f"steps, epochs: got {self.steps or self.epochs}; expected a positive number")
-        if not self.lr > 0 or not 0 <= self.ema < 1 or not self.grad_clip > 0 or min(self.warmup, self.cooldown) < 0:
-            raise TrainingError(
-                f"lr {self.lr}, ema {self.ema}, grad_clip {self.grad_clip}, warmup {self.warmup}, cooldown {self.cooldown}: "
-                "expected lr > 0, 0 <= ema < 1, grad_clip > 0 and the others >= 0"
-            )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise TrainingError(f"dtype: got {self.dtype!r}; expected float32 or bfloat16")
-
-    def total_steps(self, examples: int) -> int:
-        return self.steps if self.steps is not None else max(1, int(self.epochs * examples) // self.batch_size)
-
-
-RECIPES = {
-    "digits": Recipe(
-        steps=None,
-        epochs=20,
-        batch_size=64,
-        lr=1e-3,
-        warmup=200,
-        cooldown=9000,
-        ema=0.9995,
-        ema_warmup=True,
-        flips=False,
-        log_every=50,
-        sample_every=3000,
-        save_every=250,
-    ),
-    "cifar10": Recipe(),
-}
-
-
-class Draws(Sampler[list[int]]):
-    """Image indices of draws start, start+1, ... in lists of `size`: consecutive seeded permutations, without end."""
 
     def __init__(self, examples: int, size: int, seed: int, start: int) -> None:
         self.examples, self.size, self.seed, self.start = examples, size, seed, start
@@ -146,7 +75,7 @@ class Draws(Sampler[list[int]]):
 
 
 def network_for(preset: str, dataset: Dataset, *, classes: int | None = None) -> UNetConfig:
-    """The preset's network for the data set's channels and size (sides rounded up to what the levels can halve)."""
+    """Return the preset's network for the data set's channels and size, rounded up so that every level can halve it."""
     image = _image_of(dataset[0])
     channels, height, width = image.shape
     config = PRESETS[preset]
@@ -165,6 +94,7 @@ def network_for(preset: str, dataset: Dataset, *, classes: int | None = None) ->
 
 
 def _digest(dataset: Images) -> str:
+    """Return a checksum of the images and their labels."""
     labels = b"" if dataset.labels is None else dataset.labels.numpy().tobytes()
     return hashlib.sha256(dataset.digest().encode() + labels).hexdigest()
 
@@ -173,11 +103,44 @@ def _image_of(item: object) -> torch.Tensor:
     return item[0] if isinstance(item, (tuple, list)) else item
 
 
-class Trainer:
-    """One run: a network, its average, the optimizer and the number of steps taken.
+def _fitted(dataset: Dataset, config: UNetConfig) -> Dataset:
+    """Pad the data set's images to the network's size; raise TrainingError if the network cannot be trained on them."""
+    if isinstance(dataset, IterableDataset):
+        raise TrainingError(
+            f"data: {type(dataset).__name__} is an IterableDataset; a run draws its images by number, in an order that "
+            "follows from the seed: expected a map-style Dataset, with __len__ and __getitem__"
+        )
+    if len(dataset) == 0:
+        raise TrainingError("data: the data set is empty")
+    if isinstance(dataset, Images):
+        dataset = dataset.pad_to(config.sample_size)
+    expected = [config.in_channels, config.sample_size, config.sample_size]
+    shape = list(_image_of(dataset[0]).shape)
+    if shape != expected:
+        raise TrainingError(f"data: images of shape {shape}; the network takes {expected}")
+    if not isinstance(dataset, Images):
+        check_range("data: image 0", torch.as_tensor(_image_of(dataset[0])))
+    if config.num_classes is not None and not isinstance(dataset[0], (tuple, list)):
+        raise TrainingError(
+            f"data: no labels in it, and the network has {config.num_classes} classes (--labels reads them)"
+        )
+    return dataset
 
-    prediction: what the network learns to answer, "epsilon", "sample", "v_prediction" or "mean". variance: what the bound is
-    of and what the network will sample with, "fixed_large" or "fixed_small". Raises TrainingError on what does not fit.
+
+class Trainer:
+    """One run: a network, its averaged weights, the optimizer and the number of steps taken.
+
+    Args:
+        dataset: the images, a map-style Dataset.
+        out: the run's folder.
+        config: the network's options.
+        recipe: how to train.
+        device: where to train.
+        prediction: what the network learns to predict, "epsilon", "sample", "v_prediction" or "mean".
+        variance: the variance of the reverse steps, in the bound and for sampling, "fixed_large" or "fixed_small".
+
+    Raises:
+        TrainingError: the arguments do not fit together.
     """
 
     def __init__(
@@ -191,48 +154,28 @@ class Trainer:
         prediction: str = "epsilon",
         variance: str = "fixed_large",
     ) -> None:
-        _check("prediction", prediction, PREDICTIONS)
-        _check("variance", variance, VARIANCES)
-        if isinstance(dataset, IterableDataset):
-            raise TrainingError(
-                f"data: {type(dataset).__name__} is an IterableDataset; a run draws its images by number, in an order that "
-                "follows from the seed: expected a map-style Dataset, with __len__ and __getitem__"
-            )
-        if len(dataset) == 0:
-            raise TrainingError("data: the data set is empty")
-        if isinstance(dataset, Images):
-            dataset = dataset.pad_to(config.sample_size)
-        self.dataset, self.out, self.recipe, self.device = dataset, Path(out), recipe, device
-        expected = [config.in_channels, config.sample_size, config.sample_size]
-        got = list(_image_of(dataset[0]).shape)
-        if got != expected:
-            raise TrainingError(f"data: images of shape {got}; the network takes {expected}")
-        if not isinstance(dataset, Images):
-            check_range("data: image 0", torch.as_tensor(_image_of(dataset[0])))
-        if config.num_classes is not None and not isinstance(dataset[0], (tuple, list)):
-            raise TrainingError(
-                f"data: no labels in it, and the network has {config.num_classes} classes (--labels reads them)"
-            )
+        check_choice("prediction", prediction, PREDICTIONS)
+        check_choice("variance", variance, VARIANCES)
+        self.dataset, self.out, self.recipe, self.device = _fitted(dataset, config), Path(out), recipe, device
         if recipe.dtype == "bfloat16" and (reason := backend.no_products(device, torch.bfloat16)):
             warn_once(self, f"{reason}, so training is many times slower than with dtype float32")
         torch.manual_seed(recipe.seed)
-        names = getattr(dataset, "class_names", None) if config.num_classes is not None else None
+        names = getattr(self.dataset, "class_names", None) if config.num_classes is not None else None
         model = UNet(config, prediction=prediction, variance=variance, class_names=names)
-        model = model.to(device, memory_format=torch.channels_last)
-        self.model = model.train()
-        self.ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, eps=1e-8)
-        self.digest = _digest(dataset) if isinstance(dataset, Images) else None
+        self.model = model.to(device, memory_format=torch.channels_last).train()
+        self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.lr, eps=1e-8)
+        self.digest = _digest(self.dataset) if isinstance(self.dataset, Images) else None
         self.step = 0
-        self.total = recipe.total_steps(len(dataset))
-        self.rows: list[dict[str, object]] = []
-        self._interrupted = False
+        self.total = recipe.total_steps(len(self.dataset))
+        self.log: list[dict[str, object]] = []
+        self._stop_requested = False
 
     # ---------------------------------------------------------------------------------- a run's folder
 
     @classmethod
     def resume(cls, dataset: Dataset, out: str | Path, device: torch.device, **changes: object) -> Trainer:
-        """The run in `out`, where its checkpoint left it. changes: of the recipe's length only (steps, epochs)."""
+        """Continue the run in `out` from its checkpoint. Of the recipe only the length (steps, epochs) may change."""
         path = Path(out) / CHECKPOINT
         if not path.is_file():
             raise TrainingError(f"out: {path} does not exist; there is nothing to resume")
@@ -240,37 +183,33 @@ class Trainer:
             saved = torch.load(path, map_location=device, weights_only=True)
             recipe = Recipe(**{**saved["recipe"], **changes})
             config = UNetConfig(**with_current_names(saved["unet"]))
-            # Runs begun before there was a choice have neither.
-            trained_for = {name: saved[name] for name in ("prediction", "variance") if name in saved}
+            # Checkpoints of earlier versions lack both.
+            model_options = {name: saved[name] for name in ("prediction", "variance") if name in saved}
         except TrainingError:
             raise
         except Exception as error:  # torch.load raises many kinds
             raise TrainingError(f"out: {path} is not a whole training checkpoint ({error})") from error
         if saved["examples"] != len(dataset):
             raise TrainingError(f"data: {len(dataset)} images, but the run in {out} began with {saved['examples']}")
-        # Runs of earlier versions have no digest, nor have data sets that fastddpm.data has not loaded.
-        began_with = saved.get("digest")
-        if (
-            began_with is not None
-            and isinstance(dataset, Images)
-            and _digest(dataset.pad_to(config.sample_size)) != began_with
-        ):
+        # Checkpoints of earlier versions lack a digest, and so does a Dataset that is no `Images`.
+        digest = saved.get("digest")
+        if digest is not None and isinstance(dataset, Images) and _digest(dataset.pad_to(config.sample_size)) != digest:
             raise TrainingError(
                 f"data: {len(dataset)} images, as many as the run in {out} began with, but other ones, or other labels, or read "
                 "with other options; pass what it began with, or start another run"
             )
-        self = cls(dataset, out, config, recipe, device, **trained_for)
+        self = cls(dataset, out, config, recipe, device, **model_options)
         fastddpm_folder.load_state(self.model, saved["model"], path)
         self.ema = saved["ema"]
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step = saved["step"]
-        self.rows = _read_log(self.out / LOG, self.step)
+        self.log = _read_log(self.out / LOG, self.step)
         return self
 
     def save(self) -> None:
-        """The whole run to its folder; each file appears whole or not at all."""
+        """Write the run to its folder, each file atomically."""
         self.out.mkdir(parents=True, exist_ok=True)
-        with whole(self.out / CHECKPOINT) as path:
+        with atomic_write(self.out / CHECKPOINT) as path:
             torch.save(
                 {
                     "step": self.step,
@@ -296,57 +235,59 @@ class Trainer:
             "weights": "exponential moving average",
         }
         fastddpm_folder.save(self.model, self.out, state=self.ema, extra={"training": training})
-        with whole(self.out / LOG) as path, path.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.out / LOG) as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows(self.log)
 
     def averaged(self) -> UNet:
-        """A copy of the network with the EMA weights, in eval mode."""
-        own = self.model
-        model = UNet(own.config, prediction=own.prediction, variance=own.variance, class_names=own.class_names)
+        """Return a copy of the network with the averaged weights, in eval mode."""
+        trained = self.model
+        model = UNet(
+            trained.config, prediction=trained.prediction, variance=trained.variance, class_names=trained.class_names
+        )
         model = model.to(self.device, memory_format=torch.channels_last)
         model.load_state_dict(self.ema)
         return model.eval()
 
     def draw_grid(self, progress: bool | None) -> None:
-        """Samples of the averaged network to samples/; of one with classes, each row is a class, of many a part of them."""
+        """Write a grid of samples of the averaged network to samples/.
+
+        Each row is a class of a network with classes, evenly spaced ones if there are many.
+        """
         (rows, columns), classes, labels = GRID, self.model.config.num_classes, None
         if classes is not None:
-            rows = min(classes, MOST_ROWS)
+            rows = min(classes, MAX_CLASS_ROWS)
             labels = torch.linspace(0, classes - 1, rows).round().long().repeat_interleave(columns)
-        drawn = sample(self.averaged(), rows * columns, class_labels=labels, seed=0, progress=progress)
+        samples = sample(self.averaged(), rows * columns, class_labels=labels, seed=0, progress=progress)
         folder = self.out / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        images.save(images.grid(drawn, columns), folder / f"{self.step:07d}.png")
+        images.save(images.grid(samples, columns), folder / f"{self.step:07d}.png")
 
     # ------------------------------------------------------------------------------------------ the loop
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, int]]:
-        """(x0, class labels, number of the first draw) from the next draw on, one item per forward pass."""
+        """Yield (x0, class labels, the first image's example number) for each forward pass, from the next step on."""
         part = self.recipe.batch_size // self.recipe.accumulate
         first = self.step * self.recipe.batch_size
-        draws = Draws(len(self.dataset), part, self.recipe.seed, first)
-        load = decoded if getattr(self.dataset, "on_disk", False) else DataLoader
-        for item in load(self.dataset, batch_sampler=draws):
+        sampler = SeededBatchSampler(len(self.dataset), part, self.recipe.seed, first)
+        load = load_in_workers if getattr(self.dataset, "on_disk", False) else DataLoader
+        for item in load(self.dataset, batch_sampler=sampler):
             x0, *labels = item if isinstance(item, (tuple, list)) else (item,)
             x0 = x0.to(self.device, torch.float32)
             if self.recipe.flips:
-                draws = torch.arange(first, first + part, device=self.device)
-                flip = first_words(draws, seed=self.recipe.seed, stream=Stream.FLIP) >> 31 == 1
+                examples = torch.arange(first, first + part, device=self.device)
+                flip = first_words(examples, seed=self.recipe.seed, stream=Stream.FLIP) >> 31 == 1
                 x0 = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
             yield x0, None if self.model.config.num_classes is None else labels[0].to(self.device), first
             first += part
 
-    def _optimize(self, batches: Iterator) -> tuple[float, float]:
-        """One optimizer step: (loss, gradient norm before clipping)."""
+    def _optimizer_step(self, batches: Iterator) -> tuple[float, float]:
+        """Take one optimizer step; return the loss and the gradient's norm before clipping."""
         recipe = self.recipe
-        rate = recipe.lr * min(
-            1.0, (self.step + 1) / max(recipe.warmup, 1), (self.total - self.step) / max(recipe.cooldown, 1)
-        )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        total = 0.0
+            group["lr"] = recipe.learning_rate(self.step, self.total)
+        mean_loss = 0.0
         for _ in range(recipe.accumulate):
             x0, labels, first = next(batches)
             if self.model.config.dropout:
@@ -357,110 +298,111 @@ class Trainer:
                     self.model, x0, objective=recipe.objective, class_labels=labels, seed=recipe.seed, first=first
                 )
             (loss / recipe.accumulate).backward()
-            total += loss.item() / recipe.accumulate
+            mean_loss += loss.item() / recipe.accumulate
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip).item()
-        if not math.isfinite(total) or not math.isfinite(norm):
+        if not math.isfinite(mean_loss) or not math.isfinite(norm):
             raise TrainingError(
-                f"step {self.step}: loss {total}, gradient norm {norm}; the checkpoint in {self.out} is from before. "
+                f"step {self.step}: loss {mean_loss}, gradient norm {norm}; the checkpoint in {self.out} is from before. "
                 "Try a lower lr or float32"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        decay = recipe.ema
-        if recipe.ema_warmup:
-            decay = min(decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            average, current = list(self.ema.values()), list(self.model.state_dict().values())
-            torch._foreach_lerp_(average, current, 1 - decay)
+            averages, values = list(self.ema.values()), list(self.model.state_dict().values())
+            torch._foreach_lerp_(averages, values, 1 - recipe.ema_decay(self.step))
         self.step += 1
-        return total, norm
+        return mean_loss, norm
 
     def stop(self) -> None:
-        """Ask `run` to end after the current step, as Ctrl-C does; from any thread."""
-        self._interrupted = True
+        """Make `run` return after the current step, as Ctrl-C does; callable from any thread."""
+        self._stop_requested = True
 
     def run(self, progress: bool | None = None) -> bool:
-        """Train to the last step, saving as it goes; False if Ctrl-C or `stop` ended it early (the state is saved then too)."""
+        """Train to the last step and save along the way; return False if Ctrl-C or `stop` ended it early, also saved."""
         recipe, batches = self.recipe, self.batches()
         self.out.mkdir(parents=True, exist_ok=True)
         bar = progress_bar(progress, total=self.total, initial=self.step, unit="step", smoothing=0.05)
-        losses, norms, since = [], [], time.perf_counter()
-        with _stop_signals(self), bar, contextlib.closing(batches):  # which ends its worker processes
-            while self.step < self.total and not self._interrupted:
+        losses, norms, began = [], [], time.perf_counter()
+        with _StopOnSignal(self), bar, contextlib.closing(batches):  # closing ends the worker processes
+            while self.step < self.total and not self._stop_requested:
                 try:
-                    loss, norm = self._optimize(batches)
+                    loss, norm = self._optimizer_step(batches)
                 except DataError as error:
                     self.save()  # the step has changed nothing yet
                     raise DataError(f"data: {error} (the run is saved at step {self.step})") from None
                 except RuntimeError:
-                    if self._interrupted:  # what stopped this process has ended its worker processes
+                    if self._stop_requested:  # the signal that stopped this process has ended its worker processes
                         break
                     raise
                 losses.append(loss)
                 norms.append(norm)
                 bar.update()
-                if self.step % recipe.log_every == 0 or self.step == self.total:
-                    seconds = time.perf_counter() - since
-                    rate = len(losses) * recipe.batch_size / seconds
-                    mean = sum(losses) / len(losses)
-                    self._log(mean, sum(norms) / len(norms), rate, seconds)
-                    bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")
-                    losses, norms, since = [], [], time.perf_counter()
-                if self.step % recipe.save_every == 0 or self.step == self.total:
+                if self._is_due(recipe.log_every):
+                    seconds = time.perf_counter() - began
+                    loss, rate = sum(losses) / len(losses), len(losses) * recipe.batch_size / seconds
+                    self.log.append(self._log_entry(loss, sum(norms) / len(norms), rate, seconds))
+                    bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.0f}")
+                    losses, norms, began = [], [], time.perf_counter()
+                if self._is_due(recipe.save_every):
                     self.save()
-                if recipe.sample_every and (self.step % recipe.sample_every == 0 or self.step == self.total):
+                if self._is_due(recipe.sample_every):
                     paused = time.perf_counter()
                     self.draw_grid(progress)
-                    since += time.perf_counter() - paused
-        if self._interrupted:
+                    began += time.perf_counter() - paused
+        if self._stop_requested:
             self.save()
-        return not self._interrupted
+        return not self._stop_requested
 
-    def _log(self, loss: float, norm: float, rate: float, seconds: float) -> None:
-        self.rows.append(
-            {
-                "step": self.step,
-                "images": self.step * self.recipe.batch_size,
-                "loss": f"{loss:.9g}",
-                "grad_norm": f"{norm:.9g}",
-                "lr": f"{self.optimizer.param_groups[0]['lr']:.6g}",
-                "images_per_second": f"{rate:.1f}",
-                "seconds": f"{seconds:.2f}",
-            }
-        )
+    def _is_due(self, every: int) -> bool:
+        """Whether something that is done every so many steps, and after the last one, is done now; 0 means never."""
+        return every > 0 and (self.step % every == 0 or self.step == self.total)
+
+    def _log_entry(self, loss: float, norm: float, rate: float, seconds: float) -> dict[str, object]:
+        return {
+            "step": self.step,
+            "images": self.step * self.recipe.batch_size,
+            "loss": f"{loss:.9g}",
+            "grad_norm": f"{norm:.9g}",
+            "lr": f"{self.optimizer.param_groups[0]['lr']:.6g}",
+            "images_per_second": f"{rate:.1f}",
+            "seconds": f"{seconds:.2f}",
+        }
 
 
 def _read_log(path: Path, step: int) -> list[dict[str, object]]:
+    """Return the log's entries up to a step; a log that was deleted is empty."""
     if not path.is_file():
         return []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        faulty = next((i for i, row in enumerate(rows) if row.keys() != set(COLUMNS) or None in row.values()), None)
+            log = list(csv.DictReader(file))
+        faulty = next(
+            (i for i, entry in enumerate(log) if entry.keys() != set(COLUMNS) or None in entry.values()), None
+        )
         if faulty is not None:
             raise ValueError(f"row {faulty + 1} does not have the columns {', '.join(COLUMNS)}")
-        return [row for row in rows if int(row["step"]) <= step]
+        return [entry for entry in log if int(entry["step"]) <= step]
     except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
         raise TrainingError(f"out: {path} is damaged ({error}); move it away to go on with a new log") from error
 
 
-class _stop_signals:
-    """Ctrl-C asks the run to stop after the current step, so that what is saved is whole; a second one stops at once."""
+class _StopOnSignal:
+    """While open, Ctrl-C and SIGTERM stop the run after the current step, so that it is saved; a second one stops at once."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.previous: dict[int, object] = {}
+        self.previous_handlers: dict[int, object] = {}
 
-    def _ask(self, number: int, _: object) -> None:
-        if self.trainer._interrupted:
+    def _handle(self, number: int, _: object) -> None:
+        if self.trainer._stop_requested:
             raise KeyboardInterrupt
         self.trainer.stop()
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._ask)
+                self.previous_handlers[number] = signal.signal(number, self._handle)
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)

@@ -1,37 +1,54 @@
-"""Writing files, and the folders for them, whole or not at all."""
+"""Write files, and create the folders for them, so that they appear complete or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
-    """A path to write to, beside `path`; renamed onto it when the block ends, removed if the block fails."""
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends, remove it if the block fails."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; make it first")
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
     try:
-        yield aside
-        os.replace(aside, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def write_if_missing(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary path and move the result to `path`, unless a file exists there.
+
+    If another process writes the file in the meantime, that process's file stays.
+    """
+    if path.exists():
+        return
+    with contextlib.suppress(FileExistsError), atomic_write(path) as temporary:
+        write(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # on a file system without hard links, the file written last stays
+            pass
 
 
 @contextlib.contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """A folder, with those that it is in, made where missing; if the block fails, they go again as far as they are empty."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+def created_folder(folder: Path) -> Iterator[None]:
+    """Create `folder` and its missing parents; if the block fails, remove those of them that are empty."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        for place in missing:
+        for parent in missing:
             with contextlib.suppress(OSError):
-                place.rmdir()
+                parent.rmdir()
         raise
