@@ -387,12 +387,12 @@ def convert_command(source, out, format, revision, flags) -> None:
         raise ValueError(f"out: the folder {place.parent} does not exist; make it first")
     if place.is_symlink() or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
         raise ValueError(f"out: {out} exists; expected a new or an empty folder")
-    found = pretrained.read(source, revision=revision, flags=flags)
+    found = pretrained.read_checkpoint(source, revision=revision, flags=flags)
     for name, value in _described(found):
         click.echo(f"{name:<12} {value}")
     aside = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        network = base.build(found)
+        network = base.build_unet(found)
         said = {} if found.averaged is None else {"averaged": found.averaged}  # so that it needn't be asked again
         pretrained.FORMATS[format](network, aside, extra=said)
         if place.is_dir():
@@ -403,7 +403,7 @@ def convert_command(source, out, format, revision, flags) -> None:
     click.echo(f"{out}: written, for {format}")
 
 
-def _described(found: base.Read) -> list[tuple[str, str]]:
+def _described(found: base.Checkpoint) -> list[tuple[str, str]]:
     default, always = (
         UNetConfig(),
         ("sample_size", "channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
@@ -448,7 +448,7 @@ def info_command(as_json) -> None:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "numpy": version("numpy"),
-        "models": fastddpm_folder.bundled(),
+        "models": fastddpm_folder.bundled_models(),
         **backend.describe(),
     }
     if as_json:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..checkpoints import diffusers
-from ..checkpoints.base import assign
+from ..checkpoints.base import set_parameters
 from ..models.unet import UNet
 
 # Attributes of a layer that say nothing about what it computes at inference.
@@ -159,7 +159,7 @@ def _twin(model: nn.Module) -> UNet:
             network.variance = "learned_range"
         kept = _twins[model] = _Twin(config, _described(made), network)
     _compare(kept.layers, _described(model))
-    assign(kept.network, dict(model.named_parameters(remove_duplicate=False)))
+    set_parameters(kept.network, dict(model.named_parameters(remove_duplicate=False)))
     return kept.network.train(model.training)
 
 

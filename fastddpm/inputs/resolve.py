@@ -126,7 +126,7 @@ def trained_for(
 
 def _scheduler_says(schedule: Any) -> Trained:
     kind = type(schedule).__name__
-    own = Trained(*scheduler.read({**schedule.config, "_class_name": kind}, f"schedule: the {kind}'s"))
+    own = Trained(*scheduler.settings_from_config({**schedule.config, "_class_name": kind}, f"schedule: the {kind}'s"))
     betas = getattr(schedule, "betas", own.schedule.betas)
     rounding = 1e-5 if schedule.config.get("rescale_betas_zero_snr") else 1e-8  # differences, taken in float32
     if betas.shape != own.schedule.betas.shape or not torch.allclose(

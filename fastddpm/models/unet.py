@@ -70,7 +70,7 @@ def _embedding(entries: int, width: int) -> nn.Embedding:
 
 
 class GroupNormSiLU(nn.Module):
-    """GroupNorm and, unless told otherwise, a SiLU behind it."""
+    """GroupNorm, followed by a SiLU unless `silu` is False."""
 
     def __init__(self, groups: int, channels: int, eps: float, silu: bool = True) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class TimestepEmbedding(nn.Module):
 class ResBlock(nn.Module):
     """norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv; a 1x1 shortcut where the width changes.
 
-    resample: "up" or "down" in front of the first convolution, and for the shortcut.
+    resample: "up" or "down", applied before the first convolution and on the shortcut.
     """
 
     def __init__(
@@ -195,8 +195,8 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the level has it, and what changes the
-    resolution behind them."""
+    """The residual blocks of one resolution, each followed by attention if the level has it, and then the layer that changes
+    the resolution."""
 
     def __init__(self, widths: list[tuple[int, int]], attention: bool, config: UNetConfig) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Level(nn.Module):
         return None
 
     def resample(self, x: torch.Tensor, embedding: Iterator[torch.Tensor]) -> torch.Tensor:
-        """x for the next level; as it is behind the last one."""
+        """Return x for the next level, unchanged after the last one."""
         resampler = self.resampler()
         if resampler is None:
             return x
@@ -294,7 +294,7 @@ def _up_levels(config: UNetConfig, skip_channels: list[int]) -> nn.ModuleList:
 class UNet(nn.Module):
     """Ho et al.'s network: x_t [N, C, H, W] and t int64 [N] -> prediction [N, out_channels, H, W].
 
-    schedule, prediction, variance, clip: what the network was trained for, taken by `fastddpm.sample` unless told otherwise;
+    schedule, prediction, variance, clip: what the network was trained for, and so the defaults of `fastddpm.sample`; by
     default the paper's linear schedule, "epsilon", "fixed_large" and True.
     class_names: the names of the classes 0..K-1 of a network with classes, or None where they have none.
     """
