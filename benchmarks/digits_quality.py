@@ -233,7 +233,7 @@ def main() -> None:
     if source.suffix == ".npy":
         weights, samples = checksum(source), np.load(source)[: settings.n]
     else:
-        weights = checksum(fastddpm_folder.find(settings.model) / fastddpm_folder.WEIGHTS)
+        weights = checksum(fastddpm_folder.find_folder(settings.model) / fastddpm_folder.WEIGHTS)
         samples = sampled(settings, weights)
     if samples.shape != (settings.n, 1, 32, 32):
         sys.exit(f"MODEL: the samples have shape {list(samples.shape)}; expected {[settings.n, 1, 32, 32]}")

@@ -61,7 +61,7 @@ def quality(settings: argparse.Namespace) -> dict[str, object]:
     mean_floor = statistics.mean(floors)
 
     model = UNet.from_pretrained(settings.model).to(settings.device)
-    weights = checksum(fastddpm_folder.find(settings.model) / fastddpm_folder.WEIGHTS)
+    weights = checksum(fastddpm_folder.find_folder(settings.model) / fastddpm_folder.WEIGHTS)
     chains = [(label, options, steps) for label, (options, many) in CHAINS.items() for steps in many]
     rows = []
     for label, options, steps in tqdm(chains, desc="chains", unit="chain", disable=None):

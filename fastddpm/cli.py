@@ -387,12 +387,12 @@ def convert_command(source, out, format, revision, flags) -> None:
         raise ValueError(f"out: the folder {folder.parent} does not exist; make it first")
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise ValueError(f"out: {out} exists; expected a new or an empty folder")
-    found = pretrained.read(source, revision=revision, flags=flags)
+    found = pretrained.read_checkpoint(source, revision=revision, flags=flags)
     for name, value in _described(found):
         click.echo(f"{name:<12} {value}")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        network = base.build(found)
+        network = base.build_unet(found)
         extra = {} if found.averaged is None else {"averaged": found.averaged}  # so that the new folder states it, too
         pretrained.FORMATS[format](network, temporary, extra=extra)
         if folder.is_dir():
@@ -403,7 +403,7 @@ def convert_command(source, out, format, revision, flags) -> None:
     click.echo(f"{out}: written, for {format}")
 
 
-def _described(found: base.Read) -> list[tuple[str, str]]:
+def _described(found: base.Checkpoint) -> list[tuple[str, str]]:
     default, always = (
         UNetConfig(),
         ("sample_size", "channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
@@ -448,7 +448,7 @@ def info_command(as_json) -> None:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "numpy": version("numpy"),
-        "models": fastddpm_folder.bundled(),
+        "models": fastddpm_folder.bundled_models(),
         **backend.describe(),
     }
     if as_json:

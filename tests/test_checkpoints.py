@@ -27,7 +27,7 @@ import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig
 from fastddpm.checkpoints import diffusers as interchange
 from fastddpm.checkpoints import diffusers_options, openai, pretrained, scheduler, tensors
-from fastddpm.checkpoints.base import check
+from fastddpm.checkpoints.base import check_state_dict
 from fastddpm.errors import CheckpointError
 
 SMALL = UNetConfig(sample_size=8, channels=8, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=4)
@@ -194,42 +194,42 @@ MIXED = {
 
 @pytest.mark.parametrize(("piece", "most"), [(8 << 20, 1000), (64, 1000), (8 << 20, 2), (1, 1)])
 def test_reading_by_pieces(tmp_path, monkeypatch, piece, most):
-    monkeypatch.setattr(tensors.Unread, "PIECE", piece)
-    monkeypatch.setattr(tensors.Unread, "MOST", most)
+    monkeypatch.setattr(tensors.TensorReader, "PIECE_BYTES", piece)
+    monkeypatch.setattr(tensors.TensorReader, "MAX_PIECE_TENSORS", most)
     paths = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
     save_file(MIXED, paths[0], metadata={"format": "pt"})
     save_file({"d": torch.randn(11)}, paths[1])
-    unread = tensors.Unread.of(paths)
-    for value in unread.state.values():  # what isn't read would show
+    reader = tensors.TensorReader.open(paths)
+    for value in reader.state.values():  # what isn't read would show
         value.fill_(torch.nan)
     for path in paths:  # a file that is replaced is another one
         save_file({"z": torch.zeros(3000)}, path.with_suffix(".new"))
         path.with_suffix(".new").rename(path)
-    threads = [threading.Thread(target=unread) for _ in range(3)]
+    threads = [threading.Thread(target=reader) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert unread.state.keys() == MIXED.keys() | {"d"}
-    assert all(same_bits(unread.state[name], value) for name, value in MIXED.items())
-    assert not unread.state["d"].isnan().any()
+    assert reader.state.keys() == MIXED.keys() | {"d"}
+    assert all(same_bits(reader.state[name], value) for name, value in MIXED.items())
+    assert not reader.state["d"].isnan().any()
 
 
 def test_reading_what_the_system_gives_at_a_time(tmp_path, monkeypatch):
     save_file(MIXED, tmp_path / "a.safetensors")
-    unread, whole = tensors.Unread.of([tmp_path / "a.safetensors"]), os.preadv
+    reader, whole = tensors.TensorReader.open([tmp_path / "a.safetensors"]), os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, views, at: whole(file, [views[0].reshape(-1).view("u1")[:5]], at))
-    unread()
-    assert all(same_bits(unread.state[name], value) for name, value in MIXED.items())
+    reader()
+    assert all(same_bits(reader.state[name], value) for name, value in MIXED.items())
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     save_file({"a": torch.randn(1000)}, tmp_path / "a.safetensors")
-    unread = tensors.Unread.of([tmp_path / "a.safetensors"])
+    reader = tensors.TensorReader.open([tmp_path / "a.safetensors"])
     with open(tmp_path / "a.safetensors", "r+b") as file:
         file.truncate(2000)
     with pytest.raises(CheckpointError, match=r"a\.safetensors: not a whole safetensors file .*cut short"):
-        unread()
+        reader()
 
 
 def test_a_disk_that_fails(tmp_path, monkeypatch):
@@ -237,18 +237,18 @@ def test_a_disk_that_fails(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     save_file(MIXED, tmp_path / "a.safetensors")
-    unread = tensors.Unread.of([tmp_path / "a.safetensors"])
+    reader = tensors.TensorReader.open([tmp_path / "a.safetensors"])
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(CheckpointError, match=r"a\.safetensors: not a whole safetensors file .*Input/output error"):
-        unread()
+        reader()
 
 
 def test_what_is_left_to_safetensors(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(3, dtype=torch.int64)}, path)
-    assert tensors.Unread.of([path]) is None
-    assert tensors.Unread.of([tmp_path / "missing.safetensors"]) is None
-    assert tensors.Unread.of([tmp_path / "a.bin"]) is None
+    assert tensors.TensorReader.open([path]) is None
+    assert tensors.TensorReader.open([tmp_path / "missing.safetensors"]) is None
+    assert tensors.TensorReader.open([tmp_path / "a.bin"]) is None
     save_file({"a": torch.ones(3), "b": torch.ones(2)}, path)
     good = path.read_bytes()
     size = 8 + int.from_bytes(good[:8], "little")
@@ -265,9 +265,9 @@ def test_what_is_left_to_safetensors(tmp_path):
         good.replace(b"[0,12]", b"[0   ]"),
     ):
         path.write_bytes(bad)
-        assert tensors.Unread.of([path]) is None, bad
+        assert tensors.TensorReader.open([path]) is None, bad
         with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-            tensors.read(path)
+            tensors.load_file(path)
 
 
 def test_loading_leaves_the_garbage_collector_as_it_was(tmp_path):
@@ -299,7 +299,7 @@ def test_a_network_loaded_in_inference_mode_can_be_trained(format, tmp_path):
 def test_what_is_saved_is_read_in_one_pass(format, tmp_path, monkeypatch):
     """And not by way of a mapped file and a copy."""
     UNet(SMALL).save_pretrained(tmp_path / "ema", format=format)
-    monkeypatch.delattr(tensors, "read")
+    monkeypatch.delattr(tensors, "load_file")
     UNet.from_pretrained(tmp_path / "ema")
 
 
@@ -361,7 +361,7 @@ def test_the_likely_cause(spoil, says):
     state = UNet(SMALL).state_dict()
     spoil(state)
     with pytest.raises(CheckpointError, match=f"^some.pt: its tensors are not those of this network: .*{says}"):
-        check(UNet(SMALL).state_dict(), state, Path("some.pt"))
+        check_state_dict(UNet(SMALL).state_dict(), state, Path("some.pt"))
 
 
 def test_names_and_arguments(tmp_path):
@@ -517,7 +517,7 @@ def test_options_that_a_config_leaves_out_are_the_classs():
     diffusers = pytest.importorskip("diffusers")
     parameters = inspect.signature(diffusers.UNet2DModel.__init__).parameters
     theirs = {name: p.default for name, p in parameters.items() if name != "self"}  # older ones have fewer
-    assert theirs == {name: diffusers_options.DEFAULTS[name] for name in theirs}
+    assert theirs == {name: diffusers_options.UNET2D_DEFAULTS[name] for name in theirs}
     ours = diffusers_options.unet_config({"sample_size": 8})
     assert ours == diffusers_options.unet_config(diffusers_options.unet_options(ours)) and ours.widths == [
         224,
@@ -534,7 +534,7 @@ def test_options_that_a_config_leaves_out_are_the_classs():
     )
     for cls in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
         for name, p in inspect.signature(cls.__init__).parameters.items():
-            assert scheduler.DEFAULTS.get(name, p.default) == p.default
+            assert scheduler.SCHEDULER_DEFAULTS.get(name, p.default) == p.default
 
 
 def test_a_learned_variance_is_drawn_from_by_diffusers(tmp_path):
@@ -702,7 +702,7 @@ def test_old_names_of_attention(dims, tmp_path):
     """query, key, value and proj_attn, as layers or as 1x1 convolutions; or today's names as 1x1 convolutions."""
     peer = diffusers_model()
     folder = as_pipeline(tmp_path, peer)
-    old = {new: name for name, new in interchange.OLD.items()}
+    old = {new: name for name, new in interchange.LEGACY_ATTENTION.items()}
     for names in (old, {}):
         state = {}
         for name, value in peer.state_dict().items():
@@ -724,12 +724,12 @@ def test_betas_are_diffusers(kind, T, tmp_path):
     """Theirs are float32; ours float64 by the same formula, and written back by the same name where they can be."""
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDPMScheduler(T, 0.00085, 0.012, kind)
-    read = scheduler.read(dict(theirs.config), "it:")
+    read = scheduler.settings_from_config(dict(theirs.config), "it:")
     assert (read[0].betas - theirs.betas.double()).abs().max() <= 2e-7 and len(read[0]) == T
     assert (read[0].alphas_cumprod - theirs.alphas_cumprod.double()).abs().max() <= 1e-5
-    written = scheduler.write(*read)
+    written = scheduler.config_from_settings(*read)
     assert ("trained_betas" in written) == (kind == "sigmoid")
-    assert scheduler.read(json.loads(json.dumps(written)), "it:") == read
+    assert scheduler.settings_from_config(json.loads(json.dumps(written)), "it:") == read
     again = diffusers.DDPMScheduler.from_config(written)
     assert (again.betas - theirs.betas).abs().max() <= 2e-7
 
@@ -742,12 +742,14 @@ def test_zero_snr_is_diffusers(kind, T):
     from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
     config = {"num_train_timesteps": T, "beta_schedule": kind}
-    plain = scheduler.read(config, "it:")[0]
-    read = scheduler.read({**config, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, "it:")
+    plain = scheduler.settings_from_config(config, "it:")[0]
+    read = scheduler.settings_from_config(
+        {**config, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, "it:"
+    )
     assert (read[0].betas - rescale_zero_terminal_snr(plain.betas)).abs().max() <= 1e-12
     assert read[0].betas[-1] == 1 and read[0].betas[0] == plain.betas[0]
-    written = json.loads(json.dumps(scheduler.write(*read)))
-    assert scheduler.read(written, "it:") == read
+    written = json.loads(json.dumps(scheduler.config_from_settings(*read)))
+    assert scheduler.settings_from_config(written, "it:") == read
     for cls in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
         theirs = cls.from_config(written)
         assert theirs.alphas_cumprod[-1] == 0
@@ -794,10 +796,12 @@ def test_a_linear_schedule_without_its_ends_is_not_read_as_another(start, tmp_pa
 
 def test_any_betas_survive(tmp_path):
     schedule = Schedule(torch.rand(50, dtype=torch.float64) * 0.1 + 1e-5)
-    written = json.loads(json.dumps(scheduler.write(schedule, "sample", "fixed_small", 0.5)))
-    assert scheduler.read(written, "it:") == (schedule, "sample", "fixed_small", 0.5)
+    written = json.loads(json.dumps(scheduler.config_from_settings(schedule, "sample", "fixed_small", 0.5)))
+    assert scheduler.settings_from_config(written, "it:") == (schedule, "sample", "fixed_small", 0.5)
     for clip in (True, False, 3.0):
-        read = scheduler.read(scheduler.write(schedule, "epsilon", "fixed_large", clip), "it:")
+        read = scheduler.settings_from_config(
+            scheduler.config_from_settings(schedule, "epsilon", "fixed_large", clip), "it:"
+        )
         assert read[3] == clip and type(read[3]) is type(clip)
     diffusers = pytest.importorskip("diffusers")
     assert torch.equal(diffusers.DDPMScheduler.from_config(written).betas, schedule.betas.float())
@@ -809,7 +813,12 @@ def test_schedulers_of_other_classes(name, tmp_path):
     theirs = getattr(diffusers, f"{name}Scheduler")(500, 1e-3, 0.03, prediction_type="v_prediction")
     theirs.save_pretrained(tmp_path)
     for config in (dict(theirs.config), json.loads((tmp_path / "scheduler_config.json").read_text())):
-        assert scheduler.read(config, "it:") == (Schedule.linear(500, 1e-3, 0.03), "v_prediction", "fixed_small", True)
+        assert scheduler.settings_from_config(config, "it:") == (
+            Schedule.linear(500, 1e-3, 0.03),
+            "v_prediction",
+            "fixed_small",
+            True,
+        )
 
 
 @pytest.mark.parametrize(
@@ -826,7 +835,7 @@ def test_schedulers_of_other_classes(name, tmp_path):
     ],
 )
 def test_scheduler_options(change, reads):
-    read = scheduler.read({"_class_name": "DDPMScheduler", **change}, "it:")
+    read = scheduler.settings_from_config({"_class_name": "DDPMScheduler", **change}, "it:")
     assert read == (Schedule.linear(), *reads) and isinstance(read[3], bool) == isinstance(reads[2], bool)
 
 
@@ -856,7 +865,7 @@ def test_scheduler_options(change, reads):
 )
 def test_scheduler_refusals(change, says):
     with pytest.raises(ValueError, match=f"^its .*{says}"):
-        scheduler.read({"_class_name": "DDPMScheduler", **change}, "its")
+        scheduler.settings_from_config({"_class_name": "DDPMScheduler", **change}, "its")
 
 
 def test_a_folder_with_a_bad_scheduler_names_the_file(tmp_path):
@@ -1010,10 +1019,10 @@ def test_the_published_files():
         "cifar10_uncond_vlb_50M_500K.pt": (52.5, 32), "lsun_uncond_100M_1200K_bs128.pt": (113.7, 256),
         "lsun_uncond_100M_2400K_bs64.pt": (113.7, 256),
     }  # fmt: skip
-    assert sizes.keys() == openai.PUBLISHED.keys()
+    assert sizes.keys() == openai.PUBLISHED_FLAGS.keys()
     for name, (millions, side) in sizes.items():
-        flags = openai.DEFAULTS | openai.parse(openai.PUBLISHED[name])
-        multipliers = openai.MULTIPLIERS[flags["image_size"]]
+        flags = openai.FLAG_DEFAULTS | openai.parse_flags(openai.PUBLISHED_FLAGS[name])
+        multipliers = openai.DEFAULT_CHANNEL_MULT[flags["image_size"]]
         wide, heads = flags["num_head_channels"], flags["num_heads"]
         levels = [i for i in range(len(multipliers)) if str(side >> i) in flags["attention_resolutions"].split(",")]
         with torch.device("meta"):
@@ -1023,17 +1032,17 @@ def test_the_published_files():
                 heads=(lambda width, wide=wide: width // wide) if wide > 0 else heads,
                 scale_shift=flags["use_scale_shift_norm"], updown=flags["resblock_updown"],
             )  # fmt: skip
-            read = openai.read(Path(name), peer.state_dict(), None, None)
+            read = openai.read_state_dict(Path(name), peer.state_dict(), None, None)
             own = UNet(read.config)
-        check(own.state_dict(), read.state, Path(name))
+        check_state_dict(own.state_dict(), read.state, Path(name))
         assert abs(sum(p.numel() for p in own.parameters()) / 1e6 - millions) < 0.06, name
         assert read.averaged and read.variance == "learned_range" and read.config.sample_size == side
-        cosine = "cosine" in openai.PUBLISHED[name]
+        cosine = "cosine" in openai.PUBLISHED_FLAGS[name]
         rescaled = len(read.schedule) == 4000 and "cond_270M" not in name
         assert read.config.time_scale == (0.25 if rescaled else 1.0)
         T = 4000 if name.startswith(("imagenet64", "cifar10")) else 1000
         assert read.schedule == (Schedule.cosine(T) if cosine else Schedule.linear(T))
-    assert openai.PUBLISHED["lsun_cat.pt"] != openai.PUBLISHED["lsun_horse_nodropout.pt"]
+    assert openai.PUBLISHED_FLAGS["lsun_cat.pt"] != openai.PUBLISHED_FLAGS["lsun_horse_nodropout.pt"]
 
 
 @pytest.mark.parametrize(
@@ -1091,7 +1100,7 @@ def test_flags_as_they_stand_in_a_readme(tmp_path):
         '"' + FITTING.replace(" ", "=", 1) + '"',
         FITTING.replace(" --", " \\ --"),
     ):
-        assert openai.parse(text) == openai.parse(FITTING)
+        assert openai.parse_flags(text) == openai.parse_flags(FITTING)
 
 
 def test_openai_files_that_are_refused(tmp_path):
@@ -1136,13 +1145,13 @@ def test_a_log_folder_of_openai(tmp_path):
     ):
         openai_file(tmp_path / name)
     torch.save({}, tmp_path / "opt000200.pt")
-    assert pretrained.read(tmp_path, flags=FITTING).path.name == "ema_0.9999_000200.pt"
+    assert pretrained.read_checkpoint(tmp_path, flags=FITTING).path.name == "ema_0.9999_000200.pt"
     assert says(tmp_path, flags=FITTING)[1] == ""
     told = says(tmp_path / "model000100.pt", flags=FITTING)[1]
     assert "model000100.pt: nothing says" in told and "; ema_0.9999_000200.pt, beside it, has averaged ones" in told
     for path in tmp_path.glob("ema*"):
         path.unlink()
-    assert pretrained.read(tmp_path, flags=FITTING).path.name == "model000200.pt"
+    assert pretrained.read_checkpoint(tmp_path, flags=FITTING).path.name == "model000200.pt"
     told = says(tmp_path, flags=FITTING)[1]
     assert "model000200.pt: nothing says" in told and "beside" not in told
 
@@ -1495,10 +1504,10 @@ def test_averages_are_found_under_any_name(entry, tmp_path):
     raw = model.state_dict()
     averaged = {name: value + 1 for name, value in raw.items()}
     torch.save({"model": raw, entry: averaged}, tmp_path / "x.pt")
-    found = pretrained.read(tmp_path / "x.pt")
+    found = pretrained.read_checkpoint(tmp_path / "x.pt")
     assert found.averaged and torch.equal(found.state["conv_in.bias"], averaged["conv_in.bias"])
     torch.save({"model": raw, "ema": {"decay": torch.tensor(0.5)}}, tmp_path / "x.pt")
-    assert torch.equal(pretrained.read(tmp_path / "x.pt").state["conv_in.bias"], raw["conv_in.bias"])
+    assert torch.equal(pretrained.read_checkpoint(tmp_path / "x.pt").state["conv_in.bias"], raw["conv_in.bias"])
 
 
 def test_odd_but_harmless_files(tmp_path):
@@ -1550,7 +1559,7 @@ def test_converting_keeps_whether_weights_are_averages(name, format, tmp_path):
     if format == "diffusers":
         theirs = pytest.importorskip("diffusers").UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
         theirs.save_pretrained(tmp_path / "later" / "unet")  # perhaps trained meanwhile: it says nothing any more
-        assert pretrained.read(tmp_path / "later").averaged is False
+        assert pretrained.read_checkpoint(tmp_path / "later").averaged is False
 
 
 def test_the_networks_folder_of_a_pipelines(tmp_path):

@@ -30,6 +30,8 @@ from fastddpm.evaluation.distances import Statistics, frechet, kernel_distance, 
 from fastddpm.evaluation.features import Features, checksum, inception
 from fastddpm.evaluation.likelihood import likelihood
 from fastddpm.evaluation.shards import Shards
+from fastddpm.inputs.resolve import resolve
+from fastddpm.sampling.plan import resolve_for
 from fastddpm.utils.files import write_if_missing
 
 pytestmark = [  # what most of these tests' few images bring about
@@ -271,24 +273,23 @@ def test_draw_is_the_sequence_of_the_seed(tmp_path):
 
 
 def test_an_interrupted_drawing_goes_on_and_draws_nothing_twice(tmp_path, monkeypatch):
-    model, spans = network(), []
+    model, spans, drawn = network(), [], sampling.run
 
-    def sample(*arguments, first, **options):
+    def run(plan, n, options):
+        spans.append(range(options.first, options.first + n))
+        return drawn(plan, n, options)
+
+    def interrupted(*arguments):
         if len(spans) == 2:
             raise KeyboardInterrupt
-        spans.append(range(first, first + arguments[1]))
-        return fastddpm.sample(*arguments, first=first, **options)
+        return run(*arguments)
 
     unbroken = sampling.draw(model, tmp_path / "a", 23, shard=5, progress=False).load(range(23))
-    monkeypatch.setattr(sampling, "sample", sample)
+    monkeypatch.setattr(sampling, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sampling.draw(model, tmp_path / "b", 23, shard=5, progress=False)
     (tmp_path / "b" / "samples" / ".00000010-00000014.77.npy").write_bytes(b"half")  # as a killed process leaves it
-    monkeypatch.setattr(
-        sampling,
-        "sample",
-        lambda *a, **k: spans.append(range(k["first"], k["first"] + a[1])) or fastddpm.sample(*a, **k),
-    )
+    monkeypatch.setattr(sampling, "run", run)
     resumed = sampling.draw(model, tmp_path / "b", 23, shard=5, progress=False)
     assert sorted(i for span in spans for i in span) == list(range(23))
     assert np.array_equal(resumed.load(range(23)), unbroken)
@@ -437,7 +438,7 @@ def test_a_model_is_told_by_what_it_answers_too(metric, here):
 def test_the_probe_lets_bfloat16_pass():
     """The bundled network in bfloat16 answers as in float32, to the tolerance: machines differ by less."""
     model = fastddpm.UNet.from_pretrained("digits")
-    exact, rounded = (identity.probe_outputs(model, model.shape, 1000, None, d) for d in (None, torch.bfloat16))
+    exact, rounded = (identity.probe_outputs(resolve(model), model.shape, None, d) for d in (None, torch.bfloat16))
     assert exact.shape == (8 * 32 * 32, 2) and not np.array_equal(exact, rounded)
     assert (np.abs(exact - rounded).max(0) < identity.PROBE_TOLERANCE / 2 * np.abs(exact).max(0)).all()
 
@@ -467,12 +468,14 @@ def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
 
     def drawing(model=model, folder="e", **changed):
         options = {"n": 9, "seed": 0, "shard": 3, "batch_size": None, "device": None, "dtype": None, "chain": {}}
-        return sampling.Drawing(model, tmp_path / folder, sampling.DrawingOptions(**{**options, **changed}))
+        options = sampling.DrawingOptions(**{**options, **changed})
+        resolved = resolve_for(model, sampling.chain_arguments(options.chain))
+        return sampling.Drawing(resolved, tmp_path / folder, options)
 
     first, equal, other, further = drawing(), drawing(), drawing(seed=1), drawing(seed=1, n=12)
     drawn = first.run(False).load(range(9))
     settings = (tmp_path / "e" / "settings.json").read_bytes()
-    equal.model = None  # all is there, and nothing drawn again
+    equal.plan = None  # all is there, and nothing drawn again
     assert np.array_equal(equal.run(False).load(range(9)), drawn)
     for later in (other, further):
         with pytest.raises(EvaluationError, match="drawn otherwise .seed 0, now 1"):
@@ -484,7 +487,7 @@ def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
     half, less = (drawing(lambda x, t, by=by: x * by, "f", chain=options) for by in (0.5, 0.4))
     half.run(False)
     with pytest.raises(EvaluationError, match="f: its samples are another model's"):
-        drawing(less.model, "f", chain=options)  # before anything is run
+        drawing(less.plan.model.network, "f", chain=options)  # before anything is run
     with pytest.raises(EvaluationError, match="f: its samples are another model's; name another folder, or delete"):
         less.run(False)
 
@@ -583,7 +586,7 @@ def test_the_command_from_end_to_end(here, capsys, monkeypatch):
 
     mine = sys.modules["mine"]
     monkeypatch.setattr(mine, "low", Counted())
-    monkeypatch.setattr(sampling, "sample", None)  # nothing is drawn, and no bound computed, again
+    monkeypatch.setattr(sampling, "run", None)  # nothing is drawn, and no bound computed, again
     monkeypatch.setattr(metrics, "likelihood", None)
     code, again, _ = run(capsys, monkeypatch, *arguments)
     assert code == 0 and again == out and mine.low.images == 8  # the probe alone
@@ -596,7 +599,7 @@ def test_ctrl_c_says_how_to_go_on(here, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "sample", interrupted)
+        patch.setattr(sampling, "run", interrupted)
         code, _, err = run(capsys, monkeypatch, *arguments)
     assert code == 130 and err.endswith("e: stopped; the same command goes on\n")
     code, out, _ = run(capsys, monkeypatch, *arguments, "--sampler", "ddpm", "--variance", "fixed_large")
@@ -839,7 +842,7 @@ def test_images_of_the_models_size_are_not_padded(here):
 @pytest.mark.parametrize("metric", ["fid", "kid"])
 def test_the_reference_is_looked_at_before_hours_of_sampling(metric, here, monkeypatch):
     """A network that fails on real images does so before anything is drawn."""
-    monkeypatch.setattr(sampling, "sample", None)
+    monkeypatch.setattr(sampling, "run", None)
     with np.load("x.npz") as arrays:
         black = {**arrays, "x_train": np.zeros_like(arrays["x_train"])}
     np.savez("x.npz", **black)

@@ -1,4 +1,4 @@
-"""What every format is read into, and a network from that."""
+"""The checkpoint that every format is read into, and the network built from it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ..errors import CheckpointError
 from ..models.config import UNetConfig
 from ..models.unet import UNet
 
-SHOWN = 3  # of the keys that differ
+MAX_KEYS_SHOWN = 3  # of those that differ, in a message
 
 
 @dataclasses.dataclass
-class Read:
-    """A checkpoint, whichever its format.
+class Checkpoint:
+    """A checkpoint in any of the formats.
 
-    path: of the weights, for messages. state: tensors by UNet's names, of any floating-point dtype. averaged: True where
-    something says that the weights are averages over training (EMA). notes: what whoever loads it has to know. fill: where
-    the tensors are still to be read, what reads them, together with other threads that call it; None: they are there, in memory
-    that may be the file's.
+    path: file of the weights, for messages. state: tensors by UNet's names, of any floating-point dtype. averaged: True if a
+    name or an entry says that the weights are averages over training (EMA). notes: warnings for the caller. read_tensors:
+    reads the tensors of `state` from the file, shared between all threads that call it; None if they are read already, into
+    memory that may be the file's.
     """
 
     format: str
@@ -41,105 +41,110 @@ class Read:
     clip: bool | float
     averaged: bool | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
-    fill: Callable[[], None] | None = None
+    read_tensors: Callable[[], None] | None = None
     class_names: list[str] | None = None
 
 
-def build(read: Read) -> UNet:
-    """The network, in float32, in eval mode and on torch's default device, with tensors of its own: the file may change."""
+def build_unet(checkpoint: Checkpoint) -> UNet:
+    """Return the network, in float32, in eval mode and on torch's default device. No tensor shares memory with the file."""
     try:
-        check_prediction(read.schedule, read.prediction)
+        check_prediction(checkpoint.schedule, checkpoint.prediction)
     except ValueError as error:
         raise CheckpointError(
-            f"{read.path}: {error}. If its network predicts this, correct the entry in its config (diffusers' prediction_type)"
+            f"{checkpoint.path}: {error}. If its network predicts this, correct the entry in its config (diffusers' "
+            "prediction_type)"
         ) from error
     device = torch.empty(0).device
-    with ThreadPoolExecutor(1) as beside, _uncollected():
-        if read.fill is None:
-            state = {name: _copied(name, value, read.path) for name, value in read.state.items()}
+    with ThreadPoolExecutor(1) as executor, _garbage_collector_disabled():
+        if checkpoint.read_tensors is None:
+            state = {name: _own_copy(name, value, checkpoint.path) for name, value in checkpoint.state.items()}
         else:
-            state, filling = read.state, beside.submit(read.fill)
+            state, reading = checkpoint.state, executor.submit(checkpoint.read_tensors)
         with torch.device("meta"):
             model = UNet(
-                read.config, schedule=read.schedule, prediction=read.prediction, variance=read.variance, clip=read.clip,
-                class_names=read.class_names,
-            ).eval()  # fmt: skip
-        check(dict(model.named_parameters()), state, read.path)
-        assign(model, {name: nn.Parameter(value) for name, value in state.items()})
-        if read.fill is not None:
-            read.fill()  # what the other thread has left
-            filling.result()
+                checkpoint.config,
+                schedule=checkpoint.schedule,
+                prediction=checkpoint.prediction,
+                variance=checkpoint.variance,
+                clip=checkpoint.clip,
+                class_names=checkpoint.class_names,
+            ).eval()
+        check_state_dict(dict(model.named_parameters()), state, checkpoint.path)
+        set_parameters(model, {name: nn.Parameter(value) for name, value in state.items()})
+        if checkpoint.read_tensors is not None:
+            checkpoint.read_tensors()  # those that the other thread has not begun
+            reading.result()
     same = device.type == "cpu" and all(value.dtype == torch.float32 for value in state.values())
     return model if same else model.to(device, torch.float32)
 
 
-def assign(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Give the model these as its own, by their names; load_state_dict(assign=True) takes five times as long."""
+def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Replace the model's parameters by those of the same names; load_state_dict(assign=True) takes five times as long."""
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = parameters[f"{prefix}.{name}" if prefix else name]
 
 
-def _copied(name: str, value: torch.Tensor, path: Path) -> torch.Tensor:
-    """A tensor that a file was mapped for reads the file when it is used, and lies at any address."""
+def _own_copy(name: str, value: torch.Tensor, path: Path) -> torch.Tensor:
+    """Copy a tensor out of the mapped file: mapped tensors read the file when they are used, and may be unaligned."""
     if value.layout != torch.strided or value.is_meta or value.untyped_storage().nbytes() < value.nbytes:
         raise CheckpointError(f"{path}: {name} isn't a plain tensor with memory of its own; save it as one")
     return value.clone(memory_format=torch.contiguous_format)
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's search for cycles, which the many small objects of a network set off: it may take longer than reading."""
-    collecting = gc.isenabled()
+def _garbage_collector_disabled() -> Iterator[None]:
+    """Disable the garbage collector: building a network triggers collections that can take longer than the reading."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collecting:
+        if enabled:
             gc.enable()
 
 
-def multiples(widths: Iterable[int], channels: int) -> tuple[int | float, ...]:
-    """UNetConfig.channel_mult; ints where they are."""
+def channel_multipliers(widths: Iterable[int], channels: int) -> tuple[int | float, ...]:
+    """Return UNetConfig.channel_mult for levels of these widths, as ints if they are whole."""
     return tuple(width / channels if width % channels else width // channels for width in widths)
 
 
-def check(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Raise CheckpointError unless `state` has the names and shapes of `own`: what differs, and the likely cause."""
-    missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+def check_state_dict(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise CheckpointError, with the differences and the likely cause, unless `state` has the names and shapes expected."""
+    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
     shapes = [
         f"{name} has shape {list(state[name].shape)}, and the network {list(value.shape)}"
-        for name, value in own.items()
+        for name, value in expected.items()
         if name in state and state[name].shape != value.shape
     ]
     dtypes = [f"{name} is {value.dtype}" for name, value in state.items() if not value.dtype.is_floating_point]
     faults = [
-        f"{len(found)} {what} ({', '.join(found[:SHOWN])}{', ...' if len(found) > SHOWN else ''})"
-        for found, what in (
+        f"{len(names)} {what} ({', '.join(names[:MAX_KEYS_SHOWN])}{', ...' if len(names) > MAX_KEYS_SHOWN else ''})"
+        for names, what in (
             (sorted(missing), "missing"),
             (sorted(unknown), "unknown"),
             (shapes, "of another shape"),
             (dtypes, "not of floating point"),
         )
-        if found
+        if names
     ]
     if faults:
-        cause = _cause(own, state, missing, unknown)
+        cause = _likely_cause(expected, state, missing, unknown)
         raise CheckpointError(f"{path}: its tensors are not those of this network: {'; '.join(faults)}{cause}")
 
 
-def _cause(own: Mapping, state: Mapping, missing: Iterable[str], unknown: Iterable[str]) -> str:
+def _likely_cause(expected: Mapping, state: Mapping, missing: Iterable[str], unknown: Iterable[str]) -> str:
     last = "conv_out.weight"
-    if not own.keys() & state.keys():
+    if not expected.keys() & state.keys():
         return ". It is another network's checkpoint"
     if any("attn2" in name or "transformer_blocks" in name for name in unknown):
         return ". It attends to text or the like (UNet2DConditionModel), which this network doesn't"
     differing = [*missing, *unknown]
     if differing and all(".attentions." in name for name in differing):
         return ". Its attention is at other levels than the config says"
-    if missing and not unknown and all(state[name].shape == own[name].shape for name in state):
+    if missing and not unknown and all(state[name].shape == expected[name].shape for name in state):
         return ". A part of the network is not in the file: was it copied or saved whole?"
-    if last in state and last in own and state[last].shape[0] == 2 * own[last].shape[0]:
+    if last in state and last in expected and state[last].shape[0] == 2 * expected[last].shape[0]:
         return f". It has {state[last].shape[0]} output channels, half of them for a learned variance"
     return ". Does its config, or do its flags, belong to other weights?"

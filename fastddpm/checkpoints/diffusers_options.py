@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 
 from ..models.config import UNetConfig
-from .base import multiples
+from .base import channel_multipliers
 
-# The options of UNet2DModel by the values that its class gives those that a config leaves out.
-DEFAULTS = {
+# The options of UNet2DModel with the values that its class gives to those that a config leaves out.
+UNET2D_DEFAULTS = {
     "sample_size": None, "in_channels": 3, "out_channels": 3, "center_input_sample": False,
     "time_embedding_type": "positional", "time_embedding_dim": None, "freq_shift": 0, "flip_sin_to_cos": True,
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
@@ -22,95 +22,95 @@ DEFAULTS = {
     "num_train_timesteps": None,
 }  # fmt: skip
 
-
-# The options that both have, by UNetConfig's names.
-SAME = {
+# UNetConfig's options with the names that UNet2DModel has for the same options, and for related ones.
+SHARED_OPTIONS = {
     "in_channels": "in_channels", "out_channels": "out_channels", "num_res_blocks": "layers_per_block",
     "dropout": "dropout", "norm_groups": "norm_num_groups", "num_classes": "num_class_embeds", "norm_eps": "norm_eps",
     "flip_sin_to_cos": "flip_sin_to_cos", "freq_shift": "freq_shift", "center_input": "center_input_sample",
     "middle_attention": "add_attention", "middle_scale": "mid_block_scale_factor",
 }  # fmt: skip
-TOLD_BY = SAME | {
+DIFFUSERS_OPTION_OF = SHARED_OPTIONS | {
     "channels": "block_out_channels", "channel_mult": "block_out_channels", "middle_groups": "attn_norm_num_groups",
 }  # fmt: skip
 
-
-# What a block type says: whether it attends, and how it resamples (None: as down- or upsample_type says).
-BLOCKS = {
+# Block types: (whether it has attention, how it resamples; None if down- or upsample_type specifies that).
+BLOCK_TYPES = {
     "DownBlock2D": (False, "conv"), "ResnetDownsampleBlock2D": (False, "resnet"), "AttnDownBlock2D": (True, None),
     "UpBlock2D": (False, "conv"), "ResnetUpsampleBlock2D": (False, "resnet"), "AttnUpBlock2D": (True, None),
 }  # fmt: skip
 
 
 def unet_config(config: Mapping) -> UNetConfig:
-    """The network that UNet2DModel makes of these options. Raises ValueError for one that UNet isn't, naming the option."""
-    found = DEFAULTS | config
+    """Return the network that UNet2DModel builds from these options. Raises ValueError, naming the option, if UNet cannot."""
+    options = UNET2D_DEFAULTS | config
 
     def expect(option: str, *values: object) -> None:
-        if found[option] not in values:
+        if options[option] not in values:
             wanted = " or ".join(map(repr, values))
             raise ValueError(
-                f"{option}: got {found[option]!r}; expected {wanted}, as UNet has nothing else; diffusers' own runs as it is"
+                f"{option}: got {options[option]!r}; expected {wanted}, as UNet has nothing else; diffusers' own runs as it is"
             )
 
     expect("time_embedding_type", "positional")
-    expect("time_embedding_dim", None, 4 * found["block_out_channels"][0])
+    expect("time_embedding_dim", None, 4 * options["block_out_channels"][0])
     expect("mid_block_type", "UNetMidBlock2D")
     expect("act_fn", "silu", "swish")
     expect("class_embed_type", None)
     expect("resnet_time_scale_shift", "default", "scale_shift")
     expect("downsample_padding", 0, 1)
-    size = found["sample_size"]
+    size = options["sample_size"]
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         size = size[0]
     if not isinstance(size, int):
         raise ValueError(f"sample_size: got {size!r}; expected the side of a square")
-    widths = found["block_out_channels"]
-    attention, down = _levels(found, "down", [size >> i for i in range(len(widths))])
-    attention_up, up = _levels(found, "up", [size >> i for i in reversed(range(len(widths)))])
+    widths = options["block_out_channels"]
+    attention, down = _block_types(options, "down", [size >> i for i in range(len(widths))])
+    attention_up, up = _block_types(options, "up", [size >> i for i in reversed(range(len(widths)))])
     if len(down | up) > 1:
         raise ValueError(
-            f"down_block_types, up_block_types: got {list(found['down_block_types'])} and {list(found['up_block_types'])} "
-            f"(downsample_type {found['downsample_type']!r}, upsample_type {found['upsample_type']!r}), which resample by "
+            f"down_block_types, up_block_types: got {list(options['down_block_types'])} and {list(options['up_block_types'])} "
+            f"(downsample_type {options['downsample_type']!r}, upsample_type {options['upsample_type']!r}), which resample by "
             "convolutions at some levels and by residual blocks at others; expected one of both, as UNet has nothing else"
         )
-    scale_shift, groups = found["resnet_time_scale_shift"] == "scale_shift", found["norm_num_groups"]
-    middle_groups = found["attn_norm_num_groups"] or (0 if scale_shift else groups)
+    scale_shift, groups = options["resnet_time_scale_shift"] == "scale_shift", options["norm_num_groups"]
+    middle_groups = options["attn_norm_num_groups"] or (0 if scale_shift else groups)
     config = UNetConfig(
         sample_size=size,
         channels=widths[0],
-        channel_mult=multiples(widths, widths[0]),
+        channel_mult=channel_multipliers(widths, widths[0]),
         attention_resolutions=attention,
         up_attention_resolutions=None if set(attention_up) == set(attention) else attention_up,
         scale_shift=scale_shift,
         resample=next(iter(down | up), "conv"),
-        downsample_padding="both" if found["downsample_padding"] else "end",
+        downsample_padding="both" if options["downsample_padding"] else "end",
         middle_groups=None if middle_groups == groups else middle_groups,
-        **{ours: found[theirs] for ours, theirs in SAME.items()},
+        **{ours: options[theirs] for ours, theirs in SHARED_OPTIONS.items()},
     )
-    head = found["attention_head_dim"]
+    head = options["attention_head_dim"]
     for width in config.attention_channels:
         if head is not None and (not isinstance(head, int) or head < 1 or width % head):
             raise ValueError(f"attention_head_dim: got {head!r}; expected None or what divides {width} channels")
     return dataclasses.replace(config, num_head_channels=head if config.attention_channels else None)
 
 
-def _levels(found: Mapping, way: str, sides: list[int]) -> tuple[tuple[int, ...], set[str]]:
-    """(the sides with attention, from the largest; how it is resampled) of the block types going down or up."""
-    option, standard = f"{way}_block_types", found[f"{way}sample_type"] or "conv"
-    types = [name.removeprefix("UNetRes") for name in found[option]]
-    known = [name for name in BLOCKS if name.startswith(("Down", "AttnDown", "ResnetDown")) == (way == "down")]
-    if len(types) != len(sides) or not set(types) <= set(known):
-        raise ValueError(f"{option}: got {found[option]}; expected for each level one of {', '.join(known)}")
-    kinds = {BLOCKS[name][1] or standard for name in types[:-1]}  # behind the last block nothing is resampled
+def _block_types(options: Mapping, direction: str, resolutions: list[int]) -> tuple[tuple[int, ...], set[str]]:
+    """Return (the resolutions with attention, from the largest; the ways of resampling) of the block types "down" or "up"."""
+    option, default = f"{direction}_block_types", options[f"{direction}sample_type"] or "conv"
+    types = [name.removeprefix("UNetRes") for name in options[option]]
+    known = [
+        name for name in BLOCK_TYPES if name.startswith(("Down", "AttnDown", "ResnetDown")) == (direction == "down")
+    ]
+    if len(types) != len(resolutions) or not set(types) <= set(known):
+        raise ValueError(f"{option}: got {options[option]}; expected for each level one of {', '.join(known)}")
+    kinds = {BLOCK_TYPES[name][1] or default for name in types[:-1]}  # nothing is resampled after the last block
     if not kinds <= {"conv", "resnet"}:
-        raise ValueError(f"{way}sample_type: got {standard!r}; expected 'conv' or 'resnet'")
-    attended = [side for side, name in zip(sides, types, strict=True) if BLOCKS[name][0]]
-    return tuple(sorted(attended, reverse=True)), kinds
+        raise ValueError(f"{direction}sample_type: got {default!r}; expected 'conv' or 'resnet'")
+    attention = [size for size, name in zip(resolutions, types, strict=True) if BLOCK_TYPES[name][0]]
+    return tuple(sorted(attention, reverse=True)), kinds
 
 
 def unet_options(config: UNetConfig) -> dict:
-    """UNet2DModel's config for this network. Raises ValueError for one that it doesn't have, naming the option."""
+    """Return UNet2DModel's config of this network. Raises ValueError, naming the option, if UNet2DModel cannot be it."""
 
     def refuse(option: str, why: str) -> None:
         raise ValueError(
@@ -136,11 +136,12 @@ def unet_options(config: UNetConfig) -> dict:
             f"its heads are equally wide everywhere, and {config.attention_channels} channels have attention",
         )
     groups = config.norm_groups if config.middle_groups is None else config.middle_groups
-    default = (
-        0 if config.scale_shift else config.norm_groups
-    )  # what it makes of an attn_norm_num_groups that is left out
-    plain = {"conv": ("DownBlock2D", "UpBlock2D"), "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")}
-    down, up = plain[config.resample]
+    default = 0 if config.scale_shift else config.norm_groups  # where attn_norm_num_groups is left out
+    without_attention = {
+        "conv": ("DownBlock2D", "UpBlock2D"),
+        "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
+    }
+    down, up = without_attention[config.resample]
     return {
         "_class_name": "UNet2DModel",
         "sample_size": config.sample_size,
@@ -155,5 +156,5 @@ def unet_options(config: UNetConfig) -> dict:
         "attention_head_dim": next(iter(heads), None),
         "attn_norm_num_groups": None if groups in (0, default) else groups,
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
-        **{theirs: getattr(config, ours) for ours, theirs in SAME.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in SHARED_OPTIONS.items()},
     }

@@ -1,4 +1,4 @@
-"""fastddpm's own folder: config.json (architecture, schedule, what was trained) and model.safetensors."""
+"""fastddpm's own folder: config.json (architecture, schedule and training settings) and model.safetensors."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from ..models.unet import UNet
 from ..utils.files import atomic_write, created_folder
 from ..utils.validation import bound_of, choice
 from . import tensors
-from .base import Read, check
+from .base import Checkpoint, check_state_dict
 
 ARCHITECTURE = "fastddpm.UNet"
 BUNDLED = Path(__file__).parent.parent / "pretrained"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def bundled() -> list[str]:
+def bundled_models() -> list[str]:
     return sorted(folder.name for folder in BUNDLED.iterdir() if (folder / WEIGHTS).is_file())
 
 
-def find(name: str | Path) -> Path:
-    """The folder of a bundled model's name or of a path."""
+def find_folder(name: str | Path) -> Path:
+    """Return the folder with this path, or of the bundled model with this name."""
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if str(name) in bundled():
+    if str(name) in bundled_models():
         return BUNDLED / str(name)
     raise CheckpointError(
-        f"model: {str(name)!r} is neither a folder nor a bundled model ({', '.join(bundled()) or 'none is bundled'}), nor a "
-        "file, nor a model on the Hugging Face Hub, as those are called owner/name"
+        f"model: {str(name)!r} is neither a folder nor a bundled model ({', '.join(bundled_models()) or 'none is bundled'}), "
+        "nor a file, nor a model on the Hugging Face Hub, as those are called owner/name"
     )
 
 
-def save(
+def write_folder(
     model: UNet, folder: str | Path, *, state: dict[str, torch.Tensor] | None = None, extra: dict | None = None
 ) -> None:
-    """Write `model` (with the weights of `state`, where given) and config.json with the entries of `extra` beside its own."""
+    """Write the model, or the weights in `state` instead of its own, and config.json with the additional entries of `extra`."""
     folder = Path(folder)
     state = model.state_dict() if state is None else state
     config = {
         "architecture": ARCHITECTURE,
         "unet": dataclasses.asdict(model.config),
-        "schedule": _describe(model.schedule),
+        "schedule": _schedule_entry(model.schedule),
         "prediction": choice("prediction", model.prediction, PREDICTIONS),
         "variance": choice("variance", model.variance, VARIANCES),
         "clip": model.clip,
@@ -63,54 +63,54 @@ def save(
     dense = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with (
         created_folder(folder),
-        atomic_write(folder / CONFIG) as described,
-        atomic_write(folder / WEIGHTS) as weights,
-    ):  # of which the weights are renamed first
-        weights.write_bytes(safetensors.torch.save(dense))  # save_file would leave a file that only its owner can read
-        described.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        atomic_write(folder / CONFIG) as config_file,
+        atomic_write(folder / WEIGHTS) as weights_file,
+    ):  # the weights are renamed to their name first
+        weights_file.write_bytes(safetensors.torch.save(dense))  # save_file makes a file that only its owner can read
+        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def is_own(folder: Path) -> bool:
-    """Whether the folder's config.json says that it is of this kind."""
+    """Return whether the folder's config.json is one of this format."""
     path = folder / CONFIG
     return path.is_file() and f'"{ARCHITECTURE}"' in path.read_text(encoding="utf-8", errors="replace")
 
 
-def read(folder: Path) -> Read:
+def read_folder(folder: Path) -> Checkpoint:
     config = read_config(folder)
     path, weights = folder / CONFIG, folder / WEIGHTS
-    network, schedule = _unet_config(config, path), _schedule(config, path)
+    network_config, schedule = _unet_config(config, path), _schedule(config, path)
     prediction, variance = (
         _choice(config, name, choices, path) for name, choices in (("prediction", PREDICTIONS), ("variance", VARIANCES))
     )
-    clip = config.get("clip", True)  # which older folders don't say
+    clip = config.get("clip", True)  # older folders have no such entry
     try:
         bound_of(clip)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not weights.is_file():
         raise CheckpointError(f"{weights}: missing; a model folder holds {CONFIG} and {WEIGHTS}")
-    averaged = config.get("averaged", True if "training" in config else None)  # a run saves the average as its model
-    state, fill = tensors.begin([weights])
-    names = _class_names(config, network, path)
-    return Read(
+    averaged = config.get("averaged", True if "training" in config else None)  # training saves averaged weights
+    state, read_tensors = tensors.open_tensors([weights])
+    names = _class_names(config, network_config, path)
+    return Checkpoint(
         "fastddpm",
         weights,
-        network,
+        network_config,
         state,
         schedule,
         prediction,
         variance,
         clip,
         averaged,
-        fill=fill,
+        read_tensors=read_tensors,
         class_names=names,
     )
 
 
 def load_state(model: UNet, state: dict[str, torch.Tensor], path: Path) -> None:
-    """model.load_state_dict(state), with an error that says what differs."""
-    check(model.state_dict(), state, path)
+    """Call model.load_state_dict(state), with an error that names the differences."""
+    check_state_dict(model.state_dict(), state, path)
     model.load_state_dict(state)
 
 
@@ -129,8 +129,8 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def _describe(schedule: Schedule) -> dict:
-    """The paper's schedule by its name, any other by its numbers."""
+def _schedule_entry(schedule: Schedule) -> dict:
+    """Return config.json's entry for the schedule: a linear one by its ends, any other by its betas."""
     linear = {"kind": "linear", "T": len(schedule), "start": float(schedule.betas[0]), "end": float(schedule.betas[-1])}
     line = torch.linspace(linear["start"], linear["end"], linear["T"], dtype=torch.float64, device="cpu")
     if torch.equal(line, schedule.betas):
@@ -142,7 +142,7 @@ def _schedule(config: dict, path: Path) -> Schedule:
     try:
         kind, values = config["schedule"]["kind"], config["schedule"]
         if kind == "linear":
-            start, end = float(values["start"]), float(values["end"])  # of None it would be another schedule
+            start, end = float(values["start"]), float(values["end"])  # None would mean the default
             return Schedule.linear(values["T"], start, end)
         if kind == "betas":
             return Schedule(values["betas"])
@@ -160,12 +160,16 @@ def _unet_config(config: dict, path: Path) -> UNetConfig:
         raise CheckpointError(f"{path}: unet: {error}") from error
 
 
-def _class_names(config: dict, network: UNetConfig, path: Path) -> list[str] | None:
+def _class_names(config: dict, network_config: UNetConfig, path: Path) -> list[str] | None:
     names = config.get("class_names")
     if names is not None and not (
-        isinstance(names, list) and len(names) == network.num_classes and all(isinstance(name, str) for name in names)
+        isinstance(names, list)
+        and len(names) == network_config.num_classes
+        and all(isinstance(name, str) for name in names)
     ):
-        raise CheckpointError(f"{path}: class_names: got {names!r}; expected {network.num_classes or 'no'} names")
+        raise CheckpointError(
+            f"{path}: class_names: got {names!r}; expected {network_config.num_classes or 'no'} names"
+        )
     return names
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: the files of a model that are needed, through huggingface_hub and its cache."""
+"""Download the files of a model from the Hugging Face Hub, through huggingface_hub and its cache."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 
-SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-PATIENCE = 10.0  # seconds for the Hub to answer
+FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+TIMEOUT = 10.0  # seconds for the Hub to answer
 
 
 def is_id(name: str) -> bool:
-    """Whether it could be "owner/name", and isn't called as files are."""
+    """Return whether the name has the form "owner/name" and no suffix of a checkpoint file."""
     return (
-        Path(name).suffix not in SUFFIXES and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+        Path(name).suffix not in FILE_SUFFIXES
+        and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
     )
 
 
-def fetch(name: str, revision: str | None, needed: Callable[[Collection[str]], list[str] | None]) -> Path:
-    """The folder in huggingface_hub's cache with the files that `needed` chooses of all in the repository.
+def fetch(name: str, revision: str | None, choose_files: Callable[[Collection[str]], list[str] | None]) -> Path:
+    """Return the folder in huggingface_hub's cache with the files that `choose_files` returns, given all in the repository.
 
-    Where the Hub cannot be reached, or HF_HUB_OFFLINE is set, what the cache has of it.
+    If the Hub cannot be reached, or HF_HUB_OFFLINE is set, the files that the cache has already are used.
     """
     try:
         import huggingface_hub
@@ -33,8 +34,8 @@ def fetch(name: str, revision: str | None, needed: Callable[[Collection[str]], l
             'pip install "fastddpm[hub]"'
         ) from error
     try:
-        # Asked once: list_repo_files goes on trying for half a minute where there is no network.
-        siblings = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=PATIENCE).siblings
+        # A single request: list_repo_files retries for half a minute if there is no network.
+        siblings = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=TIMEOUT).siblings
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"model: {name!r} on the Hugging Face Hub asks for its terms to be accepted: do so at "
@@ -46,16 +47,16 @@ def fetch(name: str, revision: str | None, needed: Callable[[Collection[str]], l
         raise CheckpointError(
             f"model: {name!r} is no folder or file here and no model on the Hugging Face Hub (or a private one: hf auth login)"
         ) from error
-    except Exception as error:  # each version of huggingface_hub has another HTTP library, with errors of its own
+    except Exception as error:  # the HTTP library, and so its errors, differ between versions of huggingface_hub
         folder = _cached(name, revision, error)
-        if needed([path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]) is None:
-            raise _unreached(name, revision, error) from error
+        if choose_files([path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]) is None:
+            raise _unreachable(name, revision, error) from error
         return folder
     files = [sibling.rfilename for sibling in siblings or []]
-    chosen = needed(files)
+    chosen = choose_files(files)
     if chosen is None:
         raise CheckpointError(
-            f"model: {name!r} on the Hub holds no diffusers or fastddpm model; it has {_first(files)}"
+            f"model: {name!r} on the Hub holds no diffusers or fastddpm model; it has {_first_names(files)}"
         )
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=chosen))
@@ -68,15 +69,15 @@ def _cached(name: str, revision: str | None, reason: Exception) -> Path:
     from huggingface_hub import errors
 
     try:
-        # No patterns: a cache that lacks files which were never asked for is a whole one.
+        # No patterns: a cache without files that were never requested is complete.
         return Path(
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[], local_files_only=True)
         )
     except errors.LocalEntryNotFoundError as error:
-        raise _unreached(name, revision, reason) from error
+        raise _unreachable(name, revision, reason) from error
 
 
-def _unreached(name: str, revision: str | None, reason: Exception) -> CheckpointError:
+def _unreachable(name: str, revision: str | None, reason: Exception) -> CheckpointError:
     why = (str(reason).strip() or type(reason).__name__).splitlines()[0]
     return CheckpointError(
         f"model: {name!r} is no folder or file here, the Hugging Face Hub cannot be reached ({why}), and its cache hasn't "
@@ -85,5 +86,5 @@ def _unreached(name: str, revision: str | None, reason: Exception) -> Checkpoint
     )
 
 
-def _first(files: Collection[str]) -> str:
+def _first_names(files: Collection[str]) -> str:
     return ", ".join(sorted(files)[:8]) + (", ..." if len(files) > 8 else "")

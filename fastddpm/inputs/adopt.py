@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..checkpoints import diffusers_options
-from ..checkpoints.base import assign
+from ..checkpoints.base import set_parameters
 from ..models.unet import UNet
 from ..utils.modules import forward_is_unmodified, has_hooks
 
@@ -158,7 +158,7 @@ def _converted(model: nn.Module) -> UNet:
             unet.variance = "learned_range"
         conversion = _conversions[model] = _Conversion(config, _signatures(fresh), unet)
     _check_layers(conversion.layers, model)
-    assign(conversion.unet, dict(model.named_parameters(remove_duplicate=False)))
+    set_parameters(conversion.unet, dict(model.named_parameters(remove_duplicate=False)))
     return conversion.unet.train(model.training)
 
 

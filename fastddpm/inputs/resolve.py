@@ -190,7 +190,9 @@ def _agreed(bare: object, inner: list[object], names: list[str]) -> dict[str, ob
 
 def _scheduler_settings(schedule: Any) -> TrainingSettings:
     kind = type(schedule).__name__
-    own = TrainingSettings(*scheduler.read({**schedule.config, "_class_name": kind}, f"schedule: the {kind}'s"))
+    own = TrainingSettings(
+        *scheduler.settings_from_config({**schedule.config, "_class_name": kind}, f"schedule: the {kind}'s")
+    )
     betas = getattr(schedule, "betas", own.schedule.betas)
     rounding = 1e-5 if schedule.config.get("rescale_betas_zero_snr") else 1e-8  # differences, taken in float32
     if betas.shape != own.schedule.betas.shape or not torch.allclose(

@@ -89,16 +89,17 @@ class UNetConfig:
     middle_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("channel_mult", tuple(self.channel_mult)),
-            ("attention_resolutions", tuple(self.attention_resolutions)),
-            (
-                "up_attention_resolutions",
-                None if self.up_attention_resolutions is None else tuple(self.up_attention_resolutions),
-            ),
-            ("out_channels", self.in_channels if self.out_channels is None else self.out_channels),
-        ):
-            object.__setattr__(self, name, value)
+        for name in ("channel_mult", "attention_resolutions", "up_attention_resolutions"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None and name.startswith("up_") else tuple(value))
+        if self.out_channels is None:
+            object.__setattr__(self, "out_channels", self.in_channels)
+        self._check_integers()
+        self._check_channels()
+        self._check_attention()
+        self._check_other_options()
+
+    def _check_integers(self) -> None:
         if not isinstance(self.sample_size, int):
             raise ValueError(
                 f"sample_size: got {self.sample_size!r}; expected an int, the side of a square image. The same network draws "
@@ -109,7 +110,10 @@ class UNetConfig:
         for name in ("num_classes", "stem_channels", "num_heads", "num_head_channels", "middle_groups"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0 if name == "middle_groups" else 1)
-        if not self.channel_mult or any(not _whole(self.channels, m) for m in self.channel_mult):
+
+    def _check_channels(self) -> None:
+        """Check the number of levels and the channels of each."""
+        if not self.channel_mult or any(not _is_whole(self.channels * m) for m in self.channel_mult):
             raise ValueError(
                 f"channel_mult: got {self.channel_mult}; expected for each level a positive number that makes a whole "
                 f"number of {self.channels} channels"
@@ -128,18 +132,23 @@ class UNetConfig:
         least = 2 * (max(self.freq_shift, 1) + 1)
         if self.channels < least:
             raise ValueError(f"channels: got {self.channels}; expected at least {least}, for the timestep embedding")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: got {self.dropout}; expected a probability in [0, 1)")
+
+    def _check_attention(self) -> None:
         if self.num_heads is not None and self.num_head_channels is not None:
             raise ValueError(
                 f"num_heads, num_head_channels: got {self.num_heads} and {self.num_head_channels}; expected one of them"
             )
+        name = "num_heads" if self.num_heads else "num_head_channels"
+        divisor = getattr(self, name) or 1
         for width in self.attention_channels:
-            if width % (self.num_heads or self.num_head_channels or 1):
-                name, value = (
-                    ("num_heads", self.num_heads) if self.num_heads else ("num_head_channels", self.num_head_channels)
+            if width % divisor:
+                raise ValueError(
+                    f"{name}: {width} channels, at which there is attention, cannot be divided by {divisor}"
                 )
-                raise ValueError(f"{name}: {width} channels, at which there is attention, cannot be divided by {value}")
+
+    def _check_other_options(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: got {self.dropout}; expected a probability in [0, 1)")
         for name, choices in (("resample", ("conv", "resnet")), ("downsample_padding", ("end", "both"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(choices)}")
@@ -149,7 +158,7 @@ class UNetConfig:
 
     @property
     def stem_width(self) -> int:
-        """Channels behind the first convolution."""
+        """Channels after the first convolution."""
         return self.channels if self.stem_channels is None else self.stem_channels
 
     @property
@@ -180,9 +189,8 @@ def _check_int(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name}: got {value!r}; expected an int >= {least}")
 
 
-def _whole(channels: int, multiplier: float) -> bool:
-    """Whether it makes a whole number of channels; thirds are not exact."""
-    width = channels * multiplier
+def _is_whole(width: float) -> bool:
+    """Return whether a level can have this many channels; a third of them is not exact in floating point."""
     return width > 0.5 and abs(width - round(width)) < 1e-6
 
 

@@ -24,28 +24,28 @@ from .config import PRESETS, UNetConfig
 __all__ = ["UNet", "UNetConfig"]
 
 
-class _Undrawn:
-    """A layer without the initial weights that torch draws, as ours take their place."""
+class _SkipInit:
+    """Leave a layer's weights uninitialized: torch would draw values that ours replace."""
 
     def reset_parameters(self) -> None:
         pass
 
 
-class _Linear(_Undrawn, nn.Linear):
+class _SkipInitLinear(_SkipInit, nn.Linear):
     pass
 
 
-class _Conv2d(_Undrawn, nn.Conv2d):
+class _SkipInitConv2d(_SkipInit, nn.Conv2d):
     pass
 
 
-class _Embedding(_Undrawn, nn.Embedding):
+class _SkipInitEmbedding(_SkipInit, nn.Embedding):
     pass
 
 
-def _drawn(layer: _Linear | _Conv2d, gain: float) -> nn.Linear | nn.Conv2d:
-    """Variance scaling, fan_avg, uniform; bias 0. The paper's code scales by 1e-10 where a gain of 1e-5 is passed."""
-    layer.__class__ = type(layer).__bases__[1]  # torch's own, which whoever looks for layers asks for
+def _initialize(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Linear | nn.Conv2d:
+    """Draw weights by variance scaling (fan_avg, uniform); biases are 0. A gain of 1e-5 is the paper's scale of 1e-10."""
+    layer.__class__ = type(layer).__bases__[1]  # torch's own class, by which quantisers and the like find layers
     if not layer.weight.is_meta:
         nn.init.xavier_uniform_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
@@ -53,16 +53,16 @@ def _drawn(layer: _Linear | _Conv2d, gain: float) -> nn.Linear | nn.Conv2d:
 
 
 def _linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
-    return _drawn(_Linear(inputs, outputs), gain)
+    return _initialize(_SkipInitLinear(inputs, outputs), gain)
 
 
 def _conv(inputs: int, outputs: int, size: int = 3, gain: float = 1.0, **options: int) -> nn.Conv2d:
-    layer = _Conv2d(inputs, outputs, size, padding=options.pop("padding", size // 2), **options)
-    return _drawn(layer, gain)
+    layer = _SkipInitConv2d(inputs, outputs, size, padding=options.pop("padding", size // 2), **options)
+    return _initialize(layer, gain)
 
 
 def _embedding(entries: int, width: int) -> nn.Embedding:
-    layer = _Embedding(entries, width)
+    layer = _SkipInitEmbedding(entries, width)
     layer.__class__ = type(layer).__bases__[1]
     if not layer.weight.is_meta:
         nn.init.normal_(layer.weight)
@@ -70,7 +70,7 @@ def _embedding(entries: int, width: int) -> nn.Embedding:
 
 
 class GroupNormSiLU(nn.Module):
-    """GroupNorm and, unless told otherwise, a SiLU behind it."""
+    """GroupNorm, followed by a SiLU unless `silu` is False."""
 
     def __init__(self, groups: int, channels: int, eps: float, silu: bool = True) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class TimestepEmbedding(nn.Module):
 class ResBlock(nn.Module):
     """norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv; a 1x1 shortcut where the width changes.
 
-    resample: "up" or "down" in front of the first convolution, and for the shortcut.
+    resample: "up" or "down", applied before the first convolution and on the shortcut.
     """
 
     def __init__(
@@ -195,8 +195,8 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the level has it, and what changes the
-    resolution behind them."""
+    """The residual blocks of one resolution, each followed by attention if the level has it, and then the layer that changes
+    the resolution."""
 
     def __init__(self, widths: list[tuple[int, int]], attention: bool, config: UNetConfig) -> None:
         super().__init__()
@@ -216,19 +216,19 @@ class Level(nn.Module):
         return None
 
     def resample(self, x: torch.Tensor, embedding: Iterator[torch.Tensor]) -> torch.Tensor:
-        """x for the next level; as it is behind the last one."""
+        """Return x for the next level, unchanged after the last one."""
         resampler = self.resampler()
         if resampler is None:
             return x
-        return resampler(x, next(embedding)) if _embedded(resampler) else resampler(x)
+        return resampler(x, next(embedding)) if _takes_embedding(resampler) else resampler(x)
 
     def resblocks(self) -> list[ResBlock]:
         """In the order in which `UNet.body` meets them."""
-        return [*self.resnets, *([self.resampler()] if _embedded(self.resampler()) else [])]
+        return [*self.resnets, *([self.resampler()] if _takes_embedding(self.resampler()) else [])]
 
 
-def _embedded(layer: nn.Module | None) -> bool:
-    """Whether it is a residual block, which takes a part of the embedding; also of the engine's kind."""
+def _takes_embedding(layer: nn.Module | None) -> bool:
+    """Return whether the layer is a residual block, the model's or the engine's, which takes a part of the embedding."""
     return hasattr(layer, "time_emb_proj")
 
 
@@ -253,10 +253,48 @@ class Middle(nn.Module):
         return list(self.resnets)
 
 
+def _resampler(channels: int, config: UNetConfig, direction: str) -> nn.Module:
+    """Return the layer that changes the resolution after a level. direction: "down" or "up"."""
+    if config.resample == "resnet":
+        return ResBlock(channels, channels, config, resample=direction)
+    return Downsample(channels, config.downsample_padding) if direction == "down" else Upsample(channels)
+
+
+def _down_levels(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
+    """Return the levels going down, and the channels of the skip connections in the order in which `UNet.body` makes them."""
+    levels, channels = nn.ModuleList(), config.stem_width
+    skip_channels = [channels]
+    for width, resolution in zip(config.widths, config.resolutions, strict=True):
+        pairs = [(channels, width)] + [(width, width)] * (config.num_res_blocks - 1)
+        level = Level(pairs, resolution in config.attention_resolutions, config)
+        skip_channels += [width] * config.num_res_blocks
+        if resolution != config.resolutions[-1]:
+            level.downsamplers = nn.ModuleList([_resampler(width, config, "down")])
+            skip_channels.append(width)
+        levels.append(level)
+        channels = width
+    return levels, skip_channels
+
+
+def _up_levels(config: UNetConfig, skip_channels: list[int]) -> nn.ModuleList:
+    """Return the levels going up, each block of which takes the last of the remaining skip connections."""
+    levels, channels, skips = nn.ModuleList(), config.widths[-1], list(skip_channels)
+    for width, resolution in reversed(list(zip(config.widths, config.resolutions, strict=True))):
+        pairs = []
+        for _ in range(config.num_res_blocks + 1):
+            pairs.append((channels + skips.pop(), width))
+            channels = width
+        level = Level(pairs, resolution in config.up_attention, config)
+        if resolution != config.sample_size:
+            level.upsamplers = nn.ModuleList([_resampler(width, config, "up")])
+        levels.append(level)
+    return levels
+
+
 class UNet(nn.Module):
     """Ho et al.'s network: x_t [N, C, H, W] and t int64 [N] -> prediction [N, out_channels, H, W].
 
-    schedule, prediction, variance, clip: what the network was trained for, taken by `fastddpm.sample` unless told otherwise;
+    schedule, prediction, variance, clip: what the network was trained for, and so the defaults of `fastddpm.sample`; by
     default the paper's linear schedule, "epsilon", "fixed_large" and True.
     class_names: the names of the classes 0..K-1 of a network with classes, or None where they have none.
     """
@@ -286,46 +324,11 @@ class UNet(nn.Module):
         if config.num_classes is not None:
             self.class_embedding = _embedding(config.num_classes, 4 * config.channels)
 
-        def down(width: int) -> nn.Module:
-            if config.resample == "resnet":
-                return ResBlock(width, width, config, resample="down")
-            return Downsample(width, config.downsample_padding)
-
-        def up(width: int) -> nn.Module:
-            return ResBlock(width, width, config, resample="up") if config.resample == "resnet" else Upsample(width)
-
-        levels = list(enumerate(zip(config.widths, config.resolutions, strict=True)))
-        skips = [config.stem_width]  # widths of what the way up will be given, in the order it is produced
-        width = config.stem_width
-        self.down_blocks = nn.ModuleList()
-        for i, (out, side) in levels:
-            level = Level(
-                [(width, out)] + [(out, out)] * (config.num_res_blocks - 1),
-                side in config.attention_resolutions,
-                config,
-            )
-            skips += [out] * config.num_res_blocks
-            if i + 1 < len(levels):
-                level.downsamplers = nn.ModuleList([down(out)])
-                skips.append(out)
-            self.down_blocks.append(level)
-            width = out
-
-        self.mid_block = Middle(width, config)
-
-        self.up_blocks = nn.ModuleList()
-        for i, (out, side) in reversed(levels):
-            pairs = []
-            for _ in range(config.num_res_blocks + 1):
-                pairs.append((width + skips.pop(), out))
-                width = out
-            level = Level(pairs, side in config.up_attention, config)
-            if i > 0:
-                level.upsamplers = nn.ModuleList([up(out)])
-            self.up_blocks.append(level)
-
-        self.conv_norm_out = GroupNormSiLU(config.norm_groups, width, config.norm_eps)
-        self.conv_out = _conv(width, config.out_channels, gain=1e-5)
+        self.down_blocks, skip_channels = _down_levels(config)
+        self.mid_block = Middle(config.widths[-1], config)
+        self.up_blocks = _up_levels(config, skip_channels)
+        self.conv_norm_out = GroupNormSiLU(config.norm_groups, config.widths[0], config.norm_eps)
+        self.conv_out = _conv(config.widths[0], config.out_channels, gain=1e-5)
 
     @classmethod
     def from_preset(cls, name: str) -> UNet:

@@ -234,7 +234,7 @@ class Trainer:
             "step": self.step,
             "weights": "exponential moving average",
         }
-        fastddpm_folder.save(self.model, self.out, state=self.ema, extra={"training": training})
+        fastddpm_folder.write_folder(self.model, self.out, state=self.ema, extra={"training": training})
         with atomic_write(self.out / LOG) as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
