@@ -99,7 +99,7 @@ def _sampler_options(command):
             help="Which timesteps are visited; default trailing, for dpm++2m logsnr.",
         ),
         click.option("--steps", type=int, help="Steps; default all for ddpm, 50 for ddim, 20 for dpm++2m."),
-        click.option("--sampler", type=click.Choice(list(coefficients.STEPS)), help="Default ddpm."),
+        click.option("--sampler", type=click.Choice(list(coefficients.DEFAULT_STEPS)), help="Default ddpm."),
     ):
         command = option(command)
     return command

@@ -47,9 +47,9 @@ class Schedule:
         self.alphas_cumprod_prev = torch.cat(
             (torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod[:-1])
         )
-        self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        self.posterior_mean_coef1 = self.alphas_cumprod_prev.sqrt() * betas / (1 - self.alphas_cumprod)
-        self.posterior_mean_coef2 = self.alphas.sqrt() * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        self.posterior_variance, self.posterior_mean_coef1, self.posterior_mean_coef2 = posterior_coefficients(
+            self.alphas_cumprod, self.alphas_cumprod_prev, self.alphas, betas
+        )
 
     @classmethod
     def linear(cls, T: int = 1000, start: float | None = None, end: float | None = None) -> Schedule:
@@ -100,6 +100,14 @@ class Schedule:
             raise ValueError(f"noise: got shape {list(noise.shape)}; expected x0's {list(x0.shape)}")
         signal = _extract(self.alphas_cumprod.sqrt(), t, x0)
         return signal * x0 + _extract((1 - self.alphas_cumprod).sqrt(), t, x0) * noise
+
+
+def posterior_coefficients(
+    abar: torch.Tensor, abar_prev: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the variance of q(x_prev | x_t, x_0) and the coefficients of x_0 and x_t in its mean (eqs. 6 and 7)."""
+    variance = beta * (1 - abar_prev) / (1 - abar)
+    return variance, abar_prev.sqrt() * beta / (1 - abar), alpha.sqrt() * (1 - abar_prev) / (1 - abar)
 
 
 def _index(value: object) -> int | None:

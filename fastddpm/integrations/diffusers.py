@@ -40,6 +40,7 @@ from typing import NamedTuple
 import torch
 
 from .. import backend
+from ..diffusion.coefficients import Columns, ddim_variance, ddpm_coefficients, x0_coefficients
 from ..ops import ddpm_step
 from ..ops._register import layout
 from ..ops.rng import check_first, check_seed
@@ -114,7 +115,7 @@ def _init(parent: type) -> Callable:
 
 
 class _Fused:
-    """What both schedulers share. _table(chain, timesteps, *arguments) of a subclass gives rows of ops/ddpm_step.py, float64."""
+    """What both schedulers share. A subclass's _table(chain, timesteps, *arguments) returns float64 rows of ops/ddpm_step.py."""
 
     def _check_options(self) -> None:
         config = self.config
@@ -205,16 +206,14 @@ class _Fused:
             self.noise_first += len(sample)
         return tuple(v.to(dtype) if sample.dim() > 2 else v.to(dtype).squeeze(2) for v in results)
 
-    def _to_x0(self, abar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float64 (a, b) of x0 = a*x + b*o."""
-        signal, noise = abar.sqrt().double(), (1 - abar).sqrt().double()
+    def _x0_coefficients(self, abar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float64 (a, b) of x0 = a*x + b*o, from the float32 roots that diffusers takes."""
         if self.config.prediction_type == "epsilon":
-            # rescale_betas_zero_snr makes the last one 0. A power of 2 has (x - o)/0 clipped to the side that it is on.
-            inverse = 1 / signal.clamp(min=2.0**-100)
-            return inverse, -noise * inverse
-        if self.config.prediction_type == "v_prediction":
-            return signal, -noise
-        return torch.zeros_like(signal), torch.ones_like(signal)
+            # rescale_betas_zero_snr makes the last root 0. A power of 2 clips (x - o)/0 to the bound that its sign points to.
+            inverse = 1 / abar.sqrt().double().clamp(min=2.0**-100)
+            return inverse, -(1 - abar).sqrt().double() * inverse
+        a, b = x0_coefficients(abar, self.config.prediction_type)
+        return a.double(), b.double()
 
 
 def _whole(v: torch.Tensor) -> torch.Tensor:
@@ -222,11 +221,6 @@ def _whole(v: torch.Tensor) -> torch.Tensor:
     v = v.detach() if v.requires_grad else v
     v = v.unsqueeze(2) if v.dim() == 2 else v
     return v.contiguous() if layout(v) == "gapped" else v
-
-
-def _rows(a, b, c0, c1, d=None, sigma=None, lv_lo=None, lv_hi=None) -> torch.Tensor:
-    columns = a, b, c0, c1, None, d, sigma, lv_lo, lv_hi
-    return torch.stack([torch.zeros_like(a) if v is None else v.double() for v in columns], dim=1)
 
 
 class FusedDDPMScheduler(_Fused, DDPMScheduler):
@@ -255,16 +249,15 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
             raise IndexError(f"timestep: got {t.item()}; expected one of scheduler.timesteps")
         abar = chain.abar[t]
         prev = torch.where(before >= 0, chain.abar[before.clamp(min=0)], self.one.cpu())
-        alpha = abar / prev
-        beta = 1 - alpha
-        c0, c1 = prev.sqrt() * beta / (1 - abar), alpha.sqrt() * (1 - prev) / (1 - abar)
-        posterior = ((1 - prev) / (1 - abar) * beta).clamp(min=1e-20)
+        c0, c1, beta, _ = ddpm_coefficients(abar, prev)
+        posterior = ddim_variance(abar, prev).clamp(min=1e-20)
         lv_lo = lv_hi = None
         if self.config.variance_type == "learned_range":
             sigma, lv_lo, lv_hi = torch.ones_like(beta), posterior.log(), beta.log()
         else:
             sigma = (beta if self.config.variance_type == "fixed_large" else posterior).sqrt()
-        return _rows(*self._to_x0(abar), c0, c1, None, sigma.where(t > 0, 0), lv_lo, lv_hi)
+        a, b = self._x0_coefficients(abar)
+        return Columns(a, b, c0, c1, sigma=sigma.where(t > 0, 0), lv_lo=lv_lo, lv_hi=lv_hi).rows()
 
     def step(
         self,
@@ -302,17 +295,20 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
         before = t - self.config.num_train_timesteps // self.num_inference_steps
         abar = chain.abar[t]
         prev = torch.where(before >= 0, chain.abar[before.clamp(min=0)], self.final_alpha_cumprod.cpu())
-        sigma = eta * ((1 - prev) / (1 - abar) * (1 - abar / prev)).sqrt()
-        of_eps = (1 - prev - sigma**2).sqrt().double()
-        a, b = self._to_x0(abar)
+        sigma = eta * ddim_variance(abar, prev).sqrt()
+        # Unlike ddim_coefficients, diffusers takes the eps of the x0 before clipping, and rounds every root to float32.
+        eps_scale = (1 - prev - sigma**2).sqrt().double()
+        a, b = self._x0_coefficients(abar)
         c0, signal, noise = prev.sqrt().double(), abar.sqrt().double(), (1 - abar).sqrt().double()
         if use_clipped_model_output:  # eps = (x - signal*x0) / noise
-            return _rows(a, b, c0 - of_eps * signal / noise, of_eps / noise, None, sigma)
+            return Columns(a, b, c0 - eps_scale * signal / noise, eps_scale / noise, sigma=sigma).rows()
         if self.config.prediction_type == "epsilon":
-            return _rows(a, b, c0, torch.zeros_like(c0), of_eps, sigma)
+            return Columns(a, b, c0, torch.zeros_like(c0), d=eps_scale, sigma=sigma).rows()
         if self.config.prediction_type == "v_prediction":  # eps = signal*o + noise*x
-            return _rows(a, b, c0, of_eps * noise, of_eps * signal, sigma)
-        return _rows(a, b, c0, of_eps / noise, -of_eps * signal / noise, sigma)  # that of the x0 before it is clipped
+            return Columns(a, b, c0, eps_scale * noise, d=eps_scale * signal, sigma=sigma).rows()
+        return Columns(
+            a, b, c0, eps_scale / noise, d=-eps_scale * signal / noise, sigma=sigma
+        ).rows()  # eps = (x - signal*o) / noise
 
     def step(
         self,

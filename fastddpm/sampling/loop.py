@@ -35,7 +35,7 @@ def prepared(
     net: Plain, table: coefficients.Table, shape: tuple[int, ...], bound: float | None, labelled: bool, callback: bool
 ) -> Chain:
     """A chain over x of `shape` [N, C, H, W], captured where it can be: the one that `net` keeps, if it fits."""
-    key = len(table.timesteps), shape, bound, labelled, callback, table.multistep, table.learned
+    key = len(table.timesteps), shape, bound, labelled, callback, table.uses_previous_x0, table.uses_learned_variance
     if net.chain is not None and net.chain.key == key:
         net.chain.load(net, table)
         return net.chain

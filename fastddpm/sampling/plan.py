@@ -41,18 +41,20 @@ def plan(
     start: int | None = None,
 ) -> Plan:
     """The chain that `sample`'s arguments ask for. start: the timestep of the noise that it begins with, default T - 1."""
-    choice("sampler", sampler, tuple(coefficients.STEPS))
+    choice("sampler", sampler, tuple(coefficients.DEFAULT_STEPS))
     asked = variance
     needs = [name for name in Trained._fields if name != "variance" or sampler == "ddpm"]
     schedule, prediction, variance, clip = trained_for(model, schedule, prediction, variance, clip, needs=needs)
     choice("variance", variance, coefficients.VARIANCES)
     most = len(schedule) if start is None else start + 1
     if steps is None:
-        steps = min(coefficients.STEPS[sampler] or most, most)
+        steps = min(coefficients.DEFAULT_STEPS[sampler] or most, most)
     steps, eta = plain(steps), plain(eta)
     if not is_int(steps) or not 1 <= steps <= most:
         raise ValueError(f"steps: got {steps!r}; expected an int in 1..{most}, as the chain has {most} timesteps")
-    spacing = choice("spacing", coefficients.SPACING[sampler] if spacing is None else spacing, coefficients.SPACINGS)
+    spacing = choice(
+        "spacing", coefficients.DEFAULT_SPACING[sampler] if spacing is None else spacing, coefficients.SPACINGS
+    )
     if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
         raise ValueError(f"eta: got {eta!r}; expected a number in [0, 1]")
     if eta and sampler != "ddim":
@@ -62,7 +64,7 @@ def plan(
             f'variance: got {asked!r}, which only sampler="ddpm" has; '
             + ("ddim's noise is eta" if sampler == "ddim" else f"{sampler!r} adds no noise")
         )
-    timesteps = coefficients.spaced(schedule, steps, spacing, start)
+    timesteps = coefficients.select_timesteps(schedule, steps, spacing, start)
     if sampler == "ddpm" and variance == "fixed_large" and steps < most:
         if asked is None:
             variance = "fixed_small"
@@ -73,7 +75,11 @@ def plan(
     table = coefficients.table(
         schedule, sampler=sampler, prediction=prediction, variance=variance, eta=eta, timesteps=timesteps
     )
-    if table.learned and isinstance(model, UNet) and model.config.out_channels != 2 * model.config.in_channels:
+    if (
+        table.uses_learned_variance
+        and isinstance(model, UNet)
+        and model.config.out_channels != 2 * model.config.in_channels
+    ):
         raise ValueError(
             f"variance: learned_range needs a network with {2 * model.config.in_channels} output channels; "
             f"this one has {model.config.out_channels}"
