@@ -25,7 +25,7 @@ from .errors import DataError
 from .pictures import CHANNELS
 from .utils.files import whole
 from .utils.progress import bar as progress_bar
-from .utils.validation import LEAST_BYTE, check_count, choice, plain
+from .utils.validation import LEAST_BYTE, as_python_number, check_choice, check_int
 from .utils.warn import warn_once
 
 # What np.load and the members of a .npz raise.
@@ -246,8 +246,8 @@ def load(
         DataError: the data cannot be used; the message says what is wrong, and with which file.
     """
     path = Path(path)
-    choice("alpha", alpha, ALPHAS)
-    size, classes = None if size is None else check_count("size", size, 1), plain(classes)
+    check_choice("alpha", alpha, ALPHAS)
+    size, classes = None if size is None else check_int("size", size, 1), as_python_number(classes)
     if path.is_dir():
         return _folder(path, labels, classes, size, alpha, skip_damaged)
     if alpha != "black" or skip_damaged:
@@ -268,7 +268,7 @@ def load_test(
 ) -> Images | None:
     """The x_test of a .npz, with labels=True its y_test too; None where `path` holds no such array. See `load`."""
     path = Path(path)
-    size, classes = None if size is None else check_count("size", size, 1), plain(classes)
+    size, classes = None if size is None else check_int("size", size, 1), as_python_number(classes)
     if path.is_dir():
         return None
     with _arrays(path) as arrays:

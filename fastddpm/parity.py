@@ -20,7 +20,7 @@ from .diffusion.schedule import Schedule
 from .ops.ddpm_step import C0, C1, C2, LV_HI, LV_LO, SIGMA, A, B, D
 from .ops.philox_normal import normals_float64
 from .ops.rng import Stream, as_int64_bits
-from .utils.validation import short
+from .utils.validation import dtype_name
 
 NOISE = 4e-6  # of a normal against the float64 formula
 EMBEDDING = 2e-6
@@ -325,7 +325,7 @@ def run(device: str = "cpu", backends: Sequence[str] | None = None) -> list[Row]
                 outputs = case.compute()
             outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
             largest = max(map(share, outputs, case.truth, case.bound))
-            row = Row(case.op, short(case.dtype), case.layout, name, largest, case.name)
+            row = Row(case.op, dtype_name(case.dtype), case.layout, name, largest, case.name)
             if row[:4] not in worst or largest > worst[row[:4]].share:
                 worst[row[:4]] = row
     return list(worst.values())

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..models.config import UNetConfig
 from ..models.unet import UNet
 from ..utils.files import made, whole
-from ..utils.validation import bound_of, choice
+from ..utils.validation import check_choice, clip_bound
 from . import tensors
 from .base import Read, check
 
@@ -51,13 +51,13 @@ def save(
         "architecture": ARCHITECTURE,
         "unet": dataclasses.asdict(model.config),
         "schedule": _describe(model.schedule),
-        "prediction": choice("prediction", model.prediction, PREDICTIONS),
-        "variance": choice("variance", model.variance, VARIANCES),
+        "prediction": check_choice("prediction", model.prediction, PREDICTIONS),
+        "variance": check_choice("variance", model.variance, VARIANCES),
         "clip": model.clip,
         **({} if model.class_names is None else {"class_names": model.class_names}),
         **(extra or {}),
     }
-    bound_of(model.clip)
+    clip_bound(model.clip)
     if (folder / CONFIG).exists() and not is_own(folder):
         raise ValueError(f"folder: {folder} has the {CONFIG} of another model; name another folder")
     dense = {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -85,7 +85,7 @@ def read(folder: Path) -> Read:
     )
     clip = config.get("clip", True)  # which older folders don't say
     try:
-        bound_of(clip)
+        clip_bound(clip)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not weights.is_file():

@@ -28,7 +28,7 @@ from ..models.unet import (
     Upsample,
 )
 from ..utils.modules import is_unmodified
-from ..utils.validation import short
+from ..utils.validation import dtype_name
 from . import graphs
 from .convolution import Convolution
 from .layers import merge, spend
@@ -113,7 +113,7 @@ class Engine(Plain):
             return network.embedding_layers() if self.whole else []
 
         if reason := backend.no_products(device, dtype):
-            name = short(dtype)
+            name = dtype_name(dtype)
             notices.append(
                 f"{reason}, so the network runs in float32, with weights rounded to {name}. It is as fast as in float32, and not "
                 "faster"

@@ -21,7 +21,7 @@ from ..inputs.resolve import trained_for
 from ..models.unet import UNet
 from ..ops.rng import check_seed
 from ..utils.files import whole
-from ..utils.validation import bound_of, check_count
+from ..utils.validation import check_int, clip_bound
 from .distances import SUBSET, SUBSETS, Statistics, frechet, kernel_distance, statistics
 from .features import Features, inception
 from .likelihood import likelihood
@@ -155,7 +155,7 @@ class _Bits:
     ) -> None:
         """what: which images they are. options: `likelihood`'s, but for the images and their labels."""
         if limit is not None:
-            limit = check_count("likelihood_images", limit, 1)
+            limit = check_int("likelihood_images", limit, 1)
         self.model, self.images, self.what, self.options = model, images, what, {"device": device, **options}
         self.n = min(limit or len(images), len(images))
         self.shard = lot_on(device_of(model, device))
@@ -163,7 +163,7 @@ class _Bits:
             model, *(options[name] for name in ("schedule", "prediction", "variance", "clip"))
         )
         if options["subsample"] is not None:
-            self.options["subsample"] = options["subsample"] = check_count("subsample", options["subsample"], 1)
+            self.options["subsample"] = options["subsample"] = check_int("subsample", options["subsample"], 1)
         self.settings = {
             **_told_by(model, options["dtype"]),
             "images": images.digest(),
@@ -171,7 +171,7 @@ class _Bits:
             "schedule": _hash(_rounded(schedule.betas)),
             "prediction": prediction,
             "variance": variance,
-            "clip": bound_of(clip),
+            "clip": clip_bound(clip),
             "subsample": options["subsample"],
             "seed": check_seed(options["seed"]),
         }

@@ -31,7 +31,7 @@ from ..ops.philox_normal import first_words
 from ..ops.rng import Stream, check_first, seed_of
 from ..utils.files import whole
 from ..utils.progress import bar as progress_bar
-from ..utils.validation import bound_of, check_count, is_int, plain, short
+from ..utils.validation import as_python_number, check_int, clip_bound, dtype_name, is_int
 from ..utils.warn import warn_once
 
 __all__ = ["Likelihood", "LikelihoodError", "RateDistortion", "likelihood", "rate_distortion"]
@@ -232,13 +232,13 @@ def _measure(
     seed, first = seed_of(seed), check_first(first)
     device = device_of(model, device)
     bound = Bound(schedule, variance, device)
-    limit = bound_of(clip)
+    limit = clip_bound(clip)
     class_labels = labels_of(class_labels, n, model)
     timesteps, sizes = _timesteps(n, len(schedule), subsample, seed, first)
     pairs = timesteps.numel()
     if batch_size is None:
         batch_size = min(LARGEST, fitting_batch(pairs, shape, device))
-    batch_size = min(check_count("batch_size", batch_size, 1), pairs)
+    batch_size = min(check_int("batch_size", batch_size, 1), pairs)
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -329,7 +329,7 @@ def _pixels(images: torch.Tensor, quantize: bool) -> torch.Tensor:
         raise ValueError(f"images: got {type(images).__name__}; expected a tensor [N, C, H, W], uint8 or in [-1, 1]")
     if images.dim() != 4 or images.numel() == 0 or not (images.is_floating_point() or images.dtype == torch.uint8):
         raise ValueError(
-            f"images: got {short(images.dtype)} {list(images.shape)}; expected uint8, or floating point in [-1, 1], "
+            f"images: got {dtype_name(images.dtype)} {list(images.shape)}; expected uint8, or floating point in [-1, 1], "
             "[N, C, H, W] with at least one image"
         )
     if images.dtype == torch.uint8:
@@ -365,7 +365,7 @@ def _timesteps(n: int, T: int, subsample: int | None, seed: int, first: int) -> 
     """(timesteps, sizes) as `_Measured` has them: t_j = lo_j + (w0 size_j >> 32), with stream 3's words."""
     if subsample is None:
         return torch.arange(T, device="cpu").expand(n, T), torch.ones(T, dtype=torch.float64, device="cpu")
-    subsample = plain(subsample)
+    subsample = as_python_number(subsample)
     if not is_int(subsample) or not 1 <= subsample < T:
         raise ValueError(
             f"subsample: got {subsample!r}; expected None or an int in 1..{T - 1}, as there are {T} timesteps"

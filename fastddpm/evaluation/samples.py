@@ -34,7 +34,7 @@ from ..ops.rng import Stream, check_seed
 from ..sampling.api import sample
 from ..sampling.plan import PLANNED, plan
 from ..utils.files import whole
-from ..utils.validation import bound_of, check_count
+from ..utils.validation import check_int, clip_bound
 from .features import checksum
 from .shards import LOT, Shards
 
@@ -86,14 +86,14 @@ class _Drawing:
     """`draw` in two parts: made, everything is checked and nothing written; run, it draws."""
 
     def __init__(self, model, folder, n, seed, shard, batch_size, device, dtype, options) -> None:
-        self.model, self.folder, self.n = model, Path(folder), check_count("n", n, 1)
+        self.model, self.folder, self.n = model, Path(folder), check_int("n", n, 1)
         self.label = options.get("class_labels")
         if self.label is not None:
-            self.label = check_count("class_labels", self.label, 0)
+            self.label = check_int("class_labels", self.label, 0)
         self.settings = drawn(model, seed, dtype, options)
-        self.shard = check_count("shard", lot_on(device_of(model, device)) if shard is None else shard, 1)
+        self.shard = check_int("shard", lot_on(device_of(model, device)) if shard is None else shard, 1)
         if batch_size is not None:
-            batch_size = check_count("batch_size", batch_size, 1)
+            batch_size = check_int("batch_size", batch_size, 1)
         self.options = {"seed": seed, "batch_size": batch_size, "device": device, "dtype": dtype, **options}
         self.options.pop("class_labels", None)
         schedule = schedule_of(model, options.get("schedule"))
@@ -146,7 +146,7 @@ def drawn(model: object, seed: int, dtype: torch.dtype | None, options: dict) ->
     """What settings.json says: all that the images depend on, for JSON."""
     label = options.get("class_labels")
     if label is not None:
-        label = check_count("class_labels", label, 0)
+        label = check_int("class_labels", label, 0)
     turn = _labels(model, label, range(1))
     chosen = plan(model, **{name: options[name] for name in PLANNED if name in options})
     table = chosen.table
@@ -160,7 +160,7 @@ def drawn(model: object, seed: int, dtype: torch.dtype | None, options: dict) ->
         "eta": float(chosen.eta),
         "variance": chosen.variance,
         "chain": _hash(_rounded(table.rows) + str(table.timesteps.tolist())),
-        "clip": bound_of(chosen.clip),
+        "clip": clip_bound(chosen.clip),
         "class_labels": "each in turn" if isinstance(turn, torch.Tensor) else label,
     }
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..models.unet import UNet
-from ..utils.validation import is_int, plain
+from ..utils.validation import as_python_number, is_int
 from .adopt import as_made, called, inside, is_diffusers
 from .resolve import _name, _speaks, check_callable
 
@@ -24,7 +24,7 @@ def shape_of(model: object, shape: Sequence[int] | None) -> tuple[int, int, int]
         check_fits("shape", model, shape)
         return shape
     try:
-        shape = tuple(plain(side) for side in shape)
+        shape = tuple(as_python_number(side) for side in shape)
     except TypeError:
         raise ValueError(f"shape: got {shape!r}; expected (C, H, W), each an int >= 1") from None
     if len(shape) != 3 or not all(is_int(side) and side >= 1 for side in shape):
@@ -131,7 +131,7 @@ def check_labels(labels: torch.Tensor, classes: int | None) -> None:
 
 def as_labels(labels: Any, n: int) -> torch.Tensor:
     """int64 [n] of an int, or of n integers of any kind: a list, an array, a tensor."""
-    labels = plain(labels)
+    labels = as_python_number(labels)
     if is_int(labels):
         return torch.full((n,), labels)
     try:

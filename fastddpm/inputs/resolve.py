@@ -12,7 +12,7 @@ from ..checkpoints import scheduler
 from ..diffusion.coefficients import PREDICTIONS, VARIANCES, check_prediction
 from ..diffusion.schedule import Schedule
 from ..models.unet import UNet
-from ..utils.validation import choice, plain
+from ..utils.validation import as_python_number, check_choice
 from ..utils.warn import warn_once
 from .adopt import called, inside, is_diffusers
 
@@ -44,7 +44,7 @@ MOST_LEFT = 0.01  # of a picture's variance in x_T; the paper's schedule leaves 
 
 def _said(owner: object, name: str) -> object:
     """What the owner's attribute says; None where it has none, or one of another meaning: somebody's may be anything."""
-    value = plain(getattr(owner, name, None))
+    value = as_python_number(getattr(owner, name, None))
     if isinstance(owner, UNet) and value is not None and not isinstance(value, PAPER[name][0]):
         raise ValueError(f"model: its {name} is {value!r}; expected {PAPER[name][2]}")
     return value if isinstance(value, PAPER[name][0]) else None
@@ -87,7 +87,11 @@ def trained_for(
         )
     own = _scheduler_says(schedule) if scheduled else bare
     given = dict(
-        zip(Trained._fields, (None if scheduled else schedule, prediction, variance, plain(clip)), strict=True)
+        zip(
+            Trained._fields,
+            (None if scheduled else schedule, prediction, variance, as_python_number(clip)),
+            strict=True,
+        )
     )
     found = {name: _said(own, name) if given[name] is None else given[name] for name in PAPER}
     missing = [name for name in needs if found[name] is None]
@@ -112,7 +116,7 @@ def trained_for(
     mute = is_diffusers(bare, "UNet2DModel") or (isinstance(bare, UNet) and bare.schedule is None)
     unsaid = [name for name in needs if found[name] is None or (mute and not scheduled and given[name] is None)]
     trained = Trained(*(paper if found[name] is None else found[name] for name, (_, paper, _) in PAPER.items()))
-    choice("prediction", trained.prediction, PREDICTIONS)
+    check_choice("prediction", trained.prediction, PREDICTIONS)
     if "prediction" in needs:
         check_prediction(trained.schedule, trained.prediction)
     if not silent:

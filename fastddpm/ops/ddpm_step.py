@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import backend
-from ..utils.validation import short
+from ..utils.validation import dtype_name
 from ._register import forward_mode, has_tangent, layout, native_layout, register
 from .philox_normal import normals_float64
 from .rng import Stream, as_int64_bits, check_first, check_seed
@@ -196,10 +196,10 @@ register(
 def _check_pair(x, o, clip):
     allowed = (torch.float32, torch.float64)
     if x.dim() < 3 or x.dtype not in allowed:
-        raise ValueError(f"x: got {short(x.dtype)} {list(x.shape)}; expected float32 [N, C, *spatial]")
+        raise ValueError(f"x: got {dtype_name(x.dtype)} {list(x.shape)}; expected float32 [N, C, *spatial]")
     n, c, *spatial = x.shape
     if o.dtype not in (*O_DTYPES, x.dtype):
-        raise ValueError(f"o: got {short(o.dtype)}; expected float32, bfloat16 or float16")
+        raise ValueError(f"o: got {dtype_name(o.dtype)}; expected float32, bfloat16 or float16")
     if list(o.shape) not in ([n, c, *spatial], [n, 2 * c, *spatial]):
         raise ValueError(
             f"o: got shape {list(o.shape)}; expected {[n, c, *spatial]}, or {[n, 2 * c, *spatial]} with a learned variance"
@@ -216,7 +216,7 @@ def _check_pair(x, o, clip):
 def _check_like(name, v, x):
     if v is not None and (v.shape != x.shape or v.dtype != x.dtype or v.device != x.device):
         raise ValueError(
-            f"{name}: got {short(v.dtype)} {list(v.shape)} on {v.device}; expected {short(x.dtype)} {list(x.shape)} "
+            f"{name}: got {dtype_name(v.dtype)} {list(v.shape)} on {v.device}; expected {dtype_name(x.dtype)} {list(x.shape)} "
             f"on {x.device}, as x"
         )
 
@@ -315,7 +315,7 @@ def ddpm_step_(
     _check_like("x0", x0, x)
     _check_like("noise", noise, x)
     if x.dtype != torch.float32:
-        raise ValueError(f"x: got {short(x.dtype)}; expected float32")
+        raise ValueError(f"x: got {dtype_name(x.dtype)}; expected float32")
     for name, v, dtype, shape in (
         ("rows", rows, torch.float32, [timesteps.numel(), 9]),
         ("timesteps", timesteps, torch.int64, [timesteps.numel()]),
@@ -323,8 +323,8 @@ def ddpm_step_(
     ):
         if v.dtype != dtype or list(v.shape) != shape or v.device != x.device or not v.is_contiguous():
             raise ValueError(
-                f"{name}: got {short(v.dtype)} {list(v.shape)} on {v.device}; expected contiguous {short(dtype)} {shape} "
-                f"on {x.device}"
+                f"{name}: got {dtype_name(v.dtype)} {list(v.shape)} on {v.device}; "
+                f"expected contiguous {dtype_name(dtype)} {shape} on {x.device}"
             )
     for name, v in (("x", x), ("x0", x0), ("next_input", next_input)):
         if v is not None and native_layout(v, name) == "dense":
@@ -337,7 +337,7 @@ def ddpm_step_(
         next_input.shape != x.shape or next_input.dtype not in O_DTYPES or next_input.device != x.device
     ):
         raise ValueError(
-            f"next_input: got {short(next_input.dtype)} {list(next_input.shape)} on {next_input.device}; expected "
+            f"next_input: got {dtype_name(next_input.dtype)} {list(next_input.shape)} on {next_input.device}; expected "
             f"{list(x.shape)} in float32, bfloat16 or float16 on {x.device}"
         )
     torch.ops.fastddpm.ddpm_step_(x, o, rows, timesteps, state, x0=x0, next_input=next_input, noise=noise, clip=clip)

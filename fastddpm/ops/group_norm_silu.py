@@ -14,7 +14,7 @@ import math
 import torch
 
 from .. import backend
-from ..utils.validation import short
+from ..utils.validation import dtype_name
 from ._register import forward_mode, native_layout, register
 
 # ---------------------------------------------------------------------------------------------- reference
@@ -245,7 +245,9 @@ torch.library.register_autograd("fastddpm::group_norm_silu_backward", _no_second
 
 def _check(x, num_groups, weight, bias, eps, add, scale, shift):
     if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(f"x: got {short(x.dtype)} {list(x.shape)}; expected a floating-point tensor [N, C, *spatial]")
+        raise ValueError(
+            f"x: got {dtype_name(x.dtype)} {list(x.shape)}; expected a floating-point tensor [N, C, *spatial]"
+        )
     n, c = x.shape[:2]
     if num_groups < 1 or c % num_groups != 0:
         raise ValueError(f"num_groups: {c} channels cannot be divided into {num_groups} groups")
@@ -260,7 +262,7 @@ def _check(x, num_groups, weight, bias, eps, add, scale, shift):
             shapes = f"[{c}] or [{n}, {c}]" if optional else f"[{c}]"
             raise ValueError(f"{name}: got shape {list(v.shape)}; expected {shapes}")
         if v.dtype not in (x.dtype, torch.float32):
-            raise ValueError(f"{name}: got {short(v.dtype)}; expected x's dtype {short(x.dtype)} or float32")
+            raise ValueError(f"{name}: got {dtype_name(v.dtype)}; expected x's dtype {dtype_name(x.dtype)} or float32")
         if v.device != x.device:
             raise ValueError(f"{name}: is on {v.device}, x is on {x.device}; move one of them")
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import backend
-from ..utils.validation import short
+from ..utils.validation import dtype_name
 from ._register import register
 from .rng import UINT64, Stream, as_int64_bits, check_first, check_seed
 
@@ -128,7 +128,9 @@ def _checked(shape, seed, t, stream, first, sample, device):
     for name, value in (("t", t), ("sample", sample)):
         if isinstance(value, torch.Tensor):
             if value.dtype != torch.int64 or tuple(value.shape) != (shape[0],):
-                raise ValueError(f"{name}: got {short(value.dtype)} {list(value.shape)}; expected int64 [{shape[0]}]")
+                raise ValueError(
+                    f"{name}: got {dtype_name(value.dtype)} {list(value.shape)}; expected int64 [{shape[0]}]"
+                )
             if value.device != device:
                 raise ValueError(f"{name}: is on {value.device}, the noise is wanted on {device}")
     if not isinstance(t, torch.Tensor) and not 0 <= t < 1 << 20:

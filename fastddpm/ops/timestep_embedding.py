@@ -12,7 +12,7 @@ import math
 import torch
 
 from .. import backend
-from ..utils.validation import short
+from ..utils.validation import dtype_name
 from ._register import forward_mode, register
 
 
@@ -61,7 +61,7 @@ register(
 
 def _check(t: torch.Tensor, dim: int, max_period: float, freq_shift: float) -> None:
     if t.dim() != 1 or t.dtype not in (torch.int64, torch.float32, torch.float64):
-        raise ValueError(f"t: got {short(t.dtype)} {list(t.shape)}; expected int64 or float32 [N]")
+        raise ValueError(f"t: got {dtype_name(t.dtype)} {list(t.shape)}; expected int64 or float32 [N]")
     if dim < 2 or dim // 2 == freq_shift:
         raise ValueError(f"dim: got {dim} with freq_shift {freq_shift}; expected dim >= 2 and dim // 2 != freq_shift")
     if not max_period > 0:

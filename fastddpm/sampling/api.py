@@ -17,7 +17,7 @@ from ..inputs.arguments import device_of, fitting_batch, labels_of, shape_of
 from ..inputs.resolve import tell_left
 from ..ops.rng import check_first, seed_of
 from ..utils.progress import bar as progress_bar
-from ..utils.validation import bound_of, check_count
+from ..utils.validation import check_int, clip_bound
 from ..utils.warn import warn_once
 from .loop import StepState, prepared
 from .plan import plan
@@ -108,9 +108,9 @@ def run(
     callback: Callable[[StepState], None] | None = None,
 ) -> torch.Tensor:
     """Where the table takes n images. model: none of diffusers' that `foreign.adopted` takes. All else as in `sample`."""
-    n = check_count("n", n, 0)
+    n = check_int("n", n, 0)
     shape = shape_of(model, shape)
-    bound = bound_of(clip)
+    bound = clip_bound(clip)
     seed, first = seed_of(seed), check_first(first)
     device = device_of(model, device)
     class_labels = labels_of(class_labels, n, model)
@@ -127,7 +127,7 @@ def run(
                 f"for each image, pass class_labels=torch.arange({n}): it is then called as model(x, t, index), with the index "
                 "of each image in x",
             )
-    batch_size = check_count("batch_size", batch_size, 1)
+    batch_size = check_int("batch_size", batch_size, 1)
     if n == 0:
         with torch.inference_mode(False):
             return torch.empty(0, *shape, dtype=torch.float32, device=device)

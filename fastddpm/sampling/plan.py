@@ -8,7 +8,7 @@ from ..diffusion import coefficients
 from ..diffusion.schedule import Schedule
 from ..inputs.resolve import Trained, trained_for
 from ..models.unet import UNet
-from ..utils.validation import choice, is_int, plain
+from ..utils.validation import as_python_number, check_choice, is_int
 from ..utils.warn import warn_once
 
 # What `plan` takes of sample's.
@@ -41,18 +41,18 @@ def plan(
     start: int | None = None,
 ) -> Plan:
     """The chain that `sample`'s arguments ask for. start: the timestep of the noise that it begins with, default T - 1."""
-    choice("sampler", sampler, tuple(coefficients.DEFAULT_STEPS))
+    check_choice("sampler", sampler, tuple(coefficients.DEFAULT_STEPS))
     asked = variance
     needs = [name for name in Trained._fields if name != "variance" or sampler == "ddpm"]
     schedule, prediction, variance, clip = trained_for(model, schedule, prediction, variance, clip, needs=needs)
-    choice("variance", variance, coefficients.VARIANCES)
+    check_choice("variance", variance, coefficients.VARIANCES)
     most = len(schedule) if start is None else start + 1
     if steps is None:
         steps = min(coefficients.DEFAULT_STEPS[sampler] or most, most)
-    steps, eta = plain(steps), plain(eta)
+    steps, eta = as_python_number(steps), as_python_number(eta)
     if not is_int(steps) or not 1 <= steps <= most:
         raise ValueError(f"steps: got {steps!r}; expected an int in 1..{most}, as the chain has {most} timesteps")
-    spacing = choice(
+    spacing = check_choice(
         "spacing", coefficients.DEFAULT_SPACING[sampler] if spacing is None else spacing, coefficients.SPACINGS
     )
     if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:

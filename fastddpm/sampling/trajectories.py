@@ -16,7 +16,7 @@ from ..inputs.adopt import adopted
 from ..inputs.arguments import check_fits, device_of, labels_of
 from ..inputs.resolve import schedule_of, tell_left
 from ..ops.rng import Stream, check_first, seed_of
-from ..utils.validation import check_count, is_int, plain
+from ..utils.validation import as_python_number, check_int, is_int
 from .api import run
 from .loop import StepState
 from .plan import PLANNED, plan
@@ -97,15 +97,15 @@ def interpolate(
         raise ValueError(
             f"b: got {list(b.shape)} on {b.device}; expected a's shape and device, {list(a.shape)} on {a.device}"
         )
-    weights = plain(weights)
+    weights = as_python_number(weights)
     if isinstance(weights, int):
-        weights = check_count("weights", weights, 1)
+        weights = check_int("weights", weights, 1)
         weights = [(i + 1) / (weights + 1) for i in range(weights)]
-    weights = [plain(w) for w in weights]
+    weights = [as_python_number(w) for w in weights]
     if not weights or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
         raise ValueError(f"weights: got {weights}; expected a number of them, or finite numbers")
     q = schedule_of(model, schedule)
-    t = max(len(q) // 2 - 1, 0) if t is None else plain(t)
+    t = max(len(q) // 2 - 1, 0) if t is None else as_python_number(t)
     if not is_int(t) or not 0 <= t < len(q):
         raise ValueError(f"t: got {t!r}; expected an int in 0..{len(q) - 1}")
     chosen = plan(model, schedule, prediction, sampler, steps, spacing, eta, variance, clip, start=t)
@@ -142,7 +142,7 @@ def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = Non
     chosen = plan(model, **{name: options.pop(name) for name in PLANNED if name in options})
     tell_left(model, chosen.schedule)
     steps = len(chosen.table.timesteps)
-    frames = min(10, steps) if frames is None else plain(frames)
+    frames = min(10, steps) if frames is None else as_python_number(frames)
     kept = Frames(steps, frames, lambda state: state.x0)
     x = run(model, n, chosen.table, clip=chosen.clip, **{**options, "callback": kept})
     with torch.inference_mode(False):

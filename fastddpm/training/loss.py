@@ -19,7 +19,7 @@ from ..inputs.resolve import tell_left, trained_for
 from ..models.unet import UNet
 from ..ops.philox_normal import first_words
 from ..ops.rng import Stream, check_first, check_seed, random_seed
-from ..utils.validation import check_range, choice
+from ..utils.validation import check_choice, check_range
 
 __all__ = ["training_loss"]
 OBJECTIVES = ("simple", "bound")
@@ -95,7 +95,7 @@ def training_loss(
     class_labels: an int, or N integers (a tensor, a list, an array), for a network with classes.
     seed: in [0, 2^64); None draws one from torch's default generator. Raises ValueError on what does not fit.
     """
-    choice("objective", objective, OBJECTIVES)
+    check_choice("objective", objective, OBJECTIVES)
     needs = ("schedule", "prediction", *(["variance"] if objective == "bound" else []))
     schedule, prediction, variance, _ = trained_for(model, schedule, prediction, variance, needs=needs)
     bound = None
