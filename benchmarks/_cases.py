@@ -122,7 +122,9 @@ def describe(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_fo
 
 def _served(device: str) -> list[str]:
     """The backends with kernels of ours for a device, as far as they can run here."""
-    return [name for name in (("cpu",) if device == "cpu" else ("cuda", "triton")) if not backend.unavailable(name)]
+    return [
+        name for name in (("cpu",) if device == "cpu" else ("cuda", "triton")) if not backend.unavailable_reason(name)
+    ]
 
 
 def _using(kind: str | None) -> contextlib.AbstractContextManager:

@@ -299,7 +299,7 @@ def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels
         preset = preset or "digits"
         config = network_for(preset, dataset, classes=classes)
         if dtype == "auto":
-            dtype = "bfloat16" if backend.no_products(device, torch.bfloat16) is None else "float32"
+            dtype = "bfloat16" if backend.emulated_reason(device, torch.bfloat16) is None else "float32"
         trained_for = {name: changes.pop(name) for name in ("prediction", "variance") if name in changes}
         recipe = dataclasses.replace(RECIPES[preset], dtype=dtype, **changes)
         trainer = Trainer(dataset, out, config, recipe, device, **trained_for)

@@ -254,7 +254,7 @@ def norm_backward(dy, x, num_groups, weight, bias, eps, *, add=None, scale=None,
     """(dx, sum_p g, sum_p g*xhat, sum_p dx) of the backend in use."""
     operands = (x, num_groups, weight, bias, eps, add, scale, shift, silu)
     _, mean, rstd = torch.ops.fastddpm.group_norm_silu(*operands)
-    kind = backend.choose(x.device, x.dtype)
+    kind = backend.select(x.device, x.dtype)
     return torch.ops.fastddpm.group_norm_silu_backward(
         dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu, kind
     )
@@ -311,7 +311,7 @@ def run(device: str = "cpu", backends: Sequence[str] | None = None) -> list[Row]
     Raises ValueError for an unknown backend and BackendError for one that cannot run here.
     """
     if backends is None:
-        backends = [name for name in backend.NAMES if backend.unavailable(name) is None]
+        backends = [name for name in backend.NAMES if backend.unavailable_reason(name) is None]
     worst: dict[tuple[str, ...], Row] = {}
     for name in backends:  # an unknown or missing one is an error before anything is computed
         with backend.use(name):
@@ -319,7 +319,7 @@ def run(device: str = "cpu", backends: Sequence[str] | None = None) -> list[Row]
     for case in cases(device):
         for name in backends:
             served = case.dtype if case.dtype.is_floating_point else torch.float32
-            if backend.refuses(name, torch.device(device), served) is not None:
+            if backend.unsupported_reason(name, torch.device(device), served) is not None:
                 continue
             with backend.use(name):
                 outputs = case.compute()

@@ -83,7 +83,7 @@ def _settings(device: torch.device, dtype: torch.dtype) -> tuple:
     cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
     return (
         torch.get_num_threads(),
-        {backend.choose(device, kind) for kind in (dtype, torch.float32)},
+        {backend.select(device, kind) for kind in (dtype, torch.float32)},
         torch.backends.mkldnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.enabled,
@@ -156,8 +156,8 @@ def network(
             else:
                 said = f"{why}, so it runs as it is. {SLOWER}"
             plain = Plain(used, device, dtype, said)
-            if reason := backend.no_products(device, dtype):
-                plain.notices.append(backend.slow_module(reason))
+            if reason := backend.emulated_reason(device, dtype):
+                plain.notices.append(backend.slow_module_warning(reason))
             plain.lock = kept.lock
             yield plain
         finally:

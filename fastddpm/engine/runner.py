@@ -112,7 +112,7 @@ class Engine(Plain):
         def exact() -> list[nn.Module]:  # merging makes other ones of them
             return network.embedding_layers() if self.whole else []
 
-        if reason := backend.no_products(device, dtype):
+        if reason := backend.emulated_reason(device, dtype):
             name = dtype_name(dtype)
             notices.append(
                 f"{reason}, so the network runs in float32, with weights rounded to {name}. It is as fast as in float32, and not "

@@ -185,8 +185,8 @@ class _Fused:
                 f"model_output: got shape {list(model_output.shape)}; expected {expected}"
                 + (", with the learned variance" if learned else ", as sample")
             )
-        if reason := backend.no_products(model_output.device, model_output.dtype):
-            warn_once(self, backend.slow_module(reason).replace("the module", "the model"))
+        if reason := backend.emulated_reason(model_output.device, model_output.dtype):
+            warn_once(self, backend.slow_module_warning(reason).replace("the module", "the model"))
         dtype = sample.dtype
         if model_output.dtype != dtype:
             dtype = torch.promote_types(dtype, model_output.dtype)

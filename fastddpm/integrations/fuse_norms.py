@@ -111,8 +111,8 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
             swap(layer, FusedGroupNorm)
     for p in module.parameters():
         moves = p.device.type == "cpu" and torch.cuda.is_available()  # it may be on its way to a GPU
-        if not moves and (reason := backend.no_products(p.device, p.dtype)):
-            warn_once(module, backend.slow_module(reason))
+        if not moves and (reason := backend.emulated_reason(p.device, p.dtype)):
+            warn_once(module, backend.slow_module_warning(reason))
             break
     return FusedNorms({kind: count for kind, count in swapped.items() if count}, left, before, classes)
 

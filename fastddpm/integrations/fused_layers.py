@@ -47,7 +47,7 @@ def serves(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
         and x.dim() > 2
         and x.dtype != torch.float64
         and norm.weight.dtype in (x.dtype, torch.float32)
-        and backend.choose(x.device, x.dtype) != "reference"
+        and backend.select(x.device, x.dtype) != "reference"
         and not (x.device.type == "cuda" and torch.is_autocast_enabled("cuda"))
         and _keeps_layout(x)
         and (torch.compiler.is_compiling() or not _transformed())

@@ -27,9 +27,9 @@ def forward_mode(op: str) -> bool:
     """
     if forward_ad._current_level < 0:
         return False
-    if backend.chosen() not in (None, "reference"):
+    if backend.requested_backend() not in (None, "reference"):
         raise backend.BackendError(
-            f"{op}: backend {backend.chosen()!r} was asked for, but only the reference has forward-mode derivatives "
+            f"{op}: backend {backend.requested_backend()!r} was asked for, but only the reference has forward-mode derivatives "
             "(torch.func.jvp, jacfwd); choose that, or none"
         )
     return True

@@ -94,7 +94,7 @@ def _launch(kind, x, x_prev, o, x0_last, x0, next_input, noise, table, clip, *, 
     backend.native.ddpm_step(
         b(x), b(x_prev), layout(x) == "inner", b(o), layout(o) == "inner", b(x0_last), b(x0),
         b(next_input), next_input is not None and layout(next_input) == "inner", b(noise), *map(b, table),
-        n, c, o.shape[1], x[0, 0].numel(), clip, table_on_host, backend.place(kind, x.device),
+        n, c, o.shape[1], x[0, 0].numel(), clip, table_on_host, backend.launch_target(kind, x.device),
     )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def _like(v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
 
 def _functional(x, o, row, noise, seed, t, first, x0_last, clip):
     _check_values(row, noise, seed, x0_last)
-    kind = backend.choose(x.device, x.dtype if x.dtype == torch.float64 else o.dtype)
+    kind = backend.select(x.device, x.dtype if x.dtype == torch.float64 else o.dtype)
     if kind != "reference" and x.numel():
         native = _native(x, "x")
         result = torch.empty_like(native), torch.empty_like(native)
@@ -145,9 +145,9 @@ register(
 
 
 def _in_place(x, o, rows, timesteps, state, x0, next_input, noise, clip):
-    kind = backend.choose(x.device, o.dtype)
+    kind = backend.select(x.device, o.dtype)
     if next_input is not None and kind == "cpu":  # which takes fewer dtypes
-        kind = backend.choose(x.device, next_input.dtype)
+        kind = backend.select(x.device, next_input.dtype)
     if kind != "reference" and x.numel():
         _launch(kind, x, x, _native(o, "o"), x0, x0, next_input, _like(noise, x), (rows, timesteps, state), clip)
         return

@@ -101,7 +101,7 @@ def _workspace(kind: str, backward: bool, x: torch.Tensor, inner: bool, num_grou
     """What the CUDA kernels need beside their operands: from torch, so that it may lie in a graph's memory pool."""
     if kind != "cuda":
         return None
-    index, _ = backend.place(kind, x.device)
+    index, _ = backend.launch_target(kind, x.device)
     n, c = x.shape[:2]
     size = backend.native.norm_workspace(backward, backend.buffer(x), inner, n, c, x[0, 0].numel(), num_groups, index)
     return torch.empty(size, dtype=torch.float32, device=x.device) if size else None
@@ -120,7 +120,7 @@ def _launch_forward(kind, x, y, inner, mean, rstd, weight, bias, add, scale, shi
         b(x), b(y), inner, b(mean), b(rstd),
         b(weight), b(bias), b(add), b(scale), b(shift),
         n, c, x[0, 0].numel(), num_groups, eps, silu,
-        b(workspace), backend.place(kind, x.device),
+        b(workspace), backend.launch_target(kind, x.device),
     )  # fmt: skip
 
 
@@ -137,12 +137,12 @@ def _launch_backward(kind, dy, x, dx, inner, mean, rstd, weight, bias, add, scal
         b(dy), b(x), b(dx), inner, b(mean), b(rstd),
         b(weight), b(bias), b(add), b(scale), b(shift), *map(b, sums),
         n, c, x[0, 0].numel(), num_groups, silu,
-        b(workspace), backend.place(kind, x.device),
+        b(workspace), backend.launch_target(kind, x.device),
     )  # fmt: skip
 
 
 def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
-    kind = backend.choose(x.device, x.dtype)
+    kind = backend.select(x.device, x.dtype)
     if kind != "reference" and x.numel():
         native, inner = _native(x)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
@@ -210,7 +210,7 @@ def _setup_context(ctx, inputs, output):
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, add, scale, shift, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.kind = backend.choose(x.device, x.dtype)  # backward runs on another thread: remember
+    ctx.kind = backend.select(x.device, x.dtype)  # backward runs on another thread: remember
 
 
 def _autograd(ctx, dy, *_):

@@ -74,7 +74,16 @@ def _launch(kind, out, n, elements, seed, stream, t, t_all, sample, first):
         return
     b = backend.buffer
     backend.native.philox_normal(
-        b(out), n, elements, seed % UINT64, stream, b(t), t_all, b(sample), first, backend.place(kind, out.device)
+        b(out),
+        n,
+        elements,
+        seed % UINT64,
+        stream,
+        b(t),
+        t_all,
+        b(sample),
+        first,
+        backend.launch_target(kind, out.device),
     )
 
 
@@ -90,7 +99,7 @@ def _implementation(
 ) -> torch.Tensor:
     device = torch.device("cpu") if device is None else device
     n, elements = shape[0], math.prod(shape[1:])
-    kind = backend.choose(device)
+    kind = backend.select(device)
     if kind != "reference":
         out = torch.empty(shape, dtype=torch.float32, device=device)
         _launch(kind, out, n, elements, seed, stream, t, t_all, sample, first)

@@ -33,7 +33,7 @@ def _reference(t: torch.Tensor, dim: int, max_period: float, flip_sin_to_cos: bo
 
 
 def _implementation(t, dim, max_period, flip_sin_to_cos, freq_shift):
-    kind = backend.choose(t.device, _out_dtype(t))
+    kind = backend.select(t.device, _out_dtype(t))
     if kind == "reference":
         return _reference(t, dim, max_period, flip_sin_to_cos, freq_shift)
     out = torch.empty((t.shape[0], dim), dtype=torch.float32, device=t.device)
@@ -43,7 +43,7 @@ def _implementation(t, dim, max_period, flip_sin_to_cos, freq_shift):
 
         twin.timestep_embedding(out, t, rate, flip_sin_to_cos)
     else:
-        b, where = backend.buffer, backend.place(kind, t.device)
+        b, where = backend.buffer, backend.launch_target(kind, t.device)
         backend.native.timestep_embedding(b(out), b(t), t.shape[0], dim, rate, flip_sin_to_cos, where)
     return out
 

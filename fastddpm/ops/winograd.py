@@ -27,7 +27,7 @@ def suits(x: torch.Tensor, dtype: torch.dtype, upsample: bool = False) -> bool:
         (upsample or x.shape[2] % 2 == x.shape[3] % 2 == 0)
         and x.dtype in (dtype, torch.float32)
         and dtype in backend.DTYPES
-        and backend.choose(x.device, dtype) == "cpu"
+        and backend.select(x.device, dtype) == "cpu"
         and backend.native.cpu_variant() != "generic"  # which is not faster this way
         and backend.native.winograd_serves(dtype_name(dtype))
     )

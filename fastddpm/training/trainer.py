@@ -208,7 +208,7 @@ class Trainer:
             raise TrainingError(
                 f"data: no labels in it, and the network has {config.classes} classes (--labels reads them)"
             )
-        if recipe.dtype == "bfloat16" and (reason := backend.no_products(device, torch.bfloat16)):
+        if recipe.dtype == "bfloat16" and (reason := backend.emulated_reason(device, torch.bfloat16)):
             warn_once(self, f"{reason}, so training is many times slower than with dtype float32")
         torch.manual_seed(recipe.seed)
         names = getattr(dataset, "class_names", None) if config.classes is not None else None
