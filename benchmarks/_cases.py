@@ -201,7 +201,7 @@ def group_norm_silu(
 ) -> Case:
     weight, bias = _norm_parameters(shape[1], dtype, device)
     statistics = torch.empty(2, shape[0], GROUPS, device=device)
-    inner = layout == torch.channels_last
+    channels_last = layout == torch.channels_last
 
     def make() -> Tensors:
         x = _norm_input(shape, dtype, layout, device)
@@ -211,7 +211,7 @@ def group_norm_silu(
         return ops.group_norm_silu(x, GROUPS, weight, bias, EPS)
 
     def kernel(kind: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        _launch_forward(kind, x, out, inner, *statistics, weight, bias, None, None, None, GROUPS, EPS, True)
+        _launch_forward(kind, x, out, channels_last, *statistics, weight, bias, None, None, None, GROUPS, EPS, True)
         return out
 
     def truth(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -239,7 +239,7 @@ def group_norm_silu_backward(
 ) -> Case:
     """The gradients of x, weight and bias from a graph that is there already."""
     weight, bias = (v.requires_grad_() for v in _norm_parameters(shape[1], dtype, device))
-    inner = layout == torch.channels_last
+    channels_last = layout == torch.channels_last
     sums = torch.empty(3, *shape[:2], device=device)
     kinds = [None] if device == "cpu" else _served(device)
 
@@ -257,7 +257,7 @@ def group_norm_silu_backward(
 
     def kernel(kind, x, dy, out, mean, rstd, *_) -> torch.Tensor:
         _launch_backward(
-            kind, dy, x, out, inner, mean, rstd, weight, bias, None, None, None, sums.unbind(), GROUPS, True
+            kind, dy, x, out, channels_last, mean, rstd, weight, bias, None, None, None, sums.unbind(), GROUPS, True
         )
         return out
 

@@ -167,7 +167,8 @@ def _read_environment() -> None:
         if variant:
             if native is None:
                 raise BackendError(
-                    f"FASTDDPM_CPU_VARIANT={variant} asks for compiled kernels, but {_native_missing_reason()}; or unset the variable"
+                    f"FASTDDPM_CPU_VARIANT={variant} asks for compiled kernels, but {_native_missing_reason()}; "
+                    "or unset the variable"
                 )
             try:
                 native.cpu_variant()

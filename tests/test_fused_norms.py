@@ -81,7 +81,7 @@ def test_a_unet2dmodel_is_the_same_function(options, layout, dtype, calls, kerne
             others = len([m for m in model.modules() if isinstance(m, nn.GroupNorm)]) - 2 * blocks
             assert calls.count(True) == 2 * blocks == 2 * report.swapped["ResnetBlock2D (2 norms with SiLU each)"]
             assert others == report.swapped["GroupNorm"]
-            # All but the last are attention's, which has images of channels inner as [N, C, H*W], and gives its result so.
+            # All but the last are attention's, which has channels_last images as [N, C, H*W], and gives its result so.
             assert calls.count(False) == (1 if layout is torch.channels_last else 3)
         assert dict(model.named_modules()).keys() == names and not report.left
         assert all(same_bits(v, state[k]) for k, v in model.state_dict().items()) and len(model.state_dict()) == len(

@@ -61,11 +61,11 @@ def captured(call):
 
 NORMS = {
     "on chip": ((4, 64, 16, 16), 32, torch.bfloat16, "channels_last"),
-    "on chip, channels outer": ((4, 64, 16, 16), 32, torch.float16, "contiguous"),
+    "on chip, contiguous": ((4, 64, 16, 16), 32, torch.float16, "contiguous"),
     "few slices": ((1, 256, 32, 32), 32, torch.bfloat16, "channels_last"),  # for so many multiprocessors
     "three times a power of two": ((2, 384, 8, 8), 32, torch.float32, "channels_last"),
     "two-stage": ((1, 64, 256, 256), 32, torch.bfloat16, "channels_last"),
-    "two-stage, channels outer": ((1, 32, 256, 256), 1, torch.float32, "contiguous"),
+    "two-stage, contiguous": ((1, 32, 256, 256), 1, torch.float32, "contiguous"),
     "odd sizes": ((3, 12, 5, 7), 3, torch.float32, "channels_last"),
     "copied in and out": ((3, 12, 5, 7), 3, torch.float32, "permuted"),
 }

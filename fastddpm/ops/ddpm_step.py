@@ -86,14 +86,14 @@ def _launch(kind, x, x_prev, o, x0_last, x0, next_input, noise, table, clip, *, 
     table: rows, timesteps and state, on x's device or, of one call, on the host.
     """
     if kind == "triton":
-        from ._triton import ddpm_step as twin
+        from ._triton import ddpm_step as triton_kernels
 
-        twin.ddpm_step(x, x_prev, o, x0_last, x0, next_input, noise, *table, clip, table_on_host)
+        triton_kernels.ddpm_step(x, x_prev, o, x0_last, x0, next_input, noise, *table, clip, table_on_host)
         return
     b, (n, c) = backend.buffer, x.shape[:2]
     backend.native.ddpm_step(
-        b(x), b(x_prev), layout(x) == "inner", b(o), layout(o) == "inner", b(x0_last), b(x0),
-        b(next_input), next_input is not None and layout(next_input) == "inner", b(noise), *map(b, table),
+        b(x), b(x_prev), layout(x) == "channels_last", b(o), layout(o) == "channels_last", b(x0_last), b(x0),
+        b(next_input), next_input is not None and layout(next_input) == "channels_last", b(noise), *map(b, table),
         n, c, o.shape[1], x[0, 0].numel(), clip, table_on_host, backend.launch_target(kind, x.device),
     )  # fmt: skip
 

@@ -92,49 +92,55 @@ def _backward_reference(dy, x, weight, bias, add, scale, shift, mean, rstd, num_
 
 
 def _native(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """x in a native layout (itself where it has one) and whether that is channels inner."""
+    """Return x in a native layout, itself where it has one, and whether that is channels_last."""
     kind = native_layout(x, "x")
-    return (x.contiguous(), False) if kind == "dense" else (x, kind == "inner")
+    return (x.contiguous(), False) if kind == "dense" else (x, kind == "channels_last")
 
 
-def _workspace(kind: str, backward: bool, x: torch.Tensor, inner: bool, num_groups: int) -> torch.Tensor | None:
+def _workspace(kind: str, backward: bool, x: torch.Tensor, channels_last: bool, num_groups: int) -> torch.Tensor | None:
     """What the CUDA kernels need beside their operands: from torch, so that it may lie in a graph's memory pool."""
     if kind != "cuda":
         return None
     index, _ = backend.launch_target(kind, x.device)
     n, c = x.shape[:2]
-    size = backend.native.norm_workspace(backward, backend.buffer(x), inner, n, c, x[0, 0].numel(), num_groups, index)
+    size = backend.native.norm_workspace(
+        backward, backend.buffer(x), channels_last, n, c, x[0, 0].numel(), num_groups, index
+    )
     return torch.empty(size, dtype=torch.float32, device=x.device) if size else None
 
 
-def _launch_forward(kind, x, y, inner, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu):
+def _launch_forward(kind, x, y, channels_last, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu):
     """The kernel on prepared tensors: x and y in one native layout."""
     if kind == "triton":
-        from ._triton import group_norm_silu as twin
+        from ._triton import group_norm_silu as triton_kernels
 
-        twin.forward(x, y, inner, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu)
+        triton_kernels.forward(x, y, channels_last, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu)
         return
     b, (n, c) = backend.buffer, x.shape[:2]
-    workspace = _workspace(kind, False, x, inner, num_groups)
+    workspace = _workspace(kind, False, x, channels_last, num_groups)
     backend.native.group_norm_silu(
-        b(x), b(y), inner, b(mean), b(rstd),
+        b(x), b(y), channels_last, b(mean), b(rstd),
         b(weight), b(bias), b(add), b(scale), b(shift),
         n, c, x[0, 0].numel(), num_groups, eps, silu,
         b(workspace), backend.launch_target(kind, x.device),
     )  # fmt: skip
 
 
-def _launch_backward(kind, dy, x, dx, inner, mean, rstd, weight, bias, add, scale, shift, sums, num_groups, silu):
+def _launch_backward(
+    kind, dy, x, dx, channels_last, mean, rstd, weight, bias, add, scale, shift, sums, num_groups, silu
+):
     """The kernel on prepared tensors: dy, x and dx in one native layout; sums: of g, g*xhat and dx, [N, C] each."""
     if kind == "triton":
-        from ._triton import group_norm_silu as twin
+        from ._triton import group_norm_silu as triton_kernels
 
-        twin.backward(dy, x, dx, inner, mean, rstd, weight, bias, add, scale, shift, *sums, num_groups, silu)
+        triton_kernels.backward(
+            dy, x, dx, channels_last, mean, rstd, weight, bias, add, scale, shift, *sums, num_groups, silu
+        )
         return
     b, (n, c) = backend.buffer, x.shape[:2]
-    workspace = _workspace(kind, True, x, inner, num_groups)
+    workspace = _workspace(kind, True, x, channels_last, num_groups)
     backend.native.group_norm_silu_backward(
-        b(dy), b(x), b(dx), inner, b(mean), b(rstd),
+        b(dy), b(x), b(dx), channels_last, b(mean), b(rstd),
         b(weight), b(bias), b(add), b(scale), b(shift), *map(b, sums),
         n, c, x[0, 0].numel(), num_groups, silu,
         b(workspace), backend.launch_target(kind, x.device),
@@ -144,12 +150,12 @@ def _launch_backward(kind, dy, x, dx, inner, mean, rstd, weight, bias, add, scal
 def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
     kind = backend.select(x.device, x.dtype)
     if kind != "reference" and x.numel():
-        native, inner = _native(x)
+        native, channels_last = _native(x)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         y_native = y if native is x else torch.empty_like(native)
         mean, rstd = (torch.empty(len(x), num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
         _launch_forward(
-            kind, native, y_native, inner, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu
+            kind, native, y_native, channels_last, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu
         )
         if y_native is not y:
             y.copy_(y_native)
@@ -169,14 +175,14 @@ def _forward_fake(x, num_groups, weight, bias, eps, add, scale, shift, silu):
 def _backward(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu, kind):
     dx = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     if kind != "reference" and x.numel():
-        native, inner = _native(x)
+        native, channels_last = _native(x)
         dx_native = dx if native is x else torch.empty_like(native)
         dy_native = dy if dy.stride() == native.stride() else torch.empty_like(native).copy_(dy)
         sums = [
             torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(3)
         ]  # outputs must not alias
         _launch_backward(
-            kind, dy_native, native, dx_native, inner, mean, rstd, weight, bias, add, scale, shift, sums,
+            kind, dy_native, native, dx_native, channels_last, mean, rstd, weight, bias, add, scale, shift, sums,
             num_groups, silu,
         )  # fmt: skip
         if dx_native is not dx:
@@ -285,8 +291,8 @@ def group_norm_silu(
 ) -> torch.Tensor:
     """silu(group_norm(x + add) * (1 + scale) + shift), in x's dtype and with x's exact strides.
 
-    x: [N, C, *spatial], float32, bfloat16, float16 or float64; channels outer (contiguous) and channels inner
-    (channels_last) are native, other dense permutations are copied in and out, overlapping or gapped ones refused.
+    x: [N, C, *spatial], float32, bfloat16, float16 or float64; contiguous and channels_last are
+    native, other dense permutations are copied in and out, overlapping or gapped ones refused.
     weight, bias: [C]; add, scale, shift: [C] or [N, C]; each in x's dtype or float32.
     eps: torch's default; the paper's network uses 1e-6. silu: False leaves the activation out.
 

@@ -1,7 +1,7 @@
 """Counter-based noise: Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
 
     key     = (seed low 32, seed high 32)
-    counter = (e // 4, t + (visit << 20), sample low 32, (sample high 32) xor (stream << 24))
+    counter = (e // 4, t, sample low 32, (sample high 32) xor (stream << 24))
     u_k     = (w_k + 1/2) 2^-32
     z       = (r01 cos 2 pi u1, r01 sin 2 pi u1, r23 cos 2 pi u3, r23 sin 2 pi u3),  r01 = sqrt(-2 ln u0), r23 = sqrt(-2 ln u2)
 
@@ -68,9 +68,9 @@ def _samples(n: int, first: int, sample: torch.Tensor | None, device: torch.devi
 
 def _launch(kind, out, n, elements, seed, stream, t, t_all, sample, first):
     if kind == "triton":
-        from ._triton import philox_normal as twin
+        from ._triton import philox_normal as triton_kernels
 
-        twin.philox_normal(out, n, elements, seed, stream, t, t_all, sample, first)
+        triton_kernels.philox_normal(out, n, elements, seed, stream, t, t_all, sample, first)
         return
     b = backend.buffer
     backend.native.philox_normal(

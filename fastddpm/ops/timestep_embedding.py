@@ -39,9 +39,9 @@ def _implementation(t, dim, max_period, flip_sin_to_cos, freq_shift):
     out = torch.empty((t.shape[0], dim), dtype=torch.float32, device=t.device)
     rate = _rate(dim, max_period, freq_shift)
     if kind == "triton":
-        from ._triton import timestep_embedding as twin
+        from ._triton import timestep_embedding as triton_kernels
 
-        twin.timestep_embedding(out, t, rate, flip_sin_to_cos)
+        triton_kernels.timestep_embedding(out, t, rate, flip_sin_to_cos)
     else:
         b, where = backend.buffer, backend.launch_target(kind, t.device)
         backend.native.timestep_embedding(b(out), b(t), t.shape[0], dim, rate, flip_sin_to_cos, where)
