@@ -184,11 +184,11 @@ def unsupported_reason(name: str, device: torch.device, dtype: torch.dtype) -> s
     """Return why backend `name` doesn't support tensors of this device and dtype; None if it does."""
     if name == "reference":
         return None
-    served = "cpu" if name == "cpu" or (name == "triton" and _interpreting()) else "cuda"
-    reason = unavailable_reason(name, device if served == device.type else None)
+    served, kind = "cpu" if name == "cpu" or (name == "triton" and _interpreting()) else "cuda", device.type
+    reason = unavailable_reason(name, device if served == kind else None)
     if reason is not None:
         return reason
-    if device.type != served:
+    if kind != served:
         return f"it serves {served.upper()} tensors and this one is on {device}"
     if dtype not in DTYPES:
         *most, last = (dtype_name(d) for d in DTYPES)
@@ -210,7 +210,8 @@ def requested_backend() -> str | None:
 
 def select(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """Return the backend for tensors of this device and dtype; raise BackendError if the requested one doesn't support them."""
-    _read_environment()
+    if not _environment_read:
+        _read_environment()
     if _requested is not None:
         reason = unsupported_reason(_requested, device, dtype)
         if reason is not None:

@@ -13,6 +13,7 @@ is 0 are not read. z is the `noise` argument, or Philox stream 1 of (seed, times
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,19 @@ from .rng import Stream, as_int64_bits, check_first, check_seed
 
 A, B, C0, C1, C2, D, SIGMA, LV_LO, LV_HI = range(9)
 O_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Operands(NamedTuple):
+    """The tensors that a step's kernel reads and writes: x, x_prev, x0_last, x0 and noise share one native layout."""
+
+    x: torch.Tensor
+    x_prev: torch.Tensor
+    o: torch.Tensor
+    x0_last: torch.Tensor | None = None
+    x0: torch.Tensor | None = None
+    next_input: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+
 
 # ---------------------------------------------------------------------------------------------- reference
 
@@ -80,16 +94,14 @@ def _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip):
 # ----------------------------------------------------------------------------------------- native calling
 
 
-def _launch(kind, x, x_prev, o, x0_last, x0, next_input, noise, table, clip, *, table_on_host=False):
-    """The kernel on prepared tensors: x, x_prev, x0, x0_last and noise share one native layout.
-
-    table: rows, timesteps and state, on x's device or, of one call, on the host.
-    """
+def _launch(kind, operands, table, clip, *, table_on_host=False):
+    """Run the kernel. table: rows, timesteps and state, on x's device or, for a single step, on the host."""
     if kind == "triton":
         from ._triton import ddpm_step as triton_kernels
 
-        triton_kernels.ddpm_step(x, x_prev, o, x0_last, x0, next_input, noise, *table, clip, table_on_host)
+        triton_kernels.ddpm_step(operands, table, clip, table_on_host)
         return
+    x, x_prev, o, x0_last, x0, next_input, noise = operands
     b, (n, c) = backend.buffer, x.shape[:2]
     backend.native.ddpm_step(
         b(x), b(x_prev), layout(x) == "channels_last", b(o), layout(o) == "channels_last", b(x0_last), b(x0),
@@ -120,10 +132,10 @@ def _functional(x, o, row, noise, seed, t, first, x0_last, clip):
         result = torch.empty_like(native), torch.empty_like(native)
         host = torch.device("cpu")  # whatever the default device is
         table = row.float(), torch.tensor([t or 0], device=host), torch.tensor([seed or 0, first, 0, -1], device=host)
-        _launch(
-            kind, native, result[0], _native(o, "o"), _like(x0_last, native), result[1], None, _like(noise, native),
-            table, clip, table_on_host=True,
-        )  # fmt: skip
+        operands = Operands(
+            native, result[0], _native(o, "o"), _like(x0_last, native), result[1], noise=_like(noise, native)
+        )
+        _launch(kind, operands, table, clip, table_on_host=True)
         if native is x:  # and the results have its strides, as the fake promises
             return result
     else:
@@ -144,12 +156,13 @@ register(
 )
 
 
-def _in_place(x, o, rows, timesteps, state, x0, next_input, noise, clip):
+def _in_place(x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=None, clip=1.0):
     kind = backend.select(x.device, o.dtype)
     if next_input is not None and kind == "cpu":  # which takes fewer dtypes
         kind = backend.select(x.device, next_input.dtype)
     if kind != "reference" and x.numel():
-        _launch(kind, x, x, _native(o, "o"), x0, x0, next_input, _like(noise, x), (rows, timesteps, state), clip)
+        operands = Operands(x, x, _native(o, "o"), x0, x0, next_input, _like(noise, x))
+        _launch(kind, operands, (rows, timesteps, state), clip)
         return
     index, count = state[2:3], len(timesteps)
     possible = (index >= 0) & (index < count)
@@ -174,19 +187,15 @@ def _in_place(x, o, rows, timesteps, state, x0, next_input, noise, clip):
         next_input.copy_(torch.where(possible, x_prev, next_input))
 
 
-def _in_place_fake(x, o, rows, timesteps, state, x0, next_input, noise, clip):
+def _in_place_fake(x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=None, clip=1.0):
     return None
 
 
 register(
     "ddpm_step_(Tensor(a!) x, Tensor o, Tensor rows, Tensor timesteps, Tensor(b!) state, *, Tensor(c!)? x0=None, "
     "Tensor(d!)? next_input=None, Tensor? noise=None, float? clip=1.0) -> ()",
-    lambda x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=None, clip=1.0: _in_place(
-        x, o, rows, timesteps, state, x0, next_input, noise, clip
-    ),
-    lambda x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=None, clip=1.0: _in_place_fake(
-        x, o, rows, timesteps, state, x0, next_input, noise, clip
-    ),
+    _in_place,
+    _in_place_fake,
 )
 
 
@@ -221,7 +230,8 @@ def _check_like(name, v, x):
         )
 
 
-def _prepared(x, o, row, noise, seed, t, first, x0_last, clip):
+def _checked(x, o, row, noise, seed, t, first, x0_last, clip):
+    """Return the arguments as the op takes them: row float64, seed as int64 bits; raise ValueError for one that doesn't fit."""
     _check_pair(x, o, clip)
     _check_like("noise", noise, x)
     _check_like("x0_last", x0_last, x)
@@ -265,7 +275,7 @@ def ddpm_step(
     """
     if forward_mode("ddpm_step"):
         return ddpm_step_ref(x, o, row, noise=noise, seed=seed, t=t, first=first, x0_last=x0_last, clip=clip)
-    return torch.ops.fastddpm.ddpm_step(*_prepared(x, o, row, noise, seed, t, first, x0_last, clip))
+    return torch.ops.fastddpm.ddpm_step(*_checked(x, o, row, noise, seed, t, first, x0_last, clip))
 
 
 def ddpm_step_ref(
@@ -281,7 +291,7 @@ def ddpm_step_ref(
     clip: float | None = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ddpm_step` in plain PyTorch, in x's dtype: with float64 x and o, the truth."""
-    x, o, row, noise, seed, t, first, x0_last, clip = _prepared(x, o, row, noise, seed, t, first, x0_last, clip)
+    x, o, row, noise, seed, t, first, x0_last, clip = _checked(x, o, row, noise, seed, t, first, x0_last, clip)
     _check_values(row, noise, seed, x0_last)
     return _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip)
 

@@ -10,12 +10,26 @@ Statistics are taken about the group's first element and in two passes, never as
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from .. import backend
 from ..utils.validation import dtype_name
 from ._register import forward_mode, native_layout, register
+
+
+class Norm(NamedTuple):
+    """What a norm does with x. weight and bias are [C]; add, scale and shift [C], [N, C] or None."""
+
+    num_groups: int
+    weight: torch.Tensor
+    bias: torch.Tensor
+    add: torch.Tensor | None
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+    silu: bool
+
 
 # ---------------------------------------------------------------------------------------------- reference
 
@@ -47,40 +61,42 @@ def _grouped(
     return h - (pivot if mean is None else pivot + mean[..., None])
 
 
-def _affine(xhat, weight, bias, scale, shift):
-    """z = (xhat * weight + bias) * (1 + scale) + shift for xhat [N, C, P]."""
-    z = xhat * _per_channel(weight, xhat.dtype) + _per_channel(bias, xhat.dtype)
-    if scale is not None:
-        z = z * (1 + _per_channel(scale, xhat.dtype))
-    if shift is not None:
-        z = z + _per_channel(shift, xhat.dtype)
+def _affine(xhat: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """Return z = (xhat * weight + bias) * (1 + scale) + shift for xhat [N, C, P]."""
+    z = xhat * _per_channel(norm.weight, xhat.dtype) + _per_channel(norm.bias, xhat.dtype)
+    if norm.scale is not None:
+        z = z * (1 + _per_channel(norm.scale, xhat.dtype))
+    if norm.shift is not None:
+        z = z + _per_channel(norm.shift, xhat.dtype)
     return z
 
 
-def _forward_reference(x, num_groups, weight, bias, eps, add, scale, shift, silu):
-    """(y, mean, rstd): mean [N, G] is relative to the group's first element, rstd = 1/sqrt(var + eps)."""
-    h = _grouped(x, num_groups, add)
+def _forward_reference(x: torch.Tensor, norm: Norm, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (y, mean, rstd): mean [N, G] is relative to the group's first element, rstd = 1/sqrt(var + eps)."""
+    h = _grouped(x, norm.num_groups, norm.add)
     mean = h.mean(-1, keepdim=True)
     rstd = ((h - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
     xhat = ((h - mean) * rstd).reshape(*x.shape[:2], math.prod(x.shape[2:]))
-    z = _affine(xhat, weight, bias, scale, shift)
-    y = torch.nn.functional.silu(z) if silu else z
+    z = _affine(xhat, norm)
+    y = torch.nn.functional.silu(z) if norm.silu else z
     return y.reshape(x.shape).to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
-def _backward_reference(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu):
-    """(dx, sum_p g, sum_p g*xhat, sum_p dx) with g = dL/dz; the sums are [N, C]."""
-    h = _grouped(x, num_groups, add, mean)
+def _backward_reference(
+    dy: torch.Tensor, x: torch.Tensor, norm: Norm, mean: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (dx, sum_p g, sum_p g*xhat, sum_p dx) with g = dL/dz; the sums are [N, C]."""
+    h = _grouped(x, norm.num_groups, norm.add, mean)
     grouped = (h - h.mean(-1, keepdim=True)) * rstd[..., None]  # the saved mean was rounded: centre once more
     g = _flat(dy, grouped.dtype)
     xhat = grouped.reshape(g.shape)
-    if silu:
-        z = _affine(xhat, weight, bias, scale, shift)
+    if norm.silu:
+        z = _affine(xhat, norm)
         s = z.sigmoid()
         g = g * (s * (1 + z * (1 - s)))
-    gain = _per_channel(weight, xhat.dtype)
-    if scale is not None:
-        gain = gain * (1 + _per_channel(scale, xhat.dtype))
+    gain = _per_channel(norm.weight, xhat.dtype)
+    if norm.scale is not None:
+        gain = gain * (1 + _per_channel(norm.scale, xhat.dtype))
     dxhat = (g * gain).reshape(grouped.shape)
     mean_d = dxhat.mean(-1, keepdim=True)
     mean_dx = (dxhat * grouped).mean(-1, keepdim=True)
@@ -109,59 +125,57 @@ def _workspace(kind: str, backward: bool, x: torch.Tensor, channels_last: bool, 
     return torch.empty(size, dtype=torch.float32, device=x.device) if size else None
 
 
-def _launch_forward(kind, x, y, channels_last, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu):
-    """The kernel on prepared tensors: x and y in one native layout."""
+def _launch_forward(kind, x, y, channels_last, statistics, norm, eps):
+    """Run the kernel on prepared tensors: x and y in one native layout; statistics: mean and rstd, both outputs."""
     if kind == "triton":
         from ._triton import group_norm_silu as triton_kernels
 
-        triton_kernels.forward(x, y, channels_last, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu)
+        triton_kernels.forward(x, y, channels_last, statistics, norm, eps)
         return
     b, (n, c) = backend.buffer, x.shape[:2]
+    num_groups, *vectors, silu = norm
     workspace = _workspace(kind, False, x, channels_last, num_groups)
     backend.native.group_norm_silu(
-        b(x), b(y), channels_last, b(mean), b(rstd),
-        b(weight), b(bias), b(add), b(scale), b(shift),
+        b(x), b(y), channels_last, *map(b, statistics), *map(b, vectors),
         n, c, x[0, 0].numel(), num_groups, eps, silu,
         b(workspace), backend.launch_target(kind, x.device),
     )  # fmt: skip
 
 
-def _launch_backward(
-    kind, dy, x, dx, channels_last, mean, rstd, weight, bias, add, scale, shift, sums, num_groups, silu
-):
-    """The kernel on prepared tensors: dy, x and dx in one native layout; sums: of g, g*xhat and dx, [N, C] each."""
+def _launch_backward(kind, dy, x, dx, channels_last, statistics, norm, sums):
+    """Run the kernel on prepared tensors: dy, x and dx in one native layout.
+
+    statistics: mean and rstd, as the forward returned them. sums: of g, g*xhat and dx, [N, C] each, outputs as dx.
+    """
     if kind == "triton":
         from ._triton import group_norm_silu as triton_kernels
 
-        triton_kernels.backward(
-            dy, x, dx, channels_last, mean, rstd, weight, bias, add, scale, shift, *sums, num_groups, silu
-        )
+        triton_kernels.backward(dy, x, dx, channels_last, statistics, norm, sums)
         return
     b, (n, c) = backend.buffer, x.shape[:2]
+    num_groups, *vectors, silu = norm
     workspace = _workspace(kind, True, x, channels_last, num_groups)
     backend.native.group_norm_silu_backward(
-        b(dy), b(x), b(dx), channels_last, b(mean), b(rstd),
-        b(weight), b(bias), b(add), b(scale), b(shift), *map(b, sums),
+        b(dy), b(x), b(dx), channels_last, *map(b, statistics), *map(b, vectors), *map(b, sums),
         n, c, x[0, 0].numel(), num_groups, silu,
         b(workspace), backend.launch_target(kind, x.device),
     )  # fmt: skip
 
 
 def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
-    kind = backend.select(x.device, x.dtype)
+    kind, norm = backend.select(x.device, x.dtype), Norm(num_groups, weight, bias, add, scale, shift, silu)
     if kind != "reference" and x.numel():
         native, channels_last = _native(x)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         y_native = y if native is x else torch.empty_like(native)
-        mean, rstd = (torch.empty(len(x), num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
-        _launch_forward(
-            kind, native, y_native, channels_last, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu
-        )
+        mean = torch.empty(len(x), num_groups, dtype=torch.float32, device=x.device)
+        rstd = torch.empty_like(mean)
+        _launch_forward(kind, native, y_native, channels_last, (mean, rstd), norm, eps)
         if y_native is not y:
             y.copy_(y_native)
         return y, mean, rstd
     native_layout(x, "x")
-    result, mean, rstd = _forward_reference(x, num_groups, weight, bias, eps, add, scale, shift, silu)
+    result, mean, rstd = _forward_reference(x, norm, eps)
     y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     return y.copy_(result), mean, rstd
 
@@ -173,22 +187,19 @@ def _forward_fake(x, num_groups, weight, bias, eps, add, scale, shift, silu):
 
 
 def _backward(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu, kind):
+    norm = Norm(num_groups, weight, bias, add, scale, shift, silu)
     dx = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     if kind != "reference" and x.numel():
         native, channels_last = _native(x)
         dx_native = dx if native is x else torch.empty_like(native)
         dy_native = dy if dy.stride() == native.stride() else torch.empty_like(native).copy_(dy)
-        sums = [
-            torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(3)
-        ]  # outputs must not alias
-        _launch_backward(
-            kind, dy_native, native, dx_native, channels_last, mean, rstd, weight, bias, add, scale, shift, sums,
-            num_groups, silu,
-        )  # fmt: skip
+        sum_g = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+        sums = sum_g, torch.empty_like(sum_g), torch.empty_like(sum_g)  # outputs must not alias
+        _launch_backward(kind, dy_native, native, dx_native, channels_last, (mean, rstd), norm, sums)
         if dx_native is not dx:
             dx.copy_(dx_native)
         return dx, *sums
-    result, *sums = _backward_reference(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu)
+    result, *sums = _backward_reference(dy, x, norm, mean, rstd)
     return dx.copy_(result), *sums
 
 
@@ -326,4 +337,4 @@ def group_norm_silu_ref(
 ) -> torch.Tensor:
     """`group_norm_silu` in plain, differentiable PyTorch: float32 arithmetic (float64 for float64 x)."""
     _check(x, num_groups, weight, bias, eps, add, scale, shift)
-    return _forward_reference(x, num_groups, weight, bias, eps, add, scale, shift, silu)[0]
+    return _forward_reference(x, Norm(num_groups, weight, bias, add, scale, shift, silu), eps)[0]

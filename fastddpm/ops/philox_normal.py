@@ -66,25 +66,17 @@ def _samples(n: int, first: int, sample: torch.Tensor | None, device: torch.devi
     return torch.arange(first, first + n, device=device) if sample is None else sample
 
 
-def _launch(kind, out, n, elements, seed, stream, t, t_all, sample, first):
+def _launch(kind, out, seed, stream, t, t_all, sample, first):
     if kind == "triton":
         from ._triton import philox_normal as triton_kernels
 
-        triton_kernels.philox_normal(out, n, elements, seed, stream, t, t_all, sample, first)
+        triton_kernels.philox_normal(out, seed, stream, t, t_all, sample, first)
         return
-    b = backend.buffer
+    b, (n, *size) = backend.buffer, out.shape
     backend.native.philox_normal(
-        b(out),
-        n,
-        elements,
-        seed % UINT64,
-        stream,
-        b(t),
-        t_all,
-        b(sample),
-        first,
+        b(out), n, math.prod(size), seed % UINT64, stream, b(t), t_all, b(sample), first,
         backend.launch_target(kind, out.device),
-    )
+    )  # fmt: skip
 
 
 def _implementation(
@@ -98,14 +90,13 @@ def _implementation(
     device: torch.device | None,
 ) -> torch.Tensor:
     device = torch.device("cpu") if device is None else device
-    n, elements = shape[0], math.prod(shape[1:])
     kind = backend.select(device)
     if kind != "reference":
         out = torch.empty(shape, dtype=torch.float32, device=device)
-        _launch(kind, out, n, elements, seed, stream, t, t_all, sample, first)
+        _launch(kind, out, seed, stream, t, t_all, sample, first)
         return out
     t = torch.tensor([t_all], device=device) if t is None else t
-    z = normals_float64(elements, _samples(n, first, sample, device), t, seed, stream)
+    z = normals_float64(math.prod(shape[1:]), _samples(shape[0], first, sample, device), t, seed, stream)
     return z.float().reshape(shape)
 
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from .._register import layout
+from ..ddpm_step import Operands
 from .launch import OPTIONS, cdiv, needs_int64, on, power_of_2
 from .philox import normals
 
@@ -200,39 +201,30 @@ def ddpm_step_kernel(
 
 
 def ddpm_step(
-    x: torch.Tensor,
-    x_prev: torch.Tensor,
-    o: torch.Tensor,
-    x0_last: torch.Tensor | None,
-    x0: torch.Tensor | None,
-    next_input: torch.Tensor | None,
-    noise: torch.Tensor | None,
-    rows: torch.Tensor,
-    timesteps: torch.Tensor,
-    state: torch.Tensor,
-    clip: float | None,
-    table_on_host: bool,
+    operands: Operands, table: tuple[torch.Tensor, torch.Tensor, torch.Tensor], clip: float | None, table_on_host: bool
 ) -> None:
-    """x, x_prev, x0, x0_last, noise: float32 in one native layout; x_prev may be x, and x0 be x0_last.
+    """x_prev may be x, and x0 be x0_last. table: rows, timesteps and state.
 
     table_on_host: rows [9], timesteps [1] and state are host memory, read by the call and not written. A row index
-    outside the table, or a row with c2 != 0 without x0_last, stores nothing but what the state says of it.
+    outside the table, or a row with c2 != 0 without x0_last, stores nothing but its number in the state.
     """
+    x, _, o, _, _, next_input, _ = operands
+    rows, timesteps, state = table
     n, channels, o_channels, pixels = *x.shape[:2], o.shape[1], x[0, 0].numel()
     x_channels_last, o_channels_last = layout(x) == "channels_last", layout(o) == "channels_last"
     next_channels_last = next_input is not None and layout(next_input) == "channels_last"
     if not (x_channels_last or o_channels_last or next_channels_last):
         channels, o_channels, pixels = 1, o_channels // channels, channels * pixels
     if table_on_host:
-        table = (None, None, None, 0, *rows.tolist(), *state[:2].tolist(), timesteps.item())
+        row_arguments = (None, None, None, 0, *rows.tolist(), *state[:2].tolist(), timesteps.item())
     else:
-        table = (rows, timesteps, state, timesteps.numel(), *[0.0] * 9, 0, 0, 0)
+        row_arguments = (rows, timesteps, state, timesteps.numel(), *[0.0] * 9, 0, 0, 0)
     block_c = min(power_of_2(channels), 32)
     block_p = TILE // block_c
     programs = n * cdiv(channels, block_c) * cdiv(pixels, block_p)
     with on(x.device):
         ddpm_step_kernel[(programs,)](
-            x, x_prev, o, x0_last, x0, next_input, noise, *table, clip, pixels,
+            *operands, *row_arguments, clip, pixels,
             CHANNELS=channels, O_CHANNELS=o_channels, X_CHANNELS_LAST=x_channels_last,
             O_CHANNELS_LAST=o_channels_last, NEXT_CHANNELS_LAST=next_channels_last,
             ALIGNED=pixels % 4 == 0, LARGE=needs_int64(o_channels * (pixels + block_p)),

@@ -21,11 +21,13 @@ backward centres d anew, as the saved mean was rounded; in chunks only where tha
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
+from ..group_norm_silu import Norm
 from .launch import OPTIONS, cdiv, needs_int64, on, power_of_2
 
 RESIDENT = 32768  # elements of a slice, in the forward
@@ -448,16 +450,18 @@ def _blocks(
 
 
 class _Plan:
-    """How calls of one kind are cut, and what their kernels are told of it."""
+    """How the work of calls of one kind is split, and the constants that their kernels are compiled for."""
 
-    def __init__(self, n, channels, pixels, size, channels_last, groups, limit, add, scale, shift, silu):
+    def __init__(self, shape, size, channels_last, groups, limit, per_sample, silu):
+        """shape: [N, C, P]. size: of an element, in bytes. per_sample: whether add, scale and shift are [N, C]."""
+        n, channels, pixels = shape
         slice_, block_c, block_p, self.chunks, self.tiles = _blocks(
             channels, pixels, size, channels_last, groups, limit
         )
         self.pixels, self.elements = pixels, block_c * block_p
         self.inverse = groups / (channels * pixels)
         self.programs = n * cdiv(channels, slice_)
-        add, scale, shift = (channels if per_sample else 0 for per_sample in (add, scale, shift))
+        add, scale, shift = (channels if each else 0 for each in per_sample)
         self.constants = {
             "C": channels, "WIDTH": channels // groups, "SLICE": slice_, "CHANNELS_LAST": channels_last, "SILU": silu,
             "ADD_STRIDE": add, "SCALE_STRIDE": scale, "SHIFT_STRIDE": shift,
@@ -481,30 +485,26 @@ class _Plan:
 _plan_of = functools.lru_cache(maxsize=1024)(_Plan)
 
 
-def _plan(x, channels_last, groups, limit, add, scale, shift, silu):
+def _plan(x: torch.Tensor, channels_last: bool, norm: Norm, limit: int) -> _Plan:
     n, channels, *spatial = x.shape
-    per_sample = (v is not None and v.dim() == 2 for v in (add, scale, shift))
-    return _plan_of(n, channels, math.prod(spatial), x.element_size(), channels_last, groups, limit, *per_sample, silu)
+    shape, vectors = (n, channels, math.prod(spatial)), (norm.add, norm.scale, norm.shift)
+    per_sample = tuple([v is not None and v.dim() == 2 for v in vectors])
+    return _plan_of(shape, x.element_size(), channels_last, norm.num_groups, limit, per_sample, norm.silu)
 
 
 def forward(
     x: torch.Tensor,
     y: torch.Tensor,
     channels_last: bool,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    add: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    num_groups: int,
+    statistics: tuple[torch.Tensor, torch.Tensor],
+    norm: Norm,
     eps: float,
-    silu: bool,
 ) -> None:
-    """x, y: one native layout; weight, bias [C]; add, scale, shift [C] or [N, C]; mean, rstd float32 [N, G]: outputs."""
-    plan = _plan(x, channels_last, num_groups, RESIDENT, add, scale, shift, silu)
-    operands, pixels = (x, y, mean, rstd, weight, bias, add, scale, shift), plan.pixels
+    """x, y: one native layout. statistics: mean and rstd, float32 [N, G], outputs as y."""
+    plan = _plan(x, channels_last, norm, RESIDENT)
+    mean, rstd = statistics
+    add, pixels = norm.add, plan.pixels
+    operands = x, y, mean, rstd, norm.weight, norm.bias, add, norm.scale, norm.shift
     with on(x.device):
         if not plan.chunks:
             # 128 registers hold 64 elements, and a GPU has enough of them for two programs of 8 such warps: one loads
@@ -529,22 +529,18 @@ def backward(
     x: torch.Tensor,
     dx: torch.Tensor,
     channels_last: bool,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    add: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    sum_g: torch.Tensor,
-    sum_g_xhat: torch.Tensor,
-    sum_dx: torch.Tensor,
-    num_groups: int,
-    silu: bool,
+    statistics: tuple[torch.Tensor, torch.Tensor],
+    norm: Norm,
+    sums: Sequence[torch.Tensor],
 ) -> None:
-    """dy, x, dx: one native layout; mean, rstd: as forward left them; sums float32 [N, C]: outputs, as dx."""
-    plan = _plan(x, channels_last, num_groups, RESIDENT_BACKWARD, add, scale, shift, silu)
-    vectors, sums = (mean, rstd, weight, bias, add, scale, shift), (sum_g, sum_g_xhat, sum_dx)
+    """dy, x, dx: one native layout. statistics: mean and rstd of the forward. sums: of g, g*xhat and dx, float32 [N, C].
+
+    dx and sums are outputs.
+    """
+    plan = _plan(x, channels_last, norm, RESIDENT_BACKWARD)
+    mean, rstd = statistics
+    weight, add, scale = norm.weight, norm.add, norm.scale
+    vectors = mean, rstd, weight, norm.bias, add, scale, norm.shift
     pixels, inverse = plan.pixels, plan.inverse
     with on(x.device):
         if not plan.chunks:
