@@ -431,7 +431,7 @@ def check_command(device) -> None:
     from . import parity
 
     rows = parity.run(_device(device))
-    click.echo(parity.table(rows))
+    click.echo(parity.as_text(rows))
     if any(not row.share <= 1 for row in rows):  # a NaN share fails too
         raise ValueError("check: an error is larger than its bound; please report this table")
 

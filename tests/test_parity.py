@@ -64,7 +64,7 @@ def test_every_cpu_variant(kernels, tmp_path, variant):
     used, rows, error, bfloat16 = json.loads(on_variant(variant, VARIANT, tmp_path))
     assert used == variant
     assert len(rows) >= 18
-    assert [row for row in map(parity.Row._make, rows) if not row.share <= 1] == []
+    assert [row for row in map(parity.Result._make, rows) if not row.share <= 1] == []
     assert error <= 1e-6
     assert not bfloat16 or variant == "avx512"
 
@@ -102,8 +102,8 @@ def test_backends_that_cannot_run():
 
 
 def test_table():
-    row = parity.Row("ddpm_step", "bfloat16", "channels_last", "cpu", 0.4321, "last step")
-    head, good, bad = parity.table([row, row._replace(share=1.5)]).splitlines()
+    row = parity.Result("ddpm_step", "bfloat16", "channels_last", "cpu", 0.4321, "last step")
+    head, good, bad = parity.as_text([row, row._replace(share=1.5)]).splitlines()
     assert head.split() == ["op", "dtype", "layout", "backend", "error/bound", "largest", "in"]
     assert good.split() == ["ddpm_step", "bfloat16", "channels_last", "cpu", "43.2%", "last", "step"]
     assert "150.0% (!)" in bad

@@ -42,8 +42,8 @@ def has_tangent(v: torch.Tensor | None) -> bool:
 def layout(x: torch.Tensor) -> str:
     """Return the memory layout of x [N, C, *spatial], judged by strides, ignoring size-1 dimensions.
 
-    "contiguous" and "channels_last" are the native ones; a tensor that is both counts as contiguous. "dense": another permutation
-    without gaps; "gapped": elements overlap or leave gaps.
+    "contiguous" and "channels_last" are the kernels' layouts; a tensor that is both counts as contiguous. "dense": another
+    permutation without gaps; "gapped": elements overlap or leave gaps.
     """
     if x.is_contiguous():
         return "contiguous"
@@ -65,7 +65,7 @@ def _is_dense_in_order(x: torch.Tensor, order: tuple[int, ...]) -> bool:
     return True
 
 
-def native_layout(x: torch.Tensor, name: str) -> str:
+def checked_layout(x: torch.Tensor, name: str) -> str:
     """Return layout(x); raise ValueError where elements overlap or leave gaps."""
     kind = layout(x)
     if kind == "gapped":

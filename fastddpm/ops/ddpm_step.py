@@ -19,7 +19,7 @@ import torch
 
 from .. import backend
 from ..utils.validation import dtype_name
-from ._register import forward_mode, has_tangent, layout, native_layout, register
+from ._register import checked_layout, forward_mode, has_tangent, layout, register
 from .philox_normal import normals_float64
 from .rng import Stream, as_int64_bits, check_first, check_seed
 
@@ -28,7 +28,7 @@ O_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Operands(NamedTuple):
-    """The tensors that a step's kernel reads and writes: x, x_prev, x0_last, x0 and noise share one native layout."""
+    """The tensors that a step's kernel reads and writes: x, x_prev, x0_last, x0 and noise share one of the kernels' layouts."""
 
     x: torch.Tensor
     x_prev: torch.Tensor
@@ -91,7 +91,7 @@ def _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip):
     return _step(x, o, row.to(x), noise, x0_last, clip)
 
 
-# ----------------------------------------------------------------------------------------- native calling
+# ------------------------------------------------------------------------------------------------- launch
 
 
 def _launch(kind, operands, table, clip, *, table_on_host=False):
@@ -110,8 +110,8 @@ def _launch(kind, operands, table, clip, *, table_on_host=False):
     )  # fmt: skip
 
 
-def _native(v: torch.Tensor, name: str) -> torch.Tensor:
-    return v.contiguous() if native_layout(v, name) == "dense" else v
+def _in_kernel_layout(v: torch.Tensor, name: str) -> torch.Tensor:
+    return v.contiguous() if checked_layout(v, name) == "dense" else v
 
 
 def _like(v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
@@ -128,15 +128,15 @@ def _functional(x, o, row, noise, seed, t, first, x0_last, clip):
     _check_values(row, noise, seed, x0_last)
     kind = backend.select(x.device, x.dtype if x.dtype == torch.float64 else o.dtype)
     if kind != "reference" and x.numel():
-        native = _native(x, "x")
-        result = torch.empty_like(native), torch.empty_like(native)
+        x_in = _in_kernel_layout(x, "x")
+        result = torch.empty_like(x_in), torch.empty_like(x_in)
         host = torch.device("cpu")  # whatever the default device is
         table = row.float(), torch.tensor([t or 0], device=host), torch.tensor([seed or 0, first, 0, -1], device=host)
         operands = Operands(
-            native, result[0], _native(o, "o"), _like(x0_last, native), result[1], noise=_like(noise, native)
+            x_in, result[0], _in_kernel_layout(o, "o"), _like(x0_last, x_in), result[1], noise=_like(noise, x_in)
         )
         _launch(kind, operands, table, clip, table_on_host=True)
-        if native is x:  # and the results have its strides, as the fake promises
+        if x_in is x:  # and the results have its strides, as the fake promises
             return result
     else:
         result = _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip)
@@ -161,7 +161,7 @@ def _in_place(x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=N
     if next_input is not None and kind == "cpu":  # which takes fewer dtypes
         kind = backend.select(x.device, next_input.dtype)
     if kind != "reference" and x.numel():
-        operands = Operands(x, x, _native(o, "o"), x0, x0, next_input, _like(noise, x))
+        operands = Operands(x, x, _in_kernel_layout(o, "o"), x0, x0, next_input, _like(noise, x))
         _launch(kind, operands, (rows, timesteps, state), clip)
         return
     index, count = state[2:3], len(timesteps)
@@ -215,7 +215,7 @@ def _check_pair(x, o, clip):
         )
     if o.device != x.device:
         raise ValueError(f"o: is on {o.device}, x is on {x.device}; move one of them")
-    native_layout(x, "x"), native_layout(o, "o")
+    checked_layout(x, "x"), checked_layout(o, "o")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}; expected a positive bound or None")
     if x.requires_grad or o.requires_grad:
@@ -337,7 +337,7 @@ def ddpm_step_(
                 f"expected contiguous {dtype_name(dtype)} {shape} on {x.device}"
             )
     for name, v in (("x", x), ("x0", x0), ("next_input", next_input)):
-        if v is not None and native_layout(v, name) == "dense":
+        if v is not None and checked_layout(v, name) == "dense":
             raise ValueError(
                 f"{name}: strides {v.stride()}; expected contiguous or channels_last, as it is written in place"
             )

@@ -16,7 +16,7 @@ import torch
 
 from .. import backend
 from ..utils.validation import dtype_name
-from ._register import forward_mode, native_layout, register
+from ._register import checked_layout, forward_mode, register
 
 
 class Norm(NamedTuple):
@@ -107,9 +107,9 @@ def _backward_reference(
 # ------------------------------------------------------------------------------------------ registered op
 
 
-def _native(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """Return x in a native layout, itself where it has one, and whether that is channels_last."""
-    kind = native_layout(x, "x")
+def _in_kernel_layout(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Return x in one of the kernels' layouts, itself where it has one, and whether that is channels_last."""
+    kind = checked_layout(x, "x")
     return (x.contiguous(), False) if kind == "dense" else (x, kind == "channels_last")
 
 
@@ -126,7 +126,7 @@ def _workspace(kind: str, backward: bool, x: torch.Tensor, channels_last: bool, 
 
 
 def _launch_forward(kind, x, y, channels_last, statistics, norm, eps):
-    """Run the kernel on prepared tensors: x and y in one native layout; statistics: mean and rstd, both outputs."""
+    """Run the kernel on prepared tensors: x and y in one of the kernels' layouts; statistics: mean and rstd, both outputs."""
     if kind == "triton":
         from ._triton import group_norm_silu as triton_kernels
 
@@ -143,7 +143,7 @@ def _launch_forward(kind, x, y, channels_last, statistics, norm, eps):
 
 
 def _launch_backward(kind, dy, x, dx, channels_last, statistics, norm, sums):
-    """Run the kernel on prepared tensors: dy, x and dx in one native layout.
+    """Run the kernel on prepared tensors: dy, x and dx in one of the kernels' layouts.
 
     statistics: mean and rstd, as the forward returned them. sums: of g, g*xhat and dx, [N, C] each, outputs as dx.
     """
@@ -165,16 +165,16 @@ def _launch_backward(kind, dy, x, dx, channels_last, statistics, norm, sums):
 def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
     kind, norm = backend.select(x.device, x.dtype), Norm(num_groups, weight, bias, add, scale, shift, silu)
     if kind != "reference" and x.numel():
-        native, channels_last = _native(x)
+        x_in, channels_last = _in_kernel_layout(x)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        y_native = y if native is x else torch.empty_like(native)
+        y_out = y if x_in is x else torch.empty_like(x_in)
         mean = torch.empty(len(x), num_groups, dtype=torch.float32, device=x.device)
         rstd = torch.empty_like(mean)
-        _launch_forward(kind, native, y_native, channels_last, (mean, rstd), norm, eps)
-        if y_native is not y:
-            y.copy_(y_native)
+        _launch_forward(kind, x_in, y_out, channels_last, (mean, rstd), norm, eps)
+        if y_out is not y:
+            y.copy_(y_out)
         return y, mean, rstd
-    native_layout(x, "x")
+    checked_layout(x, "x")
     result, mean, rstd = _forward_reference(x, norm, eps)
     y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     return y.copy_(result), mean, rstd
@@ -190,14 +190,14 @@ def _backward(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, si
     norm = Norm(num_groups, weight, bias, add, scale, shift, silu)
     dx = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     if kind != "reference" and x.numel():
-        native, channels_last = _native(x)
-        dx_native = dx if native is x else torch.empty_like(native)
-        dy_native = dy if dy.stride() == native.stride() else torch.empty_like(native).copy_(dy)
+        x_in, channels_last = _in_kernel_layout(x)
+        dx_out = dx if x_in is x else torch.empty_like(x_in)
+        dy_in = dy if dy.stride() == x_in.stride() else torch.empty_like(x_in).copy_(dy)
         sum_g = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
         sums = sum_g, torch.empty_like(sum_g), torch.empty_like(sum_g)  # outputs must not alias
-        _launch_backward(kind, dy_native, native, dx_native, channels_last, (mean, rstd), norm, sums)
-        if dx_native is not dx:
-            dx.copy_(dx_native)
+        _launch_backward(kind, dy_in, x_in, dx_out, channels_last, (mean, rstd), norm, sums)
+        if dx_out is not dx:
+            dx.copy_(dx_out)
         return dx, *sums
     result, *sums = _backward_reference(dy, x, norm, mean, rstd)
     return dx.copy_(result), *sums
@@ -303,7 +303,7 @@ def group_norm_silu(
     """silu(group_norm(x + add) * (1 + scale) + shift), in x's dtype and with x's exact strides.
 
     x: [N, C, *spatial], float32, bfloat16, float16 or float64; contiguous and channels_last are
-    native, other dense permutations are copied in and out, overlapping or gapped ones refused.
+    the kernels' layouts, other dense permutations are copied in and out, overlapping or gapped ones refused.
     weight, bias: [C]; add, scale, shift: [C] or [N, C]; each in x's dtype or float32.
     eps: torch's default; the paper's network uses 1e-6. silu: False leaves the activation out.
 
@@ -312,7 +312,7 @@ def group_norm_silu(
     """
     _check(x, num_groups, weight, bias, eps, add, scale, shift)
     if forward_mode("group_norm_silu"):
-        native_layout(x, "x")
+        checked_layout(x, "x")
         y = group_norm_silu_ref(x, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, silu=silu)
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         return y.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))  # as x lies

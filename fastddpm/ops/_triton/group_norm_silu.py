@@ -500,7 +500,7 @@ def forward(
     norm: Norm,
     eps: float,
 ) -> None:
-    """x, y: one native layout. statistics: mean and rstd, float32 [N, G], outputs as y."""
+    """x, y: one of the kernels' layouts. statistics: mean and rstd, float32 [N, G], outputs as y."""
     plan = _plan(x, channels_last, norm, RESIDENT)
     mean, rstd = statistics
     add, pixels = norm.add, plan.pixels
@@ -533,9 +533,9 @@ def backward(
     norm: Norm,
     sums: Sequence[torch.Tensor],
 ) -> None:
-    """dy, x, dx: one native layout. statistics: mean and rstd of the forward. sums: of g, g*xhat and dx, float32 [N, C].
+    """dy, x, dx: one of the kernels' layouts. statistics: mean and rstd of the forward.
 
-    dx and sums are outputs.
+    sums: of g, g*xhat and dx, float32 [N, C], outputs as dx.
     """
     plan = _plan(x, channels_last, norm, RESIDENT_BACKWARD)
     mean, rstd = statistics
