@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from fastddpm import Schedule, UNet, backend, ops
 from fastddpm.diffusion import coefficients
 from fastddpm.models import unet
+from fastddpm.ops.ddpm_step import Operands
 from fastddpm.ops.ddpm_step import _launch as _launch_step
-from fastddpm.ops.group_norm_silu import _launch_backward, _launch_forward
+from fastddpm.ops.group_norm_silu import Norm, _launch_backward, _launch_forward
 from fastddpm.ops.philox_normal import _launch as _launch_normal
 from fastddpm.ops.rng import Stream, as_int64_bits
 
@@ -122,7 +123,9 @@ def describe(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_fo
 
 def _served(device: str) -> list[str]:
     """The backends with kernels of ours for a device, as far as they can run here."""
-    return [name for name in (("cpu",) if device == "cpu" else ("cuda", "triton")) if not backend.unavailable(name)]
+    return [
+        name for name in (("cpu",) if device == "cpu" else ("cuda", "triton")) if not backend.unavailable_reason(name)
+    ]
 
 
 def _using(kind: str | None) -> contextlib.AbstractContextManager:
@@ -198,8 +201,9 @@ def group_norm_silu(
     shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str = "cpu", **about: object
 ) -> Case:
     weight, bias = _norm_parameters(shape[1], dtype, device)
-    statistics = torch.empty(2, shape[0], GROUPS, device=device)
-    inner = layout == torch.channels_last
+    norm = Norm(GROUPS, weight, bias, None, None, None, True)
+    statistics = torch.empty(2, shape[0], GROUPS, device=device).unbind()
+    channels_last = layout == torch.channels_last
 
     def make() -> Tensors:
         x = _norm_input(shape, dtype, layout, device)
@@ -209,7 +213,7 @@ def group_norm_silu(
         return ops.group_norm_silu(x, GROUPS, weight, bias, EPS)
 
     def kernel(kind: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        _launch_forward(kind, x, out, inner, *statistics, weight, bias, None, None, None, GROUPS, EPS, True)
+        _launch_forward(kind, x, out, channels_last, statistics, norm, EPS)
         return out
 
     def truth(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -237,7 +241,8 @@ def group_norm_silu_backward(
 ) -> Case:
     """The gradients of x, weight and bias from a graph that is there already."""
     weight, bias = (v.requires_grad_() for v in _norm_parameters(shape[1], dtype, device))
-    inner = layout == torch.channels_last
+    channels_last = layout == torch.channels_last
+    norm = Norm(GROUPS, weight, bias, None, None, None, True)
     sums = torch.empty(3, *shape[:2], device=device)
     kinds = [None] if device == "cpu" else _served(device)
 
@@ -254,9 +259,7 @@ def group_norm_silu_backward(
             return x, dy, torch.empty_like(dy), mean, rstd, composition(x, weight, bias), *outputs
 
     def kernel(kind, x, dy, out, mean, rstd, *_) -> torch.Tensor:
-        _launch_backward(
-            kind, dy, x, out, inner, mean, rstd, weight, bias, None, None, None, sums.unbind(), GROUPS, True
-        )
+        _launch_backward(kind, dy, x, out, channels_last, (mean, rstd), norm, sums.unbind())
         return out
 
     def gradient(at: int) -> Callable:
@@ -321,7 +324,7 @@ def ddpm_step(shape: tuple[int, ...]) -> Case:
 
     def kernel(kind: str, x: torch.Tensor, o: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         state.copy_(start)
-        _launch_step(kind, x, out, o, None, None, None, None, (rows, timesteps, state), 1.0)
+        _launch_step(kind, Operands(x, out, o), (rows, timesteps, state), 1.0)
         return out
 
     def in_place(x: torch.Tensor, o: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -450,7 +453,7 @@ def philox_normal(shape: tuple[int, ...], device: str = "cpu", **about: object) 
         return torch.zeros(shape, device=device), torch.empty(shape, device=device)
 
     def kernel(kind: str, source: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        _launch_normal(kind, out, n, elements, SEED, int(Stream.REVERSE), None, STEP, None, 0)
+        _launch_normal(kind, out, SEED, int(Stream.REVERSE), None, STEP, None, 0)
         return out
 
     def truth(source: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -103,7 +103,7 @@ def obstacle() -> str | None:
     _, differ, missing = filecmp.cmpfiles(ours, installed, names, shallow=False)
     if stale := ", ".join([*differ, *missing][:3]):
         return f"{installed} is not this checkout's ({stale} differ); install it: rm -f build/gpu-installed; make gpu-check"
-    return "; ".join(why for kind in ("cuda", "triton") if (why := backend.unavailable(kind))) or None
+    return "; ".join(why for kind in ("cuda", "triton") if (why := backend.unavailable_reason(kind))) or None
 
 
 def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS) -> Judgement:

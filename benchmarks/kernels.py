@@ -276,8 +276,8 @@ def main() -> None:
     if on_gpu and not torch.cuda.is_available():
         sys.exit(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device")
     for name in ("cuda", "triton") if on_gpu else ("cpu",):
-        if backend.unavailable(name):
-            print(f"no {name} kernels here: {backend.unavailable(name)}")
+        if backend.unavailable_reason(name):
+            print(f"no {name} kernels here: {backend.unavailable_reason(name)}")
 
     load = Load(settings.force)
     results = []

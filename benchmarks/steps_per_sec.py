@@ -545,7 +545,7 @@ def main() -> None:
     )
     torch.set_grad_enabled(False)
     if backend.native is None:
-        print(f"no compiled kernels here: {backend.unavailable('cpu')}")
+        print(f"no compiled kernels here: {backend.unavailable_reason('cpu')}")
     if UNet2DModel is None:
         print("diffusers is not installed, so those who run its network are missing (pip install diffusers)")
     if settings.device == "cuda":
@@ -571,7 +571,7 @@ def main() -> None:
         table(results[-1:])
         if settings.json is not None:
             write_json(settings.json, content, quiet=True)
-    bars = engine_bars(results, "avx2" if backend.no_products(device, torch.bfloat16) else device.type)
+    bars = engine_bars(results, "avx2" if backend.emulated_reason(device, torch.bfloat16) else device.type)
     print_bars(bars)
     content["load"] = load.report()
     if settings.json is not None:

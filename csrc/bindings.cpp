@@ -153,9 +153,9 @@ void philox_normal(const py::object& out_, int64_t samples, int64_t elements, ui
     FASTDDPM_CALL(philox_normal, args, place);
 }
 
-void ddpm_step(const py::object& x_, const py::object& x_prev_, bool x_inner, const py::object& o_, bool o_inner,
-               const py::object& x0_last_, const py::object& x0_, const py::object& next_input_, bool next_inner,
-               const py::object& noise_, const py::object& rows_, const py::object& timesteps_,
+void ddpm_step(const py::object& x_, const py::object& x_prev_, bool x_channels_last, const py::object& o_,
+               bool o_channels_last, const py::object& x0_last_, const py::object& x0_, const py::object& next_input_,
+               bool next_channels_last, const py::object& noise_, const py::object& rows_, const py::object& timesteps_,
                const py::object& state_, int64_t samples, int64_t channels, int64_t o_channels, int64_t pixels,
                const py::object& clip, bool table_on_host, const py::object& place_) {
     const Place place(place_);
@@ -168,15 +168,15 @@ void ddpm_step(const py::object& x_, const py::object& x_prev_, bool x_inner, co
     DdpmStepArgs args{};
     args.x = x.required().size(numel).floats();
     args.x_prev = x_prev.required().size(numel).floats();
-    args.x_inner = x_inner;
+    args.x_channels_last = x_channels_last;
     args.o = o.required().size(product(samples, o_channels, pixels)).floating().data;
     args.o_dtype = o.code();
-    args.o_inner = o_inner;
+    args.o_channels_last = o_channels_last;
     args.x0_last = x0_last.size(numel).floats();
     args.x0 = x0.size(numel).floats();
     args.next_input = next_input.size(numel).floating().data;
     args.next_dtype = next_input.code();
-    args.next_inner = next_inner;
+    args.next_channels_last = next_channels_last;
     args.noise = noise.size(numel).floats();
     args.samples = samples;
     args.channels = channels;
@@ -202,15 +202,15 @@ void ddpm_step(const py::object& x_, const py::object& x_prev_, bool x_inner, co
 
 // What the forward and the backward of group_norm_silu have in common.
 template <class Args>
-void fill_group_norm(Args& args, const py::object& x_, bool inner, const py::object& weight, const py::object& bias,
-                     const py::object& add, const py::object& scale, const py::object& shift, int64_t samples,
-                     int64_t channels, int64_t pixels, int64_t groups, bool silu, const py::object& workspace_,
-                     const Place& place) {
+void fill_group_norm(Args& args, const py::object& x_, bool channels_last, const py::object& weight,
+                     const py::object& bias, const py::object& add, const py::object& scale, const py::object& shift,
+                     int64_t samples, int64_t channels, int64_t pixels, int64_t groups, bool silu,
+                     const py::object& workspace_, const Place& place) {
     Buffer x("x", x_), workspace("workspace", workspace_);
     check(groups >= 1 && channels % groups == 0, "groups must divide channels");
     args.x = x.required().size(product(samples, channels, pixels)).floating().data;
     args.dtype = x.code();
-    args.inner = inner;
+    args.channels_last = channels_last;
     args.samples = samples;
     args.channels = channels;
     args.pixels = pixels;
@@ -234,7 +234,7 @@ void check_workspace(const py::object& given, int64_t needed) {
 }
 #endif
 
-void group_norm_silu(const py::object& x, const py::object& y_, bool inner, const py::object& mean_,
+void group_norm_silu(const py::object& x, const py::object& y_, bool channels_last, const py::object& mean_,
                      const py::object& rstd_, const py::object& weight, const py::object& bias, const py::object& add,
                      const py::object& scale, const py::object& shift, int64_t samples, int64_t channels,
                      int64_t pixels, int64_t groups, float eps, bool silu, const py::object& workspace,
@@ -242,8 +242,8 @@ void group_norm_silu(const py::object& x, const py::object& y_, bool inner, cons
     const Place place(place_);
     Buffer y("y", y_), mean("mean", mean_), rstd("rstd", rstd_);
     GroupNormSiluArgs args{};
-    fill_group_norm(args, x, inner, weight, bias, add, scale, shift, samples, channels, pixels, groups, silu, workspace,
-                    place);
+    fill_group_norm(args, x, channels_last, weight, bias, add, scale, shift, samples, channels, pixels, groups, silu,
+                    workspace, place);
     args.y = y.required().size(samples * channels * pixels).type(static_cast<int>(args.dtype)).data;
     args.mean = mean.required().size(product(samples, groups)).floats();
     args.rstd = rstd.required().size(product(samples, groups)).floats();
@@ -254,7 +254,7 @@ void group_norm_silu(const py::object& x, const py::object& y_, bool inner, cons
     FASTDDPM_CALL(group_norm_silu, args, place);
 }
 
-// (h, a, b) [3, samples, channels], channels inner, with group_norm_silu(x) = silu((x + h) * a + b).
+// (h, a, b) [3, samples, channels], channels_last, with group_norm_silu(x) = silu((x + h) * a + b).
 void group_norm_coefficients(const py::object& x, const py::object& coefficients_, const py::object& weight,
                              const py::object& bias, const py::object& add, const py::object& scale,
                              const py::object& shift, int64_t samples, int64_t channels, int64_t pixels, int64_t groups,
@@ -270,7 +270,7 @@ void group_norm_coefficients(const py::object& x, const py::object& coefficients
     group_norm_silu_cpu(args);
 }
 
-void group_norm_silu_backward(const py::object& dy_, const py::object& x, const py::object& dx_, bool inner,
+void group_norm_silu_backward(const py::object& dy_, const py::object& x, const py::object& dx_, bool channels_last,
                               const py::object& mean_, const py::object& rstd_, const py::object& weight,
                               const py::object& bias, const py::object& add, const py::object& scale,
                               const py::object& shift, const py::object& sum_g_, const py::object& sum_g_xhat_,
@@ -280,8 +280,8 @@ void group_norm_silu_backward(const py::object& dy_, const py::object& x, const 
     Buffer dy("dy", dy_), dx("dx", dx_), mean("mean", mean_), rstd("rstd", rstd_);
     Buffer sum_g("sum_g", sum_g_), sum_g_xhat("sum_g_xhat", sum_g_xhat_), sum_dx("sum_dx", sum_dx_);
     GroupNormSiluBackwardArgs args{};
-    fill_group_norm(args, x, inner, weight, bias, add, scale, shift, samples, channels, pixels, groups, silu, workspace,
-                    place);
+    fill_group_norm(args, x, channels_last, weight, bias, add, scale, shift, samples, channels, pixels, groups, silu,
+                    workspace, place);
     const int64_t numel = samples * channels * pixels;
     const int dtype = static_cast<int>(args.dtype);
     args.dy = dy.required().size(numel).type(dtype).data;
@@ -300,12 +300,12 @@ void group_norm_silu_backward(const py::object& dy_, const py::object& x, const 
 #ifdef FASTDDPM_CUDA
 // Floats of workspace that a call of group_norm_silu, or its backward, needs, wherever x lies. x: its buffer, for the
 // dtype.
-int64_t norm_workspace(bool backward, const py::object& x_, bool inner, int64_t samples, int64_t channels,
+int64_t norm_workspace(bool backward, const py::object& x_, bool channels_last, int64_t samples, int64_t channels,
                        int64_t pixels, int64_t groups, int device) {
     Buffer x("x", x_);
     auto fill = [&](auto args) {
         args.dtype = x.required().floating().code();
-        args.inner = inner;
+        args.channels_last = channels_last;
         args.samples = samples;
         args.channels = channels;
         args.pixels = pixels;

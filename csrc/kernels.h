@@ -2,8 +2,8 @@
 // bindings.cpp fills these structs from checked buffers; kernels trust them. All pointers are to memory of the place
 // where the kernel runs, the host or one CUDA device, unless a field says otherwise.
 //
-// Layouts: a tensor [samples, channels, pixels] is either channels outer (pixels contiguous, "NCHW") or
-// channels inner (channels contiguous, "NHWC"), always dense.
+// Layouts: a tensor [samples, channels, pixels] is either contiguous (pixels run fastest, "NCHW") or
+// channels_last (channels run fastest, "NHWC"), always dense.
 #pragma once
 
 #include <cstdint>
@@ -48,17 +48,17 @@ struct PhiloxNormalArgs {
 // v is the second half of o's channels; it is read only where o has 2*channels and (lv_lo, lv_hi) != (0, 0).
 // Terms whose coefficient is 0 are not read.
 struct DdpmStepArgs {
-    const float* x;  // [samples, channels, pixels]
-    float* x_prev;   // same; may be x itself (in place)
-    bool x_inner;    // layout of x, x_prev, x0, x0_last and noise
-    const void* o;   // [samples, o_channels, pixels]
+    const float* x;        // [samples, channels, pixels]
+    float* x_prev;         // same; may be x itself (in place)
+    bool x_channels_last;  // layout of x, x_prev, x0, x0_last and noise
+    const void* o;         // [samples, o_channels, pixels]
     Dtype o_dtype;
-    bool o_inner;
+    bool o_channels_last;
     const float* x0_last;  // null where every row has c2 = 0; may be x0 itself
     float* x0;             // null: not wanted
     void* next_input;      // null: not wanted; x_prev in the network's dtype and layout
     Dtype next_dtype;
-    bool next_inner;
+    bool next_channels_last;
     const float* noise;  // null: drawn inside from Philox stream 1
     int64_t samples;
     int64_t channels;
@@ -79,7 +79,7 @@ struct GroupNormSiluArgs {
     const void* x;  // [samples, channels, pixels]
     void* y;        // same layout
     Dtype dtype;    // of x and y
-    bool inner;
+    bool channels_last;
     int64_t samples;
     int64_t channels;
     int64_t pixels;
@@ -104,7 +104,7 @@ struct GroupNormSiluBackwardArgs {
     const void* x;
     void* dx;
     Dtype dtype;
-    bool inner;
+    bool channels_last;
     int64_t samples;
     int64_t channels;
     int64_t pixels;
@@ -132,7 +132,7 @@ struct TimestepEmbeddingArgs {
     int threads;
 };
 
-// y = w * x + bias + residual: a 3x3 convolution, stride 1, padding 1, by Winograd's method F(2x2, 3x3), channels inner.
+// y = w * x + bias + residual: a 3x3 convolution, stride 1, padding 1, by Winograd's method F(2x2, 3x3), in channels_last.
 // In float32; in bfloat16 where winograd_serves says so: then x and y, each for itself, may still be float32.
 struct WinogradArgs {
     const void* x;  // [samples, height, width, channels], sides even, channels divisible by 32

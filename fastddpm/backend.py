@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from .errors import BackendError
+from .utils.validation import dtype_name
 
 __all__ = ["NAMES", "describe", "use"]
 NAMES = ("reference", "cpu", "cuda", "triton")
@@ -42,8 +43,8 @@ except ImportError as error:
 
 
 @functools.cache
-def _missing_reason() -> str:
-    """Why there is no compiled module: what the build wrote down, else what the import said."""
+def _native_missing_reason() -> str:
+    """Return why there is no compiled module: the reason that the build recorded, else the import's error."""
     note = Path(__file__).with_name("_build_info.json")
     if note.is_file():
         reason = json.loads(note.read_text(encoding="utf-8")).get("reason")
@@ -54,12 +55,12 @@ def _missing_reason() -> str:
 
 # What does not change while a process lives is asked once: these stand before every call of an op.
 @functools.cache
-def _without_gpu() -> str | None:
+def _gpu_unavailable_reason() -> str | None:
     return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
 
 
 @functools.cache
-def _without_kernels() -> str | None:
+def _cuda_kernels_unavailable_reason() -> str | None:
     build = native.build_info()
     if build["cuda"]:
         return None
@@ -67,17 +68,17 @@ def _without_kernels() -> str | None:
 
 
 @functools.cache
-def _failure(device: int) -> str | None:
-    """What became of a small test of the CUDA kernels on this GPU."""
+def _self_test_failure(device: int) -> str | None:
+    """Return why a small test of the CUDA kernels failed on this GPU; None if it passed."""
     failure = native.cuda_self_test(device)
     archs = ", ".join(native.build_info()["cuda_archs"])
     return f"its kernels, built for {archs}, do not run on this GPU: {failure}" if failure else None
 
 
-def _without_cuda(device: torch.device | None) -> str | None:
+def _cuda_unavailable_reason(device: torch.device | None) -> str | None:
     if native is None:
-        return _missing_reason()
-    return _without_kernels() or _without_gpu() or _failure(_index(device))
+        return _native_missing_reason()
+    return _cuda_kernels_unavailable_reason() or _gpu_unavailable_reason() or _self_test_failure(_gpu_index(device))
 
 
 def _interpreting() -> bool:
@@ -93,18 +94,18 @@ def _triton_version() -> str | None:
         return None
 
 
-def _without_triton() -> str | None:
+def _triton_unavailable_reason() -> str | None:
     version = _triton_version()
     if version is None:
         return "Triton is not installed; PyTorch's CUDA builds bring it"
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_TRITON:
         return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}; torch 2.11 and newer bring one that serves"
-    return None if _interpreting() else _without_gpu() or _triton_failure()
+    return None if _interpreting() else _gpu_unavailable_reason() or _triton_start_failure()
 
 
 @functools.cache
-def _triton_failure() -> str | None:
-    """Why Triton doesn't start on this GPU: it compiles its driver when first asked, with a C compiler."""
+def _triton_start_failure() -> str | None:
+    """Return why Triton doesn't start on this GPU: on first use it compiles its driver, with a C compiler."""
     try:
         import triton
 
@@ -114,27 +115,27 @@ def _triton_failure() -> str | None:
     return None
 
 
-def unavailable(name: str, device: torch.device | None = None) -> str | None:
-    """None if the backend can run on this machine, else the reason why not. device: which GPU; default the current one."""
+def unavailable_reason(name: str, device: torch.device | None = None) -> str | None:
+    """Return why the backend can't run on this machine; None if it can. device: which GPU; default the current one."""
     if name == "cpu":
-        return None if native is not None else _missing_reason()
+        return None if native is not None else _native_missing_reason()
     if name == "cuda":
-        return _without_cuda(device)
+        return _cuda_unavailable_reason(device)
     if name == "triton":
-        return _without_triton()
+        return _triton_unavailable_reason()
     return None
 
 
 def _check(name: str) -> str:
     if name not in NAMES:
         raise ValueError(f"backend: unknown name {name!r}; expected one of {', '.join(NAMES)}")
-    reason = unavailable(name)
+    reason = unavailable_reason(name)
     if reason is not None:
         raise BackendError(f"backend {name!r} was asked for, but {reason}")
     return name
 
 
-_chosen: str | None = None  # None: the tensor's device chooses
+_requested: str | None = None  # None: the tensor's device chooses
 _environment_read = False
 
 
@@ -146,27 +147,28 @@ class use:
     """
 
     def __init__(self, name: str | None) -> None:
-        global _chosen
+        global _requested
         _read_environment()
-        self._previous = _chosen
-        _chosen = None if name is None else _check(name)
+        self._previous = _requested
+        _requested = None if name is None else _check(name)
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *_: object) -> None:
-        global _chosen
-        _chosen = self._previous
+        global _requested
+        _requested = self._previous
 
 
 def _read_environment() -> None:
-    global _chosen, _environment_read
+    global _requested, _environment_read
     if not _environment_read:
         variant = os.environ.get("FASTDDPM_CPU_VARIANT")
         if variant:
             if native is None:
                 raise BackendError(
-                    f"FASTDDPM_CPU_VARIANT={variant} asks for compiled kernels, but {_missing_reason()}; or unset the variable"
+                    f"FASTDDPM_CPU_VARIANT={variant} asks for compiled kernels, but {_native_missing_reason()}; "
+                    "or unset the variable"
                 )
             try:
                 native.cpu_variant()
@@ -174,23 +176,23 @@ def _read_environment() -> None:
                 raise BackendError(f"{error}; choose one of these, or unset the variable") from error
         wanted = os.environ.get("FASTDDPM_BACKEND")
         if wanted:
-            _chosen = _check(wanted)
+            _requested = _check(wanted)
         _environment_read = True
 
 
-def refuses(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if backend `name` serves tensors of this device and dtype, else the reason why not."""
+def unsupported_reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why backend `name` doesn't support tensors of this device and dtype; None if it does."""
     if name == "reference":
         return None
-    served = "cpu" if name == "cpu" or (name == "triton" and _interpreting()) else "cuda"
-    reason = unavailable(name, device if served == device.type else None)
+    served, kind = "cpu" if name == "cpu" or (name == "triton" and _interpreting()) else "cuda", device.type
+    reason = unavailable_reason(name, device if served == kind else None)
     if reason is not None:
         return reason
-    if device.type != served:
+    if kind != served:
         return f"it serves {served.upper()} tensors and this one is on {device}"
     if dtype not in DTYPES:
-        *most, last = (str(d).removeprefix("torch.") for d in DTYPES)
-        return f"it serves {', '.join(most)} and {last} and this tensor is {str(dtype).removeprefix('torch.')}"
+        *most, last = (dtype_name(d) for d in DTYPES)
+        return f"it serves {', '.join(most)} and {last} and this tensor is {dtype_name(dtype)}"
     return None
 
 
@@ -200,43 +202,47 @@ def _warn(name: str, reason: str) -> None:
     warnings.warn(f"fastddpm: the {name} backend is left out, as {reason}", stacklevel=4)
 
 
-def chosen() -> str | None:
-    """The backend that was asked for; None: the tensor's device chooses."""
+def requested_backend() -> str | None:
+    """Return the backend that the user requested; None: the tensor's device chooses."""
     _read_environment()
-    return _chosen
+    return _requested
 
 
-def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that serves a tensor of this device and dtype."""
-    _read_environment()
-    if _chosen is not None:
-        reason = refuses(_chosen, device, dtype)
+def select(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """Return the backend for tensors of this device and dtype; raise BackendError if the requested one doesn't support them."""
+    if not _environment_read:
+        _read_environment()
+    if _requested is not None:
+        reason = unsupported_reason(_requested, device, dtype)
         if reason is not None:
             raise BackendError(
-                f"backend {_chosen!r} was asked for, but {reason}; move or cast the tensor, or choose another backend"
+                f"backend {_requested!r} was asked for, but {reason}; move or cast the tensor, or choose another backend"
             )
-        return _chosen
+        return _requested
     candidates = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     for name in candidates:
-        reason = refuses(name, device, dtype)
+        reason = unsupported_reason(name, device, dtype)
         if reason is None:
             return name
-        if name != "cpu" and not _without_gpu() and dtype in DTYPES:
-            there = native is not None and not _without_kernels() if name == "cuda" else _triton_version() is not None
-            if there:
+        if name != "cpu" and not _gpu_unavailable_reason() and dtype in DTYPES:
+            if name == "cuda":
+                installed = native is not None and not _cuda_kernels_unavailable_reason()
+            else:
+                installed = _triton_version() is not None
+            if installed:
                 _warn(name, reason)
     return "reference"
 
 
-def no_products(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if the device multiplies tensors of `dtype` in hardware, else the reason why not.
+def emulated_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the device doesn't multiply tensors of `dtype` in hardware; None if it does.
 
     Without them, torch and oneDNN emulate the products on a CPU, 3 to 100 times slower than those of float32, and cuDNN has
     no convolutions, so that torch falls back to its own.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if dtype == torch.float16 or major >= 8:
@@ -267,8 +273,8 @@ def no_products(device: torch.device, dtype: torch.dtype) -> str | None:
 _ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 
-def slow_module(reason: str) -> str:
-    """The warning for a module that runs as it is where `no_products` gives this reason."""
+def slow_module_warning(reason: str) -> str:
+    """Return the warning for a module that runs unmodified on a device with this `emulated_reason`."""
     return (
         f"{reason}, so the module's convolutions and matrix products are many times slower than in float32; cast it to float32 "
         "to avoid that"
@@ -279,34 +285,34 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int
 
 
 def buffer(tensor: torch.Tensor | None) -> tuple[int, int, int] | None:
-    """How a tensor crosses into the compiled module: (address, dtype code, number of elements)."""
+    """Return a tensor as the compiled module takes it: (address, dtype code, number of elements)."""
     return None if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.numel())
 
 
-def _index(device: torch.device | None) -> int:
+def _gpu_index(device: torch.device | None) -> int:
     return torch.cuda.current_device() if device is None or device.index is None else device.index
 
 
-def place(kind: str, device: torch.device) -> int | tuple[int, int]:
-    """Where the compiled module runs a kernel: a number of threads, or a GPU's index and the current stream's address."""
+def launch_target(kind: str, device: torch.device) -> int | tuple[int, int]:
+    """Return where the compiled module runs a kernel: a number of threads, or a GPU's index and its current stream's address."""
     if kind == "cpu":
         return torch.get_num_threads()
-    index = _index(device)
+    index = _gpu_index(device)
     return index, torch.cuda.current_stream(index).cuda_stream
 
 
 def describe() -> dict[str, object]:
     """What was built, what serves what, and why each missing backend is missing."""
     _read_environment()
-    backends = {name: unavailable(name) or "available" for name in NAMES}
+    backends = {name: unavailable_reason(name) or "available" for name in NAMES}
     return {
         "backends": backends,
-        "chosen": _chosen or "by the tensor's device",
+        "chosen": _requested or "by the tensor's device",
         "cpu_variant": None if native is None else native.cpu_variant(),
         "threads": torch.get_num_threads(),
         "serves": {
-            "cpu": choose(torch.device("cpu")) if _chosen in (None, "cpu", "reference") else _chosen,
-            "cuda": (choose(torch.device("cuda")) if _chosen is None else _chosen)
+            "cpu": select(torch.device("cpu")) if _requested in (None, "cpu", "reference") else _requested,
+            "cuda": (select(torch.device("cuda")) if _requested is None else _requested)
             if torch.cuda.is_available()
             else "no CUDA device",
         },

@@ -99,7 +99,7 @@ def _sampler_options(command):
             help="Which timesteps are visited; default trailing, for dpm++2m logsnr.",
         ),
         click.option("--steps", type=int, help="Steps; default all for ddpm, 50 for ddim, 20 for dpm++2m."),
-        click.option("--sampler", type=click.Choice(list(coefficients.STEPS)), help="Default ddpm."),
+        click.option("--sampler", type=click.Choice(list(coefficients.DEFAULT_STEPS)), help="Default ddpm."),
     ):
         command = option(command)
     return command
@@ -300,7 +300,7 @@ def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels
         preset = preset or "digits"
         config = network_for(preset, dataset, classes=dataset.classes)
         if dtype == "auto":
-            dtype = "bfloat16" if backend.no_products(device, torch.bfloat16) is None else "float32"
+            dtype = "bfloat16" if backend.emulated_reason(device, torch.bfloat16) is None else "float32"
         model_options = {name: changes.pop(name) for name in ("prediction", "variance") if name in changes}
         recipe = dataclasses.replace(RECIPES[preset], dtype=dtype, **changes)
         trainer = Trainer(dataset, out, config, recipe, device, **model_options)

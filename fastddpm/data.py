@@ -25,7 +25,7 @@ from .errors import DataError
 from .pictures import CHANNELS
 from .utils.files import atomic_write
 from .utils.progress import bar as progress_bar
-from .utils.validation import LEAST_BYTE, check_count, choice, plain
+from .utils.validation import LEAST_BYTE, as_python_number, check_choice, check_int
 from .utils.warn import warn_once
 
 # What np.load and reading a member of a .npz raise for a damaged file.
@@ -248,8 +248,8 @@ def load(
         DataError: the data cannot be used; the message says what is wrong, and with which file.
     """
     path = Path(path)
-    choice("alpha", alpha, ALPHAS)
-    size, classes = None if size is None else check_count("size", size, 1), plain(classes)
+    check_choice("alpha", alpha, ALPHAS)
+    size, classes = None if size is None else check_int("size", size, 1), as_python_number(classes)
     if path.is_dir():
         return _load_folder(path, labels, classes, size, alpha, skip_damaged)
     if alpha != "black" or skip_damaged:
@@ -270,7 +270,7 @@ def load_test(
 ) -> Images | None:
     """Load the x_test of a .npz, with labels=True its y_test, too; return None if `path` has no such array. See `load`."""
     path = Path(path)
-    size, classes = None if size is None else check_count("size", size, 1), plain(classes)
+    size, classes = None if size is None else check_int("size", size, 1), as_python_number(classes)
     if path.is_dir():
         return None
     with _opened(path) as arrays:

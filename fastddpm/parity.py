@@ -20,7 +20,7 @@ from .diffusion.schedule import Schedule
 from .ops.ddpm_step import C0, C1, C2, LV_HI, LV_LO, SIGMA, A, B, D
 from .ops.philox_normal import normals_float64
 from .ops.rng import Stream, as_int64_bits
-from .utils.validation import short
+from .utils.validation import dtype_name
 
 NOISE = 4e-6  # of a normal against the float64 formula
 EMBEDDING = 2e-6
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "permuted")
 
 
-class Row(NamedTuple):
+class Result(NamedTuple):
     op: str
     dtype: str
     layout: str
@@ -254,7 +254,7 @@ def norm_backward(dy, x, num_groups, weight, bias, eps, *, add=None, scale=None,
     """(dx, sum_p g, sum_p g*xhat, sum_p dx) of the backend in use."""
     operands = (x, num_groups, weight, bias, eps, add, scale, shift, silu)
     _, mean, rstd = torch.ops.fastddpm.group_norm_silu(*operands)
-    kind = backend.choose(x.device, x.dtype)
+    kind = backend.select(x.device, x.dtype)
     return torch.ops.fastddpm.group_norm_silu_backward(
         dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu, kind
     )
@@ -305,35 +305,35 @@ def cases(device: str = "cpu") -> Iterator[Case]:
         yield from of_op(device)
 
 
-def run(device: str = "cpu", backends: Sequence[str] | None = None) -> list[Row]:
-    """One row per op, dtype, layout and backend that serves them on `device`; backends: all that can run here, if None.
+def run(device: str = "cpu", backends: Sequence[str] | None = None) -> list[Result]:
+    """Return a result for each op, dtype, layout and backend that supports them on `device`. backends: default all that can run.
 
     Raises ValueError for an unknown backend and BackendError for one that cannot run here.
     """
     if backends is None:
-        backends = [name for name in backend.NAMES if backend.unavailable(name) is None]
-    worst: dict[tuple[str, ...], Row] = {}
+        backends = [name for name in backend.NAMES if backend.unavailable_reason(name) is None]
+    worst: dict[tuple[str, ...], Result] = {}
     for name in backends:  # an unknown or missing one is an error before anything is computed
         with backend.use(name):
             pass
     for case in cases(device):
         for name in backends:
             served = case.dtype if case.dtype.is_floating_point else torch.float32
-            if backend.refuses(name, torch.device(device), served) is not None:
+            if backend.unsupported_reason(name, torch.device(device), served) is not None:
                 continue
             with backend.use(name):
                 outputs = case.compute()
             outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
             largest = max(map(share, outputs, case.truth, case.bound))
-            row = Row(case.op, short(case.dtype), case.layout, name, largest, case.name)
-            if row[:4] not in worst or largest > worst[row[:4]].share:
-                worst[row[:4]] = row
+            result = Result(case.op, dtype_name(case.dtype), case.layout, name, largest, case.name)
+            if result[:4] not in worst or largest > worst[result[:4]].share:
+                worst[result[:4]] = result
     return list(worst.values())
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as text, the bounds' shares in percent."""
+def as_text(results: Sequence[Result]) -> str:
+    """Return the results as lines of text, with the shares of the bounds in percent."""
     lines = [("op", "dtype", "layout", "backend", "error/bound", "largest in")]
-    lines += [(*row[:4], f"{row.share:.1%}" + ("" if row.share <= 1 else " (!)"), row.case) for row in rows]
+    lines += [(*r[:4], f"{r.share:.1%}" + ("" if r.share <= 1 else " (!)"), r.case) for r in results]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

@@ -23,7 +23,7 @@ import torch
 from fastddpm import UNet, UNetConfig, backend
 
 os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported: here, before a test takes it away
-if torch.cuda.is_available() or backend.unavailable("triton"):
+if torch.cuda.is_available() or backend.unavailable_reason("triton"):
     del os.environ["TRITON_INTERPRET"]  # there is a GPU to run the kernels, or no triton that can
 else:
     import triton  # noqa: F401
@@ -48,7 +48,7 @@ def over_shapes(names, cases):
 
 
 def _server(device, name):
-    reason = simulated.missing() if name == SIMULATED else backend.unavailable(name)
+    reason = simulated.missing() if name == SIMULATED else backend.unavailable_reason(name)
     reason = reason and f"{name} on {device}: {reason}"
     if device == "cuda" and not torch.cuda.is_available():
         reason = NO_GPU
@@ -77,8 +77,8 @@ def device(request):
 @pytest.fixture
 def kernels():
     """The compiled CPU kernels, in use while the test runs."""
-    if backend.unavailable("cpu"):
-        pytest.skip(backend.unavailable("cpu"))
+    if backend.unavailable_reason("cpu"):
+        pytest.skip(backend.unavailable_reason("cpu"))
     with backend.use("cpu"):
         yield
 
@@ -87,10 +87,10 @@ def kernels():
 def float32_alone(monkeypatch):
     """As on a CPU that has products of float32 alone."""
 
-    def no_products(device, dtype):
+    def emulated_reason(device, dtype):
         return None if dtype in (torch.float32, torch.float64) else f"no products of {dtype}"
 
-    monkeypatch.setattr(backend, "no_products", no_products)
+    monkeypatch.setattr(backend, "emulated_reason", emulated_reason)
 
 
 @pytest.fixture(autouse=True)

@@ -72,18 +72,20 @@ def module():
 def cuda():
     """The backend cuda serves CPU tensors, by the simulated kernels."""
     patch = pytest.MonkeyPatch()
-    real = backend.unavailable
+    real = backend.unavailable_reason
 
-    def refuses(name, device, dtype):
+    def unsupported_reason(name, device, dtype):
         if name == "cuda":
             return None if dtype in backend.DTYPES else f"this tensor is {dtype}"
-        return backend_refuses(name, device, dtype)
+        return real_unsupported_reason(name, device, dtype)
 
-    backend_refuses = backend.refuses
+    real_unsupported_reason = backend.unsupported_reason
     with patch.context() as p:
         p.setattr(backend, "native", module())
-        p.setattr(backend, "place", lambda kind, device: (0, 0))
-        p.setattr(backend, "unavailable", lambda name, device=None: None if name == "cuda" else real(name, device))
-        p.setattr(backend, "refuses", refuses)
+        p.setattr(backend, "launch_target", lambda kind, device: (0, 0))
+        p.setattr(
+            backend, "unavailable_reason", lambda name, device=None: None if name == "cuda" else real(name, device)
+        )
+        p.setattr(backend, "unsupported_reason", unsupported_reason)
         with backend.use("cuda"):
             yield

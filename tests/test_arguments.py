@@ -147,7 +147,7 @@ def test_every_function_reads_through_one(call):
 def test_an_evaluation_draws_through_one(tmp_path):
     model = unet()
     drawn = [
-        samples.draw(m, tmp_path / name, 2).rows(range(2)).astype(int)
+        samples.draw(m, tmp_path / name, 2).load(range(2)).astype(int)
         for name, m in (("a", model), ("b", Average(model)), ("c", functools.partial(model)))
     ]
     assert all(abs(images - drawn[0]).max() <= 1 for images in drawn)  # of a grey level
@@ -331,8 +331,8 @@ def test_drawing_for_an_evaluation_says_it_once(tmp_path):
 
 
 def test_images_split_unasked_are_told_of():
-    side = 2048  # 16 GiB by the rule of `fitting_batch`
-    fit = arguments.fitting_batch(1 << 40, (1, side, side), torch.device("cpu"))
+    side = 2048  # 16 GiB by the rule of `default_batch_size`
+    fit = arguments.default_batch_size(1 << 40, (1, side, side), torch.device("cpu"))
     options = {"shape": (1, side, side), "schedule": Schedule([0.995]), "seed": 0}
     conditions = torch.linspace(-1, 1, fit + 1)
 
@@ -433,7 +433,7 @@ def test_an_evaluation_takes_them_and_writes_the_same(kind, tmp_path):
     )  # fmt: skip
     same = {"seed": 1, "steps": 2, "class_labels": 3, "sampler": "ddim", "eta": 0.5, "clip": 0.5}
     shards = samples.draw(model, tmp_path / "e", 3, **same)  # refused where settings.json has another value
-    assert len(shards.rows(range(3))) == 3
+    assert len(shards.load(range(3))) == 3
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,11 @@ def test_the_chosen_backend_is_what_runs(kernels, calls):
 def test_the_device_chooses():
     with backend.use(None):
         for dtype in backend.DTYPES:
-            assert backend.choose(CPU, dtype) == ("cpu" if backend.native else "reference")
-        assert backend.choose(CPU, torch.float64) == "reference"
+            assert backend.select(CPU, dtype) == ("cpu" if backend.native else "reference")
+        assert backend.select(CPU, torch.float64) == "reference"
         if not torch.cuda.is_available():
-            assert backend.choose(CUDA) == "reference"
-        assert backend.choose(torch.device("meta")) == "reference"
+            assert backend.select(CUDA) == "reference"
+        assert backend.select(torch.device("meta")) == "reference"
 
 
 def test_use_restores_what_was_before():
@@ -111,13 +111,13 @@ def test_without_triton(monkeypatch):
 def test_kernels_that_do_not_start_are_left_out(monkeypatch):
     """With one warning: Triton, say, on a GPU's machine without a C compiler."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backend, "_without_gpu", lambda: None)
-    monkeypatch.setattr(backend, "_without_kernels", lambda: "no nvcc")
+    monkeypatch.setattr(backend, "_gpu_unavailable_reason", lambda: None)
+    monkeypatch.setattr(backend, "_cuda_kernels_unavailable_reason", lambda: "no nvcc")
     monkeypatch.setattr(backend, "_triton_version", lambda: "3.7.1")
-    monkeypatch.setattr(backend, "_triton_failure", lambda: "Triton does not start: no compiler")
+    monkeypatch.setattr(backend, "_triton_start_failure", lambda: "Triton does not start: no compiler")
     backend._warn.cache_clear()
     with backend.use(None), pytest.warns(UserWarning, match="the triton backend is left out, as Triton does not start"):
-        assert backend.choose(CUDA) == "reference"
+        assert backend.select(CUDA) == "reference"
     with pytest.raises(errors.BackendError, match="'triton' was asked for, but Triton does not start: no compiler"):
         backend.use("triton")
 
@@ -126,7 +126,7 @@ def test_errors_say_what_and_why(kernels):
     with pytest.raises(ValueError, match="backend: unknown name 'gpu'; expected one of reference, cpu, cuda, triton"):
         backend.use("gpu")
     with pytest.raises(errors.BackendError, match="it serves CPU tensors and this one is on cuda; move or cast"):
-        backend.choose(CUDA)
+        backend.select(CUDA)
     with pytest.raises(
         errors.BackendError, match="it serves float32, bfloat16 and float16 and this tensor is float64; move or cast"
     ):
@@ -138,7 +138,7 @@ def test_errors_say_what_and_why(kernels):
 def test_environment_variable(monkeypatch, calls):
     def read(value):
         monkeypatch.setattr(backend, "_environment_read", False)
-        monkeypatch.setattr(backend, "_chosen", None)
+        monkeypatch.setattr(backend, "_requested", None)
         monkeypatch.setenv("FASTDDPM_BACKEND", value)
 
     read("reference")
@@ -220,10 +220,10 @@ def test_unknown_cpu_variant(kernels, tmp_path):
 def test_bfloat16_on_gpus(monkeypatch):
     """By the tensor's GPU, which need not be the current one: cuDNN has no such convolutions before compute capability 8.0."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (8, 0), (12, 1)][device.index])
-    reasons = [backend.no_products(torch.device("cuda", i), torch.bfloat16) for i in range(3)]
+    reasons = [backend.emulated_reason(torch.device("cuda", i), torch.bfloat16) for i in range(3)]
     assert reasons == [
         "this GPU, of compute capability 7.5, multiplies float16 in hardware and not bfloat16",
         None,
         None,
     ]
-    assert backend.no_products(torch.device("cuda", 0), torch.float16) is None
+    assert backend.emulated_reason(torch.device("cuda", 0), torch.float16) is None

@@ -34,7 +34,7 @@ def factors(steps, spacing, std):
         x0 = (1 - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
         return math.sqrt(to) * x0 + math.sqrt(1 - to) * eps
 
-    up = LINEAR.alphas_cumprod[coefficients.spaced(LINEAR, steps, spacing).flip(0)].tolist()
+    up = LINEAR.alphas_cumprod[coefficients.select_timesteps(LINEAR, steps, spacing).flip(0)].tolist()
     there = math.prod(step(a, to, to) for a, to in zip([1.0, *up], up, strict=False))
     back = math.prod(step(a, to, a) for to, a in zip([1.0, *up], up, strict=False))
     return there, back
@@ -42,7 +42,7 @@ def factors(steps, spacing, std):
 
 def round_trip(steps, spacing, prediction, std):
     """(x_T, x_0 again) of x_0 = 1 in float64, for data of mean 0."""
-    model, t = ideal(LINEAR, prediction, 0.0, std), coefficients.spaced(LINEAR, steps, spacing)
+    model, t = ideal(LINEAR, prediction, 0.0, std), coefficients.select_timesteps(LINEAR, steps, spacing)
     x = torch.ones(1, 1, 1, dtype=torch.float64)
     results = []
     for table in (
@@ -75,7 +75,7 @@ def test_its_error_halves_when_steps_double(std):
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_encode_is_diffusers_inverse(spacing):
     """Step by step in float64, unclipped; its timesteps are the ones that a step goes to, too."""
-    t = coefficients.spaced(LINEAR, 50, spacing)
+    t = coefficients.select_timesteps(LINEAR, 50, spacing)
     table = coefficients.inversion(LINEAR, timesteps=t)
     theirs = DDIMInverseScheduler(clip_sample=False, timestep_spacing=spacing)
     theirs.set_timesteps(50)
@@ -108,7 +108,7 @@ def test_encode_and_back_through_the_kernels(prediction):
 
 def test_encode_does_not_clip():
     """x0 as the network sees it leaves [-1, 1] here."""
-    x, t = pictures(), coefficients.spaced(SHORT, 20, "trailing")
+    x, t = pictures(), coefficients.select_timesteps(SHORT, 20, "trailing")
     x_T = fastddpm.encode(lambda x, t: 2 * x, x, schedule=SHORT, steps=20)
     table, expected, far = coefficients.inversion(SHORT, timesteps=t), x.double(), 0.0
     for row in table.rows:

@@ -201,12 +201,12 @@ def test_too_small_a_workspace_is_refused(cuda, monkeypatch):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("inner", [False, True])
-def test_nothing_needs_no_workspace(cuda, inner, backward):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_nothing_needs_no_workspace(cuda, channels_last, backward):
     """Also where the compiled module is called without Python's checks: there is nothing to divide by."""
     x = backend.buffer(torch.empty(0))
     for samples, channels, pixels in ((0, 8, 9), (2, 0, 9), (2, 8, 0)):
-        assert backend.native.norm_workspace(backward, x, inner, samples, channels, pixels, 4, 0) == 0
+        assert backend.native.norm_workspace(backward, x, channels_last, samples, channels, pixels, 4, 0) == 0
 
 
 def test_k_cuda_takes_what_runs_on_a_gpu():

@@ -135,7 +135,7 @@ def test_memory_is_the_weights_and_a_fifth(own, dtype):
     with torch.inference_mode():
         x = torch.randn(1, *model.shape).to(engine.dtype, memory_format=torch.channels_last)
         engine.predict(x, engine.time_inputs_per_image(torch.tensor([5])), None)
-    products = dtype if backend.no_products(CPU, dtype) is None else torch.float32
+    products = dtype if backend.emulated_reason(CPU, dtype) is None else torch.float32
     weights = sum(p.numel() * max(own.itemsize, products.itemsize) for p in model.parameters())
     assert 0.3 * weights <= added_bytes(engine, model) <= 1.2 * weights
 
@@ -234,7 +234,7 @@ def test_a_dtype_without_products_is_said_once(float32_alone):
 
 def test_a_gpu_without_products_multiplies_in_float32(monkeypatch):
     """As a CPU does: on meta tensors, where a GPU would be."""
-    monkeypatch.setattr(backend, "no_products", lambda device, dtype: "no" if dtype == torch.bfloat16 else None)
+    monkeypatch.setattr(backend, "emulated_reason", lambda device, dtype: "no" if dtype == torch.bfloat16 else None)
     for dtype, arithmetic in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16)):
         engine = EngineRunner(small(), torch.device("meta"), dtype)
         assert engine.dtype == arithmetic and engine.model.conv_in.weight.dtype == arithmetic
@@ -348,7 +348,9 @@ def test_captures_have_streams_of_their_own(torch_s_captures):
 @pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE"])
 def test_what_onednn_may_not_use_is_no_product(limit, tmp_path):
     """With AVX512_CORE it takes bfloat16, and is slower in it than in float32."""
-    code = "import torch; from fastddpm import backend as b; print(b.no_products(torch.device('cpu'), torch.bfloat16))"
+    code = (
+        "import torch; from fastddpm import backend as b; print(b.emulated_reason(torch.device('cpu'), torch.bfloat16))"
+    )
     result = python(code, tmp_path, ONEDNN_MAX_CPU_ISA=limit)
     reason = "this processor does not multiply bfloat16 in hardware" if platform.machine() == "x86_64" else "None"
     assert result.stdout.startswith(reason), result.stderr
@@ -368,11 +370,11 @@ def test_limits_of_onednn_are_named(monkeypatch, limits, there):
         monkeypatch.delenv(name, raising=False)
     for name, value in limits.items():
         monkeypatch.setenv(name, value)
-    reason = backend.no_products(CPU, torch.bfloat16)
+    reason = backend.emulated_reason(CPU, torch.bfloat16)
     assert (reason is None) == there
     assert there or reason.endswith(" under " + " ".join(f"{k}={v}" for k, v in limits.items()))
     with torch.backends.mkldnn.flags(enabled=False):
-        assert "oneDNN" in backend.no_products(CPU, torch.bfloat16)
+        assert "oneDNN" in backend.emulated_reason(CPU, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -1183,7 +1185,7 @@ def test_nothing_is_said_of_what_is_usual():
     labelled.schedule = model.schedule
     for call in (
         lambda: draw(model),
-        lambda: draw(model, dtype=torch.float32 if backend.no_products(CPU, torch.bfloat16) else torch.bfloat16),
+        lambda: draw(model, dtype=torch.float32 if backend.emulated_reason(CPU, torch.bfloat16) else torch.bfloat16),
         lambda: draw(labelled, class_labels=1),
         lambda: draw(lambda x, t: x, shape=(1, 4, 4), schedule=model.schedule, prediction="epsilon"),
     ):

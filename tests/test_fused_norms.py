@@ -81,9 +81,9 @@ def test_a_unet2dmodel_is_the_same_function(options, layout, dtype, calls, kerne
             others = len([m for m in model.modules() if isinstance(m, nn.GroupNorm)]) - 2 * blocks
             assert calls.count(True) == 2 * blocks == 2 * report.swapped["ResnetBlock2D (2 norms with SiLU each)"]
             assert others == report.swapped["GroupNorm"]
-            # All but the last are attention's, which has images of channels inner as [N, C, H*W], and gives its result so.
+            # All but the last are attention's, which has channels_last images as [N, C, H*W], and gives its result so.
             assert calls.count(False) == (1 if layout is torch.channels_last else 3)
-        assert dict(model.named_modules()).keys() == names and not report.left
+        assert dict(model.named_modules()).keys() == names and not report.skipped
         assert all(same_bits(v, state[k]) for k, v in model.state_dict().items()) and len(model.state_dict()) == len(
             state
         )
@@ -126,8 +126,8 @@ def test_what_is_left():
     model = nn.Sequential(GroupNorm32(2, 4), nn.SiLU(), nn.GroupNorm(2, 4, affine=False), nn.SiLU(), nn.Conv2d(4, 4, 1))
     report = fuse_norms(model)
     assert type(model) is nn.Sequential and not report.swapped
-    assert report.left == {"0": "GroupNorm32, a subclass of GroupNorm", "2": "a GroupNorm without weights or bias"}
-    assert "nothing to fuse; left: 0 (GroupNorm32, a subclass of GroupNorm), 2 (" in str(report)
+    assert report.skipped == {"0": "GroupNorm32, a subclass of GroupNorm", "2": "a GroupNorm without weights or bias"}
+    assert "nothing to fuse; skipped: 0 (GroupNorm32, a subclass of GroupNorm), 2 (" in str(report)
     with pytest.raises(TypeError, match="module: got function; expected a torch.nn.Module"):
         fuse_norms(lambda x: x)
     assert str(fuse_norms(fastddpm.UNet.from_preset("digits"))) == "nothing to fuse"  # it has layers of its own
@@ -152,7 +152,7 @@ def test_whose_own_code_is_left():
         model[name].forward = model[name].forward  # as some libraries do
     model["hooked"].norm2.register_forward_hook(lambda *_: None)
     report = fuse_norms(model)
-    assert report.left == {
+    assert report.skipped == {
         "block": "Block, a subclass of ResnetBlock2D", "stack": "Stack, a subclass of Sequential",
         "patched": "a ResnetBlock2D with a forward put into it", "pair": "a Sequential with a forward put into it",
         "gelu": "a ResnetBlock2D: its nonlinearity has hooks, or is no SiLU",
@@ -208,7 +208,7 @@ def test_what_somebody_put_in_is_kept(change, kernels):
         if early:
             change(pair)
         report = fuse_norms(pair)
-        assert ("0" in report.left) == (early and change is not own_activation)
+        assert ("0" in report.skipped) == (early and change is not own_activation)
         if not early:
             change(pair)
         torch.testing.assert_close(pair(x), twin(x), rtol=0, atol=1e-5)

@@ -31,7 +31,7 @@ SEED, FIRST = (1 << 63) + 5, (1 << 40) + 3
 @pytest.fixture(params=KINDS)
 def kind(request):
     """A backend's name, in use while the test runs."""
-    reason = backend.unavailable(request.param)
+    reason = backend.unavailable_reason(request.param)
     if reason:
         pytest.skip(f"{request.param}: {reason}")
     with backend.use(request.param):
@@ -61,11 +61,11 @@ def captured(call):
 
 NORMS = {
     "on chip": ((4, 64, 16, 16), 32, torch.bfloat16, "channels_last"),
-    "on chip, channels outer": ((4, 64, 16, 16), 32, torch.float16, "contiguous"),
+    "on chip, contiguous": ((4, 64, 16, 16), 32, torch.float16, "contiguous"),
     "few slices": ((1, 256, 32, 32), 32, torch.bfloat16, "channels_last"),  # for so many multiprocessors
     "three times a power of two": ((2, 384, 8, 8), 32, torch.float32, "channels_last"),
     "two-stage": ((1, 64, 256, 256), 32, torch.bfloat16, "channels_last"),
-    "two-stage, channels outer": ((1, 32, 256, 256), 1, torch.float32, "contiguous"),
+    "two-stage, contiguous": ((1, 32, 256, 256), 1, torch.float32, "contiguous"),
     "odd sizes": ((3, 12, 5, 7), 3, torch.float32, "channels_last"),
     "copied in and out": ((3, 12, 5, 7), 3, torch.float32, "permuted"),
 }
@@ -246,8 +246,8 @@ FIRST_OPS = (
 @pytest.mark.parametrize("backend_name", KINDS)
 def test_a_process_may_begin_with_a_capture(tmp_path, backend_name, name):
     """Modules load, kernels compile and the self-test runs while the stream is being captured."""
-    if backend.unavailable(backend_name):
-        pytest.skip(f"{backend_name}: {backend.unavailable(backend_name)}")
+    if backend.unavailable_reason(backend_name):
+        pytest.skip(f"{backend_name}: {backend.unavailable_reason(backend_name)}")
     code = f"KIND, OP = {backend_name!r}, {name!r}\n{FIRST_USE}"
     result = python(code, tmp_path, FASTDDPM_BACKEND=backend_name)
     assert result.returncode == 0, result.stderr

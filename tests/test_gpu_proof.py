@@ -44,10 +44,10 @@ def test_what_a_piece_needs_and_its_exit_statuses(monkeypatch, tmp_path, piece, 
     with monkeypatch.context() as another:
         another.setattr(gpu.fastddpm, "__file__", str(tmp_path / "__init__.py"))
         assert re.search(r"is not this checkout's \(.*; install it: rm -f build/gpu-installed; make", status())
-    monkeypatch.setattr(gpu.backend, "unavailable", lambda kind: f"no {kind} here")
+    monkeypatch.setattr(gpu.backend, "unavailable_reason", lambda kind: f"no {kind} here")
     assert status() == "gpu.py: no cuda here; no triton here\n"
 
-    monkeypatch.setattr(gpu.backend, "unavailable", lambda _: None)
+    monkeypatch.setattr(gpu.backend, "unavailable_reason", lambda _: None)
     monkeypatch.setattr(gpu, "header", lambda _: HEADER)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 << 30, 80 << 30))

@@ -463,7 +463,7 @@ def test_misaligned_memory(device, dtype, layout):
     elsewhere = {k: misaligned(v) for k, v in optional.items()}
     moved, parameters = misaligned(x), (3, misaligned(weight), misaligned(bias))
     got = everything(moved, *parameters, elsewhere, misaligned(dy))
-    if backend.choose(x.device) in ("cpu", "reference"):
+    if backend.select(x.device) in ("cpu", "reference"):
         assert all(map(same_bits, got, expected))
     else:  # elements come in other vectors there, and sums in another order
         assert_close(got[0], moved, *parameters, **elsewhere)
@@ -527,7 +527,7 @@ def test_opcheck(device, layout):
 def test_opcheck_backward(device, layout):
     x, weight, bias, optional = inputs((2, 4, 3, 5), dtype=torch.bfloat16, device=device, layout=layout)
     _, mean, rstd = torch.ops.fastddpm.group_norm_silu(x, 2, weight, bias, EPS, *optional.values(), True)
-    kind = backend.choose(x.device, x.dtype)
+    kind = backend.select(x.device, x.dtype)
     arguments = (torch.randn_like(x), x, weight, bias, *optional.values(), mean, rstd, 2, True, kind)
     torch.library.opcheck(torch.ops.fastddpm.group_norm_silu_backward.default, arguments)
 

@@ -288,7 +288,7 @@ def test_variance_noise():
 
 
 def test_memory_layouts_and_shapes():
-    """Channels inner, slices of tensors with more channels, points in a plane, other dimensions, and no image at all."""
+    """channels_last, slices of tensors with more channels, points in a plane, other dimensions, and no image at all."""
     theirs, ours = pair(DDPMScheduler)
     theirs.set_timesteps(10), ours.set_timesteps(10)
     x, o = randn(*SHAPE, seed=1), randn(2, 6, 4, 4, seed=2)[:, :3]

@@ -22,7 +22,9 @@ def test_every_error_is_within_its_bound(rows):
 
 def test_everything_is_covered(rows):
     """Each op, on each backend that can run; the ops that take them in each dtype and layout."""
-    available = {name for name in backend.NAMES if backend.refuses(name, torch.device("cpu"), torch.float32) is None}
+    available = {
+        name for name in backend.NAMES if backend.unsupported_reason(name, torch.device("cpu"), torch.float32) is None
+    }
     assert {row[:1] + row[3:4] for row in rows} == {(op, name) for op in OPS for name in available}
     for op in ("ddpm_step", "group_norm_silu", "group_norm_silu_backward"):
         for name in available:
@@ -62,7 +64,7 @@ def test_every_cpu_variant(kernels, tmp_path, variant):
     used, rows, error, bfloat16 = json.loads(on_variant(variant, VARIANT, tmp_path))
     assert used == variant
     assert len(rows) >= 18
-    assert [row for row in map(parity.Row._make, rows) if not row.share <= 1] == []
+    assert [row for row in map(parity.Result._make, rows) if not row.share <= 1] == []
     assert error <= 1e-6
     assert not bfloat16 or variant == "avx512"
 
@@ -100,8 +102,8 @@ def test_backends_that_cannot_run():
 
 
 def test_table():
-    row = parity.Row("ddpm_step", "bfloat16", "channels_last", "cpu", 0.4321, "last step")
-    head, good, bad = parity.table([row, row._replace(share=1.5)]).splitlines()
+    row = parity.Result("ddpm_step", "bfloat16", "channels_last", "cpu", 0.4321, "last step")
+    head, good, bad = parity.as_text([row, row._replace(share=1.5)]).splitlines()
     assert head.split() == ["op", "dtype", "layout", "backend", "error/bound", "largest", "in"]
     assert good.split() == ["ddpm_step", "bfloat16", "channels_last", "cpu", "43.2%", "last", "step"]
     assert "150.0% (!)" in bad

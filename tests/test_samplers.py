@@ -71,7 +71,7 @@ def test_spacing_falls_through_distinct_timesteps(spacing, data):
     start = data.draw(st.one_of(st.none(), st.integers(0, T - 1)))
     top = T if start is None else start + 1
     steps = data.draw(st.integers(1, top))
-    t = coefficients.spaced(schedule, steps, spacing, start)
+    t = coefficients.select_timesteps(schedule, steps, spacing, start)
     assert t.dtype == torch.int64 and t.shape == (steps,) and (t.diff() < 0).all()
     assert 0 <= t[-1] and t[0] <= top - 1
     if spacing != "leading":
@@ -90,7 +90,7 @@ def test_spacing_is_that_of_diffusers(spacing, kind):
         theirs = kind(timestep_spacing=spacing)
         theirs.set_timesteps(steps)
         if len(theirs.timesteps) == steps:
-            ours = coefficients.spaced(LINEAR, steps, spacing)
+            ours = coefficients.select_timesteps(LINEAR, steps, spacing)
             far = (ours - theirs.timesteps).abs()
             numerator = 999 * torch.arange(steps) if spacing == "linspace" else 1000 * torch.arange(1, steps + 1)
             tie = (2 * numerator % (steps - (spacing == "linspace")) == 0).flip(0)
@@ -107,20 +107,22 @@ def test_logsnr_is_the_nearest_there_is():
         wanted = torch.linspace(float(lam[0]), float(lam[-1]), steps + 1, dtype=torch.float64)[1:]
         t = (lam[:, None] - wanted).abs().argmin(0).flip(0)
         if (t.diff() < 0).all():
-            assert torch.equal(coefficients.spaced(LINEAR, steps, "logsnr"), t)
-    assert (coefficients.spaced(Schedule.cosine(1000), 20, "logsnr") > 985).sum() == 3  # evenly down to T - 1: 8
+            assert torch.equal(coefficients.select_timesteps(LINEAR, steps, "logsnr"), t)
+    assert (
+        coefficients.select_timesteps(Schedule.cosine(1000), 20, "logsnr") > 985
+    ).sum() == 3  # evenly down to T - 1: 8
 
 
 def test_tables_whatever_the_default_device_is():
     with torch.device("meta"):
-        for sampler, spacing in itertools.product(coefficients.STEPS, coefficients.SPACINGS):
-            t = coefficients.spaced(LINEAR, 7, spacing)
+        for sampler, spacing in itertools.product(coefficients.DEFAULT_STEPS, coefficients.SPACINGS):
+            t = coefficients.select_timesteps(LINEAR, 7, spacing)
             table = coefficients.table(LINEAR, sampler=sampler, timesteps=t)
             assert table.rows.device.type == coefficients.inversion(LINEAR, timesteps=t).rows.device.type == "cpu"
 
 
 def test_logsnr_is_even_in_lambda():
-    t = coefficients.spaced(LINEAR, 20, "logsnr")
+    t = coefficients.select_timesteps(LINEAR, 20, "logsnr")
     bar = LINEAR.alphas_cumprod[t]
     h = (bar / (1 - bar)).sqrt().log().diff()
     assert h[:-4].max() / h[:-4].min() < 1.05  # as far as timesteps are dense enough to choose from
@@ -137,12 +139,15 @@ def test_logsnr_is_even_in_lambda():
 def test_ddpm_is_diffusers(variance, prediction, steps, spacing):
     """1e-12 on every row but one: diffusers adds noise on a last row with t > 0, where nothing is left to be noisy."""
     table = coefficients.table(
-        LINEAR, prediction=prediction, variance=variance, timesteps=coefficients.spaced(LINEAR, steps, spacing)
+        LINEAR,
+        prediction=prediction,
+        variance=variance,
+        timesteps=coefficients.select_timesteps(LINEAR, steps, spacing),
     )
     theirs = exact(DDPMScheduler(variance_type=variance, prediction_type=prediction))
     if steps < 1000:
         theirs.set_timesteps(timesteps=table.timesteps.tolist())
-    for i, t, x, o, _, x_prev, x0 in walk(table, 1.0, channels=6 if table.learned else 3):
+    for i, t, x, o, _, x_prev, x0 in walk(table, 1.0, channels=6 if table.uses_learned_variance else 3):
         if steps == 1000 and i % 37 and i < 995:
             continue
         result = theirs.step(o, t, x, generator=torch.Generator().manual_seed(i))
@@ -160,7 +165,11 @@ def test_ddpm_is_diffusers(variance, prediction, steps, spacing):
 @pytest.mark.parametrize(("steps", "spacing"), [(1000, "leading"), (50, "leading"), (20, "trailing"), (10, "leading")])
 def test_ddim_is_diffusers(eta, prediction, steps, spacing):
     table = coefficients.table(
-        LINEAR, sampler="ddim", prediction=prediction, eta=eta, timesteps=coefficients.spaced(LINEAR, steps, spacing)
+        LINEAR,
+        sampler="ddim",
+        prediction=prediction,
+        eta=eta,
+        timesteps=coefficients.select_timesteps(LINEAR, steps, spacing),
     )
     theirs = exact(DDIMScheduler(prediction_type=prediction))
     theirs.set_timesteps(steps)
@@ -177,7 +186,9 @@ def test_ddim_is_diffusers(eta, prediction, steps, spacing):
 def test_ddim_where_diffusers_goes_wrong(steps, spacing):
     """diffusers' DDIM takes t - T // steps for the next timestep, whatever the spacing (its issue 12633): here the paper's
     eq. 12 is the truth, written out."""
-    table = coefficients.table(LINEAR, sampler="ddim", eta=0.7, timesteps=coefficients.spaced(LINEAR, steps, spacing))
+    table = coefficients.table(
+        LINEAR, sampler="ddim", eta=0.7, timesteps=coefficients.select_timesteps(LINEAR, steps, spacing)
+    )
     theirs = exact(DDIMScheduler())
     theirs.set_timesteps(steps)
     theirs.timesteps = table.timesteps
@@ -200,7 +211,10 @@ def test_ddim_where_diffusers_goes_wrong(steps, spacing):
 def test_dpm_is_diffusers(prediction, steps, spacing):
     """1e-5: its sigmas and its step are float32."""
     table = coefficients.table(
-        LINEAR, sampler="dpm++2m", prediction=prediction, timesteps=coefficients.spaced(LINEAR, steps, spacing)
+        LINEAR,
+        sampler="dpm++2m",
+        prediction=prediction,
+        timesteps=coefficients.select_timesteps(LINEAR, steps, spacing),
     )
     theirs = DPMSolverMultistepScheduler(prediction_type=prediction, thresholding=True, sample_max_value=1.0)
     theirs.alphas_cumprod = LINEAR.alphas_cumprod
@@ -209,11 +223,11 @@ def test_dpm_is_diffusers(prediction, steps, spacing):
         close(x_prev, theirs.step(o, t, x).prev_sample, 1e-5)
 
 
-@pytest.mark.parametrize("sampler", coefficients.STEPS)
+@pytest.mark.parametrize("sampler", coefficients.DEFAULT_STEPS)
 def test_the_mean_is_a_prediction_like_others(sampler):
     """From the mean that the network would give for some x0 (eq. 7), unclipped, comes the step for this x0."""
     for steps in (50, 1000):
-        timesteps = coefficients.spaced(LINEAR, steps, "trailing")
+        timesteps = coefficients.select_timesteps(LINEAR, steps, "trailing")
         by_x0, by_mean = (
             coefficients.table(LINEAR, sampler=sampler, prediction=kind, timesteps=timesteps)
             for kind in ("sample", "mean")
@@ -301,7 +315,7 @@ def test_gaussian_data_after_every_sampler(sampler, steps, variance, eta):
         ideal(LINEAR), 64, shape=(3, 32, 32), schedule=LINEAR, sampler=sampler, steps=steps, eta=eta, variance=variance,
         clip=False, seed=0, progress=False,
     ).double()  # fmt: skip
-    timesteps = coefficients.spaced(LINEAR, steps, coefficients.SPACING[sampler])
+    timesteps = coefficients.select_timesteps(LINEAR, steps, coefficients.DEFAULT_SPACING[sampler])
     mean, var = moments(sampler, timesteps, variance, eta)
     assert abs(x.mean().item() - mean) <= 5 * math.sqrt(var / x.numel()) + 1e-5
     assert abs(x.var().item() - var) <= 5 * var * math.sqrt(2 / x.numel()) + 1e-6 * var + 1e-9
@@ -313,7 +327,7 @@ def test_gaussian_data_after_every_sampler(sampler, steps, variance, eta):
 
 def end_error(sampler, steps):
     """How far a chain of the ideal network is, at the last grid point, from the exact solution of the ODE that it solves."""
-    t = coefficients.spaced(LINEAR, steps, "logsnr")
+    t = coefficients.select_timesteps(LINEAR, steps, "logsnr")
     rows = coefficients.table(LINEAR, sampler=sampler, timesteps=t).rows
     model, bar = ideal(LINEAR), LINEAR.alphas_cumprod[t]
     spread = (bar * STD**2 + 1 - bar).sqrt()
@@ -359,13 +373,13 @@ def test_tables_of_zero_snr_are_finite(data):
     betas = data.draw(st.lists(st.floats(1e-6, 0.9), min_size=T - 1, max_size=T - 1))
     schedule = Schedule([*betas, 1.0])
     assert all(v.isfinite().all() for v in vars(schedule).values())
-    sampler = data.draw(st.sampled_from(sorted(coefficients.STEPS)))
+    sampler = data.draw(st.sampled_from(sorted(coefficients.DEFAULT_STEPS)))
     options = {"prediction": data.draw(st.sampled_from(["sample", "v_prediction", "mean"]))}
     if sampler == "ddpm":
         options["variance"] = data.draw(st.sampled_from(coefficients.VARIANCES))
     elif sampler == "ddim":
         options["eta"] = data.draw(st.floats(0, 1))
-    t = coefficients.spaced(schedule, data.draw(st.integers(1, T)), data.draw(st.sampled_from(SPACINGS)))
+    t = coefficients.select_timesteps(schedule, data.draw(st.integers(1, T)), data.draw(st.sampled_from(SPACINGS)))
     assert (t.diff() < 0).all()
     table = coefficients.table(schedule, sampler=sampler, timesteps=t, **options)
     assert table.rows.isfinite().all() and table.rows.float().isfinite().all()
@@ -379,7 +393,7 @@ def test_tables_of_zero_snr_are_finite(data):
 def test_ddpm_with_zero_snr_is_diffusers(variance, prediction, steps, spacing):
     """But for the first step of fixed_large, whose noise is 1 with diffusers and the posterior's here, and the last's."""
     table = coefficients.table(
-        ZERO, prediction=prediction, variance=variance, timesteps=coefficients.spaced(ZERO, steps, spacing)
+        ZERO, prediction=prediction, variance=variance, timesteps=coefficients.select_timesteps(ZERO, steps, spacing)
     )
     theirs = exact(DDPMScheduler(variance_type=variance, prediction_type=prediction, rescale_betas_zero_snr=True), ZERO)
     theirs.set_timesteps(timesteps=table.timesteps.tolist())
@@ -401,7 +415,11 @@ def test_ddpm_with_zero_snr_is_diffusers(variance, prediction, steps, spacing):
 @pytest.mark.parametrize("steps", [50, 10, 2, 1])
 def test_ddim_with_zero_snr_is_diffusers(eta, prediction, steps):
     table = coefficients.table(
-        ZERO, sampler="ddim", prediction=prediction, eta=eta, timesteps=coefficients.spaced(ZERO, steps, "trailing")
+        ZERO,
+        sampler="ddim",
+        prediction=prediction,
+        eta=eta,
+        timesteps=coefficients.select_timesteps(ZERO, steps, "trailing"),
     )
     theirs = exact(
         DDIMScheduler(prediction_type=prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing"), ZERO
@@ -476,7 +494,7 @@ def test_gaussian_data_with_zero_snr(sampler, steps, variance, eta, prediction):
         ideal(ZERO, prediction), 16, shape=(3, 32, 32), schedule=ZERO, sampler=sampler, prediction=prediction, steps=steps,
         eta=eta, variance=variance, clip=False, seed=0, progress=False,
     ).double()  # fmt: skip
-    timesteps = coefficients.spaced(ZERO, steps, coefficients.SPACING[sampler])
+    timesteps = coefficients.select_timesteps(ZERO, steps, coefficients.DEFAULT_SPACING[sampler])
     mean, var = moments(sampler, timesteps, variance, eta, schedule=ZERO)
     assert abs(x.mean().item() - mean) <= 5 * math.sqrt(var / x.numel()) + 1e-5
     assert abs(x.var().item() - var) <= 5 * var * math.sqrt(2 / x.numel()) + 1e-5

@@ -62,7 +62,7 @@ from fastddpm import backend, ops, parity
 triton = pytest.importorskip("triton", minversion="3.6")
 tl = triton.language
 
-from fastddpm.ops._triton import group_norm_silu as norm_twin  # noqa: E402
+from fastddpm.ops._triton import group_norm_silu as norm_kernels  # noqa: E402
 from fastddpm.ops._triton import launch  # noqa: E402
 from fastddpm.ops._triton.philox import words  # noqa: E402
 
@@ -184,16 +184,16 @@ def test_layouts_and_batch_splits_give_the_same_bits(device):
 def in_chunks(device, monkeypatch):
     """Small tensors go the way of large ones; the names of the kernels that ran."""
     for name, value in {"RESIDENT": 0, "RESIDENT_BACKWARD": 0, "TILE": 256, "CHUNKS": 3}.items():
-        monkeypatch.setattr(norm_twin, name, value)
-    names, launch = [], norm_twin._Plan.launch
+        monkeypatch.setattr(norm_kernels, name, value)
+    names, launch = [], norm_kernels._Plan.launch
     monkeypatch.setattr(
-        norm_twin._Plan,
+        norm_kernels._Plan,
         "launch",
         lambda self, kernel, *a, **k: (names.append(kernel.__name__), launch(self, kernel, *a, **k)),
     )
-    norm_twin._plan_of.cache_clear()
+    norm_kernels._plan_of.cache_clear()
     yield names
-    norm_twin._plan_of.cache_clear()
+    norm_kernels._plan_of.cache_clear()
 
 
 GROUPS = 2
@@ -225,7 +225,7 @@ def test_chunks_whatever_the_default_dtype(in_chunks, default):
     [(make, torch.float32) for make in MAKES] + [(MAKES[0], torch.bfloat16), (MAKES[3], torch.float16)],
 )
 def test_chunks(in_chunks, make, dtype, layout):
-    """Some tiles to a chunk, of the last one (channels outer) a part of one; and more than one slice."""
+    """Some tiles to a chunk, of the last one (contiguous) a part of one; and more than one slice."""
     x, weight, bias, optional = test_group_norm_silu.inputs((2, 10, 11, 19), layout=layout)
     optional = optional if make == "every input" else {"add": 1e3 * optional["add"]} if make == "large add" else {}
     if make == "large add":
@@ -348,6 +348,8 @@ def compile_only(self, *args, grid, warmup, **options):
 
 JITFunction.run = compile_only
 from fastddpm.ops._triton import ddpm_step, group_norm_silu, philox_normal, timestep_embedding
+from fastddpm.ops.ddpm_step import Operands
+from fastddpm.ops.group_norm_silu import Norm
 
 def registers(ptx):
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
@@ -378,31 +380,33 @@ def report(case):
 def last(x): return x.contiguous(memory_format=torch.channels_last)
 def index(*values): return torch.tensor(values or [0])
 
-def norm(case, shape, groups, dtype, inner, *names):
+def norm(case, shape, groups, dtype, channels_last, *names):
     x, (n, c) = torch.empty(shape, dtype=dtype), shape[:2]
-    x = last(x) if inner else x
+    x = last(x) if channels_last else x
     w, statistics, sums = torch.empty(c), torch.empty(n, groups), torch.empty(n, c)
     optional = [torch.empty(n, c, dtype=dtype) if name in names else None for name in ("add", "scale", "shift")]
-    group_norm_silu.forward(x, x, inner, statistics, statistics, w, w, *optional, groups, 1e-6, True)
-    group_norm_silu.backward(x, x, x, inner, statistics, statistics, w, w, *optional, sums, sums, sums, groups, True)
+    operands = Norm(groups, w, w, *optional, True)
+    group_norm_silu.forward(x, x, channels_last, (statistics, statistics), operands, 1e-6)
+    group_norm_silu.backward(x, x, x, channels_last, (statistics, statistics), operands, (sums, sums, sums))
     report(case)
 
 def step(case, x, o, *, x0=None, noise=None, clip=1.0, host=False):
     rows, state = torch.zeros(9 if host else (5, 9)), index(1 << 40, 3, 0, -1)
     times = index(0) if host else torch.zeros(5, dtype=torch.int64)
-    ddpm_step.ddpm_step(x, x, o, x0, x0, None if host else o[:, :x.shape[1]].clone(), noise, rows, times, state, clip, host)
+    operands = Operands(x, x, o, x0, x0, None if host else o[:, :x.shape[1]].clone(), noise)
+    ddpm_step.ddpm_step(operands, (rows, times, state), clip, host)
     report(case)
 
 bf16, f16, image = torch.bfloat16, torch.float16, torch.empty(64, 3, 32, 32)
 step("hot", image, last(image.to(bf16)))
 step("hot", last(image), last(image.to(bf16)))
 step("hot", last(image), last(torch.empty(64, 6, 32, 32, dtype=bf16)), x0=last(image))
-step("all outer", image, image, x0=image)
+step("all contiguous", image, image, x0=image)
 step("by value", image, image.to(f16), x0=image, host=True)
 step("odd", torch.empty(2, 3, 5, 7), last(torch.empty(2, 6, 5, 7)), noise=torch.empty(2, 3, 5, 7), clip=None)
 step("odd", last(torch.empty(2, 3, 5, 7)), last(torch.empty(2, 3, 5, 7)))
-philox_normal.philox_normal(image, 64, 3072, -5, 1, None, 3, None, 1 << 40)
-philox_normal.philox_normal(torch.empty(2, 7), 2, 7, 5, 1, index(1, 2), 0, index(1, 2), 0)
+philox_normal.philox_normal(image, -5, 1, None, 3, None, 1 << 40)
+philox_normal.philox_normal(torch.empty(2, 7), 5, 1, index(1, 2), 0, index(1, 2), 0)
 timestep_embedding.timestep_embedding(torch.empty(64, 128), torch.zeros(64), 0.1, False)
 timestep_embedding.timestep_embedding(torch.empty(1, 33), index(7), 0.1, True)
 report("small")
@@ -419,7 +423,7 @@ norm("odd", (3, 12), 3, f16, False)
 for module in (ddpm_step, group_norm_silu, philox_normal):
     module.needs_int64 = lambda elements: True
 step("large", image, last(image.to(bf16)))
-philox_normal.philox_normal(image, 64, 3072, 5, 1, None, 3, None, 7)
+philox_normal.philox_normal(image, 5, 1, None, 3, None, 7)
 norm("large", (1, 128, 32, 32), 32, torch.float32, True)
 norm("large", (1, 32, 256, 256), 1, f16, False)
 report("large")

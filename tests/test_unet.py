@@ -98,8 +98,8 @@ def test_cifar10_equals_diffusers_at_every_t(monkeypatch):
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backends_agree_with_float64(name, dtype):
-    if backend.unavailable(name):
-        pytest.skip(backend.unavailable(name))
+    if backend.unavailable_reason(name):
+        pytest.skip(backend.unavailable_reason(name))
     model, x, t = randomised(SMALL), torch.randn(2, 3, 8, 8), torch.tensor([3, 999])
     with torch.no_grad():
         truth = model.double()(x.double(), t)

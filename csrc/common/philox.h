@@ -1,7 +1,7 @@
 // The package's random numbers: Philox4x32-10 (Salmon et al., 2011), a counter-based generator, and Box-Muller.
 //
 //   key     = (seed low 32, seed high 32)
-//   counter = (e / 4, t + (visit << 20), sample low 32, (sample high 32) xor (stream << 24))
+//   counter = (e / 4, t, sample low 32, (sample high 32) xor (stream << 24))
 //   words w0..w3 -> u_k = (w_k + 1/2) * 2^-32, all strictly inside (0, 1)
 //   normals of elements 4k..4k+3:
 //     sqrt(-2 ln u0) * (cos(2 pi u1), sin(2 pi u1)),  sqrt(-2 ln u2) * (cos(2 pi u3), sin(2 pi u3))

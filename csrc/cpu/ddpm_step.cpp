@@ -4,11 +4,11 @@
 // Terms whose coefficient is 0 are not read, and the exponential is there only for learned variances.
 //
 // Layout: the arithmetic runs over memory in the order of x. Whatever lies in another order (o or next_input of the
-// other layout, noise drawn in element order for an x with channels inner) passes through a small buffer in that
+// other layout, noise drawn in element order for a channels_last x) passes through a small buffer in that
 // order, so an element's arithmetic is the same in every layout, tile and lane.
 //
 // Work: a task is a tile of one sample, a range of channels times a range of pixels of at most kTile elements. Where
-// every tensor has channels outer, a sample is one channel of channels*pixels elements.
+// every tensor is contiguous, a sample is one channel of channels*pixels elements.
 //
 // Bytes: x and o are read once, x_prev (and x0, next_input) written once; drawn noise never leaves the cache.
 #include "common/parallel.h"
@@ -138,14 +138,14 @@ void copy(Input from, Strides f, void* to, Strides t, int64_t channels, int64_t 
         copy_words<uint16_t>(from.data, f, to, t, channels, pixels);
 }
 
-// The call, with layouts that coincide (one channel, one pixel, all outer) made outer ones.
+// The call. Layouts that coincide (one channel, one pixel) count as contiguous.
 struct Problem {
     const DdpmStepArgs& args;
     Row row;
     uint64_t seed;
     int64_t first, timestep;
     int64_t channels, o_channels, pixels;
-    bool x_inner, o_inner, next_inner;
+    bool x_channels_last, o_channels_last, next_channels_last;
     bool reads_x, reads_o, reads_v, draws;
     int64_t tile_channels, tile_pixels;
 
@@ -158,10 +158,10 @@ struct Problem {
         timestep = args.timesteps[index];
 
         channels = args.channels, o_channels = args.o_channels, pixels = args.pixels;
-        x_inner = args.x_inner && channels > 1 && pixels > 1;
-        o_inner = args.o_inner && o_channels > 1 && pixels > 1;
-        next_inner = args.next_input && args.next_inner && channels > 1 && pixels > 1;
-        if (!x_inner && !o_inner && !next_inner) {
+        x_channels_last = args.x_channels_last && channels > 1 && pixels > 1;
+        o_channels_last = args.o_channels_last && o_channels > 1 && pixels > 1;
+        next_channels_last = args.next_input && args.next_channels_last && channels > 1 && pixels > 1;
+        if (!x_channels_last && !o_channels_last && !next_channels_last) {
             pixels *= channels, o_channels /= channels, channels = 1;
         }
 
@@ -176,8 +176,8 @@ struct Problem {
             tile_pixels -= tile_pixels % NormalStream::kBlock;
     }
 
-    Strides strides(bool inner, int64_t total_channels) const {
-        return inner ? Strides{1, total_channels} : Strides{pixels, 1};
+    Strides strides(bool channels_last, int64_t total_channels) const {
+        return channels_last ? Strides{1, total_channels} : Strides{pixels, 1};
     }
 };
 
@@ -190,21 +190,22 @@ bool step_tile(const Problem& problem, int64_t i, int64_t c, int64_t p, int64_t 
         drawn_buffer[kTile + 4];
 
     // In the buffers a tile is [channels, pixels] in the order of x.
-    const Strides tile = problem.x_inner ? Strides{1, channels} : Strides{pixels, 1};
-    const Strides x_strides = problem.strides(problem.x_inner, problem.channels);
-    const Strides o_strides = problem.strides(problem.o_inner, problem.o_channels);
-    const Strides next_strides = problem.strides(problem.next_inner, problem.channels);
+    const Strides tile = problem.x_channels_last ? Strides{1, channels} : Strides{pixels, 1};
+    const Strides x_strides = problem.strides(problem.x_channels_last, problem.channels);
+    const Strides o_strides = problem.strides(problem.o_channels_last, problem.o_channels);
+    const Strides next_strides = problem.strides(problem.next_channels_last, problem.channels);
     const int64_t x_offset = i * problem.channels * problem.pixels + c * x_strides.channel + p * x_strides.pixel;
     const int64_t next_offset =
         i * problem.channels * problem.pixels + c * next_strides.channel + p * next_strides.pixel;
     const int64_t o_offset = i * problem.o_channels * problem.pixels + c * o_strides.channel + p * o_strides.pixel;
 
-    // Channels outer: one run per channel, unless the channels follow each other without a gap.
-    const int64_t runs = problem.x_inner || whole ? 1 : channels, length = total / runs;
-    // Drawn noise likewise, whose order is always channels outer.
+    // Contiguous: one run per channel, unless the channels follow each other without a gap.
+    const int64_t runs = problem.x_channels_last || whole ? 1 : channels, length = total / runs;
+    // Drawn noise likewise: its order is always contiguous.
     const int64_t draws = whole ? 1 : channels, draw_length = total / draws;
 
-    const bool o_in_place = problem.o_inner == problem.x_inner && (!problem.o_inner || problem.o_channels == channels);
+    const bool o_in_place = problem.o_channels_last == problem.x_channels_last &&
+                            (!problem.o_channels_last || problem.o_channels == channels);
     const Input o{args.o, args.o_dtype};
     Input o_tile{nullptr, args.o_dtype}, v_tile{nullptr, args.o_dtype};
     if (problem.reads_o) {
@@ -221,7 +222,7 @@ bool step_tile(const Problem& problem, int64_t i, int64_t c, int64_t p, int64_t 
             v_tile.data = v_buffer;
         }
     }
-    const bool next_in_place = problem.next_inner == problem.x_inner;
+    const bool next_in_place = problem.next_channels_last == problem.x_channels_last;
     Output next{args.next_input, args.next_dtype};
     if (next.data) next = next_in_place ? next.at(next_offset) : Output{next_buffer, args.next_dtype};
 
@@ -232,7 +233,7 @@ bool step_tile(const Problem& problem, int64_t i, int64_t c, int64_t p, int64_t 
         normals.write(begin - before, draw_length + before, buffer);
         return buffer + before;
     };
-    if (problem.draws && problem.x_inner) {
+    if (problem.draws && problem.x_channels_last) {
         for (int64_t k = 0; k < draws; ++k) {
             const Input drawn{draw(k, drawn_buffer), Dtype::float32};
             copy(drawn, {pixels, 1}, z_buffer + k * tile.channel, tile, channels / draws, pixels);
@@ -252,7 +253,7 @@ bool step_tile(const Problem& problem, int64_t i, int64_t c, int64_t p, int64_t 
         run.v = v_tile.data ? v_tile.at(o_at) : v_tile;
         run.next = next.data ? next.at(next_in_place ? k * problem.pixels : k * length) : next;
         if (problem.row.sigma != 0.0f)
-            run.z = !problem.draws ? args.noise + x_at : problem.x_inner ? z_buffer : draw(k, z_buffer);
+            run.z = !problem.draws ? args.noise + x_at : problem.x_channels_last ? z_buffer : draw(k, z_buffer);
         finite &= step(problem.row, args.clip, args.clip_bound, run);
     }
     if (next.data && !next_in_place)

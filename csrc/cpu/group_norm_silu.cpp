@@ -1,7 +1,7 @@
 // y = act(((x + add - mean) * rstd * weight + bias) * (1 + scale) + shift), act = SiLU or identity; and its gradient.
 //
-// Work: a task is one sample's slice of whole groups. Channels inner: vectors run over channels, and a slice is the
-// sample, or a part of it where samples don't divide evenly among threads. Channels outer: vectors run over pixels,
+// Work: a task is one sample's slice of whole groups. In channels_last vectors run over channels, and a slice is the
+// sample, or a part of it where samples don't divide evenly among threads. Contiguous, vectors run over pixels,
 // and a slice is one group. A group's arithmetic is the same in whatever slice it falls, so results depend neither on
 // the thread count nor on the batch.
 //
@@ -29,7 +29,7 @@ namespace FASTDDPM_VARIANT {
 namespace {
 
 constexpr int64_t kRun = 32;    // terms that a float32 accumulator takes
-constexpr int64_t kPilot = 16;  // pixels that tell the pivot, channels inner
+constexpr int64_t kPilot = 16;  // pixels that the pivot is taken from, in channels_last
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -106,9 +106,9 @@ void load_channels(const ChannelVector& v, const Slice& at, float absent, float*
 }
 
 // Calls f(offset, channel, lanes) over the pixels [p0, p1) of a slice, in the order of memory.
-template <bool kInner, class F>
+template <bool kChannelsLast, class F>
 inline void for_elements(const Slice& at, int64_t p0, int64_t p1, const F& f) {
-    if constexpr (kInner) {
+    if constexpr (kChannelsLast) {
         for (int64_t p = p0; p < p1; ++p) {
             int64_t row = at.base + p * at.pixel_stride;
             for_vectors(at.channels, [&](int64_t c, int lanes) { f(row + c, c, lanes); });
@@ -122,9 +122,9 @@ inline void for_elements(const Slice& at, int64_t p0, int64_t p1, const F& f) {
 }
 
 // What f above gets of a per-channel array.
-template <bool kInner>
+template <bool kChannelsLast>
 inline vfloat of_channel(const float* v, int64_t c, int lanes) {
-    return kInner ? load(v + c, lanes) : splat(v[c]);
+    return kChannelsLast ? load(v + c, lanes) : splat(v[c]);
 }
 
 // ---- statistics ----
@@ -154,11 +154,11 @@ inline void add_moments(const T* x, int64_t stride, int64_t pixels, int lanes, c
 
 // Sums of t = x + hi and of t^2 per channel. The accumulators stay in registers: as many vectors of channels at once
 // as fit there, or several along one channel's pixels.
-template <class T, bool kInner>
+template <class T, bool kChannelsLast>
 void moments(const T* x, const Slice& at, const float* hi, double* sum, double* square) {
     x += at.base;
     for (int64_t c = 0; c < at.channels; ++c) sum[c] = square[c] = 0;
-    if constexpr (kInner) {
+    if constexpr (kChannelsLast) {
         int64_t stride = at.pixel_stride;
         for (int64_t p = 0; p < at.pixels; p += kRun) {
             const T* row = x + p * stride;
@@ -223,9 +223,9 @@ double first_element(const T* x, const Slice& at, const Scratch& k, int64_t g) {
 }
 
 // Mean of x + add per group, and variance (in k.rstd).
-template <class T, bool kInner>
+template <class T, bool kChannelsLast>
 void statistics(const T* x, Slice at, bool has_add, Scratch& k) {
-    if (!kInner && !has_add) {  // a group is one run of memory
+    if (!kChannelsLast && !has_add) {  // a group is one run of memory
         at.pixels *= at.width;
         at.channels = at.width = 1;
     }
@@ -233,9 +233,9 @@ void statistics(const T* x, Slice at, bool has_add, Scratch& k) {
         k.mean[g] = first_element(x, at, k, g);
         k.rstd[g] = -1;  // not known yet
     }
-    // A few pixels from all over the image; channels outer, where a group is small, all of it.
+    // A few pixels from all over the image; of a contiguous image, where a group is small, all of it.
     Slice pilot = at;
-    if (kInner && at.pixels > kPilot) {
+    if (kChannelsLast && at.pixels > kPilot) {
         pilot.pixels = kPilot;
         pilot.pixel_stride *= at.pixels / kPilot;
     }
@@ -243,7 +243,7 @@ void statistics(const T* x, Slice at, bool has_add, Scratch& k) {
     for (int pass = 0; again; ++pass) {
         const Slice& part = pass == 0 ? pilot : at;
         split_offsets(at, k);
-        moments<T, kInner>(x, part, k.hi, k.sum, k.square);
+        moments<T, kChannelsLast>(x, part, k.hi, k.sum, k.square);
         again = pass == 0;
         for (int64_t g = 0; g < at.groups(); ++g) {
             if (k.rstd[g] >= 0) continue;
@@ -287,43 +287,43 @@ void set_coefficients(const Slice& at, Scratch& k) {
 
 // ---- forward ----
 
-template <class T, bool kInner, bool kSilu>
+template <class T, bool kChannelsLast, bool kSilu>
 void apply(const T* x, T* y, const Slice& at, const Scratch& k) {
     // Pointers in locals: after a store, those in memory would be read anew.
     const float *hi = k.hi, *a = k.a, *b = k.b;
     const T* next = x + at.ahead;
     auto value = [&](int64_t i, int64_t c, int lanes) {
         __builtin_prefetch(next + i);
-        vfloat t = load(x + i, lanes) + of_channel<kInner>(hi, c, lanes);
-        vfloat z = fma(t, of_channel<kInner>(a, c, lanes), of_channel<kInner>(b, c, lanes));
+        vfloat t = load(x + i, lanes) + of_channel<kChannelsLast>(hi, c, lanes);
+        vfloat z = fma(t, of_channel<kChannelsLast>(a, c, lanes), of_channel<kChannelsLast>(b, c, lanes));
         return kSilu ? silu(z) : z;
     };
     if constexpr (sizeof(T) == sizeof(float)) {
-        for_elements<kInner>(at, 0, at.pixels,
-                             [&](int64_t i, int64_t c, int lanes) { store(y + i, value(i, c, lanes), lanes); });
+        for_elements<kChannelsLast>(at, 0, at.pixels,
+                                    [&](int64_t i, int64_t c, int lanes) { store(y + i, value(i, c, lanes), lanes); });
     } else {
         // Rounding has a loop of its own: after SiLU's long chain of dependent operations it takes eight times as long.
         constexpr int64_t kBuffer = 16 * kLanes;
         float buffer[kBuffer];
-        const int64_t lines = kInner ? at.pixels : at.channels, length = kInner ? at.channels : at.pixels;
+        const int64_t lines = kChannelsLast ? at.pixels : at.channels, length = kChannelsLast ? at.channels : at.pixels;
         for (int64_t line = 0; line < lines; ++line)
             for (int64_t j = 0; j < length; j += kBuffer) {
-                const int64_t row = at.base + line * (kInner ? at.pixel_stride : at.channel_stride) + j;
+                const int64_t row = at.base + line * (kChannelsLast ? at.pixel_stride : at.channel_stride) + j;
                 const int64_t count = smaller(kBuffer, length - j);
                 for_vectors(count, [&](int64_t i, int lanes) {
-                    store(buffer + i, value(row + i, kInner ? j + i : line, lanes), lanes);
+                    store(buffer + i, value(row + i, kChannelsLast ? j + i : line, lanes), lanes);
                 });
                 for_vectors(count, [&](int64_t i, int lanes) { store(y + row + i, load(buffer + i, lanes), lanes); });
             }
     }
 }
 
-template <class T, bool kInner>
+template <class T, bool kChannelsLast>
 void forward_slice(const GroupNormSiluArgs& args, const Slice& at, Scratch& k) {
     const T* x = static_cast<const T*>(args.x);
     T* y = static_cast<T*>(args.y);
     load_vectors(args, at, k);
-    statistics<T, kInner>(x, at, args.add.data, k);
+    statistics<T, kChannelsLast>(x, at, args.add.data, k);
     int64_t out = at.sample * args.groups + at.begin / at.width;
     for (int64_t g = 0; g < at.groups(); ++g) k.rstd[g] = 1 / std::sqrt(k.rstd[g] + args.eps);
     set_coefficients(at, k);
@@ -340,9 +340,9 @@ void forward_slice(const GroupNormSiluArgs& args, const Slice& at, Scratch& k) {
         args.rstd[out + g] = float(k.rstd[g]);
     }
     if (args.silu)
-        apply<T, kInner, true>(x, y, at, k);
+        apply<T, kChannelsLast, true>(x, y, at, k);
     else
-        apply<T, kInner, false>(x, y, at, k);
+        apply<T, kChannelsLast, false>(x, y, at, k);
 }
 
 // ---- backward ----
@@ -359,7 +359,7 @@ inline vfloat gradient_of_z(vfloat dy, vfloat z) {
     return kSilu ? dy * silu_grad(z) : dy;
 }
 
-template <class T, bool kInner, bool kSilu>
+template <class T, bool kChannelsLast, bool kSilu>
 void sum_gradients(const T* dy, const T* x, T* dx, const Slice& at, Scratch& k) {
     for (int64_t c = 0; c < at.channels; ++c) k.sum_g[c] = k.sum_gt[c] = k.sum_t[c] = 0;
     const float *hi = k.hi, *a = k.a, *b = k.b;
@@ -367,23 +367,23 @@ void sum_gradients(const T* dy, const T* x, T* dx, const Slice& at, Scratch& k) 
     // lie side by side: 4096 bytes apart, loading one would wait for storing another.
     float* run = k.run;
     const T* next = x + at.ahead;
-    constexpr int64_t kStep = kInner ? 1 : kLanes;  // channels outer, a vector holds one channel
-    int64_t run_size = 3 * kStep * (kInner ? (at.channels + kLanes - 1) / kLanes * kLanes : at.channels);
+    constexpr int64_t kStep = kChannelsLast ? 1 : kLanes;  // contiguous, a vector holds one channel
+    int64_t run_size = 3 * kStep * (kChannelsLast ? (at.channels + kLanes - 1) / kLanes * kLanes : at.channels);
     for (int64_t p = 0; p < at.pixels; p += kRun * kStep) {
         for (int64_t i = 0; i < run_size; ++i) run[i] = 0;
-        for_elements<kInner>(at, p, smaller(at.pixels, p + kRun * kStep), [&](int64_t i, int64_t c, int lanes) {
+        for_elements<kChannelsLast>(at, p, smaller(at.pixels, p + kRun * kStep), [&](int64_t i, int64_t c, int lanes) {
             __builtin_prefetch(next + i);
-            vfloat t = load(x + i, lanes) + of_channel<kInner>(hi, c, lanes);
-            vfloat z = fma(t, of_channel<kInner>(a, c, lanes), of_channel<kInner>(b, c, lanes));
+            vfloat t = load(x + i, lanes) + of_channel<kChannelsLast>(hi, c, lanes);
+            vfloat z = fma(t, of_channel<kChannelsLast>(a, c, lanes), of_channel<kChannelsLast>(b, c, lanes));
             vfloat g = gradient_of_z<kSilu>(load(dy + i, lanes), z);
             if constexpr (kKeepsG<T>) store(dx + i, g, lanes);
-            if (!kInner) t = first_lanes(lanes) ? t : vfloat{};  // g is 0 there, as dy is
+            if (!kChannelsLast) t = first_lanes(lanes) ? t : vfloat{};  // g is 0 there, as dy is
             float* sums = run + 3 * kStep * c;
             store(sums, load(sums) + g);
             store(sums + kLanes, fma(g, t, load(sums + kLanes)));
             store(sums + 2 * kLanes, load(sums + 2 * kLanes) + t);
         });
-        if constexpr (kInner) {
+        if constexpr (kChannelsLast) {
             for_vectors(at.channels, [&](int64_t c, int lanes) {
                 for (int i = 0; i < lanes; ++i) {
                     k.sum_g[c + i] += run[3 * c + i];
@@ -402,33 +402,33 @@ void sum_gradients(const T* dy, const T* x, T* dx, const Slice& at, Scratch& k) 
     }
 }
 
-template <class T, bool kInner, bool kSilu>
+template <class T, bool kChannelsLast, bool kSilu>
 void apply_gradients(const T* dy, const T* x, T* dx, const Slice& at, const Scratch& k) {
     const float *hi = k.hi, *a = k.a, *b = k.b, *k1 = k.k1, *k0 = k.k0;
     const T* next = dy + at.ahead;  // the first pass has fetched x
-    for_elements<kInner>(at, 0, at.pixels, [&](int64_t i, int64_t c, int lanes) {
+    for_elements<kChannelsLast>(at, 0, at.pixels, [&](int64_t i, int64_t c, int lanes) {
         __builtin_prefetch(next + i);
-        vfloat t = load(x + i, lanes) + of_channel<kInner>(hi, c, lanes);
-        vfloat slope = of_channel<kInner>(a, c, lanes), g;
+        vfloat t = load(x + i, lanes) + of_channel<kChannelsLast>(hi, c, lanes);
+        vfloat slope = of_channel<kChannelsLast>(a, c, lanes), g;
         if constexpr (kKeepsG<T>)
             g = load(dx + i, lanes);
         else
-            g = gradient_of_z<kSilu>(load(dy + i, lanes), fma(t, slope, of_channel<kInner>(b, c, lanes)));
+            g = gradient_of_z<kSilu>(load(dy + i, lanes), fma(t, slope, of_channel<kChannelsLast>(b, c, lanes)));
         // Rounded product, then sum: a group of one element gets exactly 0.
-        vfloat d = g * slope + of_channel<kInner>(k0, c, lanes);
-        store(dx + i, fma(t, of_channel<kInner>(k1, c, lanes), d), lanes);
+        vfloat d = g * slope + of_channel<kChannelsLast>(k0, c, lanes);
+        store(dx + i, fma(t, of_channel<kChannelsLast>(k1, c, lanes), d), lanes);
     });
 }
 
 // The saved means are rounded to float32; those for which that is coarse against the deviation are found again.
-template <class T, bool kInner>
+template <class T, bool kChannelsLast>
 void refine_means(const T* x, const Slice& at, const float* saved, Scratch& k) {
     auto coarse = [&](int64_t g) { return std::fabs(saved[g]) * k.rstd[g] > 4; };
     bool any = false;
     for (int64_t g = 0; g < at.groups(); ++g) any |= coarse(g);
     if (!any) return;
     split_offsets(at, k);
-    moments<T, kInner>(x, at, k.hi, k.sum, k.square);
+    moments<T, kChannelsLast>(x, at, k.hi, k.sum, k.square);
     for (int64_t g = 0; g < at.groups(); ++g) {
         if (!coarse(g)) continue;
         double s = 0;
@@ -437,7 +437,7 @@ void refine_means(const T* x, const Slice& at, const float* saved, Scratch& k) {
     }
 }
 
-template <class T, bool kInner>
+template <class T, bool kChannelsLast>
 void backward_slice(const GroupNormSiluBackwardArgs& args, const Slice& at, Scratch& k) {
     const T* dy = static_cast<const T*>(args.dy);
     const T* x = static_cast<const T*>(args.x);
@@ -448,12 +448,12 @@ void backward_slice(const GroupNormSiluBackwardArgs& args, const Slice& at, Scra
         k.mean[g] = args.mean[in + g] + first_element(x, at, k, g);
         k.rstd[g] = args.rstd[in + g];
     }
-    refine_means<T, kInner>(x, at, args.mean + in, k);
+    refine_means<T, kChannelsLast>(x, at, args.mean + in, k);
     set_coefficients(at, k);
     if (args.silu)
-        sum_gradients<T, kInner, true>(dy, x, dx, at, k);
+        sum_gradients<T, kChannelsLast, true>(dy, x, dx, at, k);
     else
-        sum_gradients<T, kInner, false>(dy, x, dx, at, k);
+        sum_gradients<T, kChannelsLast, false>(dy, x, dx, at, k);
 
     for (int64_t g = 0; g < at.groups(); ++g) {
         int64_t begin = g * at.width, end = begin + at.width;
@@ -473,18 +473,18 @@ void backward_slice(const GroupNormSiluBackwardArgs& args, const Slice& at, Scra
         }
     }
     if (args.silu)
-        apply_gradients<T, kInner, true>(dy, x, dx, at, k);
+        apply_gradients<T, kChannelsLast, true>(dy, x, dx, at, k);
     else
-        apply_gradients<T, kInner, false>(dy, x, dx, at, k);
+        apply_gradients<T, kChannelsLast, false>(dy, x, dx, at, k);
 }
 
 // ---- division of the work ----
 
 // Calls f(slice, scratch) for every slice, each thread taking a run of neighbours.
 template <class Args, class F>
-void for_slices(const Args& args, bool inner, const F& f) {
+void for_slices(const Args& args, bool channels_last, const F& f) {
     int64_t group = args.channels / args.groups, width = group;
-    if (inner) {
+    if (channels_last) {
         // Parts of a sample end between groups and, where that is possible, between cache lines.
         int64_t unit = group;
         while (unit % 32 != 0 && unit < args.channels) unit += group;
@@ -500,8 +500,8 @@ void for_slices(const Args& args, bool inner, const F& f) {
         at.channels = smaller(width, args.channels - at.begin);
         at.width = group;
         at.pixels = args.pixels;
-        at.channel_stride = inner ? 1 : args.pixels;
-        at.pixel_stride = inner ? args.channels : 1;
+        at.channel_stride = channels_last ? 1 : args.pixels;
+        at.pixel_stride = channels_last ? args.channels : 1;
         at.base = at.sample * args.channels * args.pixels + at.begin * at.channel_stride;
         at.ahead = 0;
         return at;
@@ -522,21 +522,21 @@ void for_slices(const Args& args, bool inner, const F& f) {
 }  // namespace
 
 void group_norm_silu(const GroupNormSiluArgs& args) {
-    bool inner = args.inner || args.pixels == 1;  // one pixel is both, and channels fill the vectors
+    bool channels_last = args.channels_last || args.pixels == 1;  // one pixel is both, and channels fill the vectors
     of_dtype(args.dtype, [&](auto kind) {
         using T = decltype(kind);
-        for_slices(args, inner, [&](const Slice& at, Scratch& k) {
-            inner ? forward_slice<T, true>(args, at, k) : forward_slice<T, false>(args, at, k);
+        for_slices(args, channels_last, [&](const Slice& at, Scratch& k) {
+            channels_last ? forward_slice<T, true>(args, at, k) : forward_slice<T, false>(args, at, k);
         });
     });
 }
 
 void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args) {
-    bool inner = args.inner || args.pixels == 1;
+    bool channels_last = args.channels_last || args.pixels == 1;
     of_dtype(args.dtype, [&](auto kind) {
         using T = decltype(kind);
-        for_slices(args, inner, [&](const Slice& at, Scratch& k) {
-            inner ? backward_slice<T, true>(args, at, k) : backward_slice<T, false>(args, at, k);
+        for_slices(args, channels_last, [&](const Slice& at, Scratch& k) {
+            channels_last ? backward_slice<T, true>(args, at, k) : backward_slice<T, false>(args, at, k);
         });
     });
 }

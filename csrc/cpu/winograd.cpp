@@ -1,4 +1,4 @@
-// 3x3 convolution, stride 1, padding 1, by Winograd's method F(2x2, 3x3), channels inner:
+// 3x3 convolution, stride 1, padding 1, by Winograd's method F(2x2, 3x3), channels_last:
 //   y = A^T [sum_c (G w G^T) * (B^T d B)] A + bias + residual
 // for each 2x2 tile of y and the 4x4 patch d of x that it depends on. 16 multiplications stand for 36, and
 //   B^T = [1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1]    G = [1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1]    A^T = [1 1 1 0; 0 1 -1 -1]
@@ -37,10 +37,10 @@ namespace {
 constexpr int kTile = 2;
 constexpr int kChunk = 32;            // channels of a patch that lie together
 constexpr int kColumns = 2 * kLanes;  // outputs at once
-// Tiles at once: a multiple of kStep, at most kMost, whose sums with two vectors of weights and one of a patch fill the
+// Tiles at once: a multiple of kTileStep, at most kMaxTiles, whose sums with two vectors of weights and one of a patch fill the
 // 32 registers of AVX-512, or the 16 of AVX2.
-constexpr int kStep = kLanes == 16 ? 4 : 2;
-constexpr int kMost = 3 * kStep;
+constexpr int kTileStep = kLanes == 16 ? 4 : 2;
+constexpr int kMaxTiles = 3 * kTileStep;
 constexpr int64_t kBlockBytes = 384 << 10;
 constexpr int kAhead = 16 << 10;  // bytes from the weights in use to those that are fetched
 
@@ -48,7 +48,7 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // kSide: of the patch, transformed or not; the side's outer products are the spots.
-struct Same {
+struct Plain3x3 {
     static constexpr bool kUpsampled = false;
     static constexpr int kSide = 4, kSpots = kSide * kSide;
 };
@@ -60,7 +60,7 @@ struct Upsampled {
 // Tiles [first, first + count) in the order of samples, lines and columns.
 struct Block {
     int64_t first, count;
-    int64_t rows;  // count, rounded up to kStep; the rest repeats the last tile
+    int64_t rows;  // count, rounded up to kTileStep; the rest repeats the last tile
 };
 
 // ---- the two linear maps, on vectors of channels ----
@@ -307,15 +307,15 @@ FASTDDPM_DOT void multiply_block(const Block& block, const T* patches, const T* 
             const T* first = patches + r * kChunk;
             float* out = sums + r * kColumns;
             const int64_t left = block.rows - r;
-            if (left >= kMost && left != kMost + kStep) {  // which are better shared evenly
-                multiply<kMost>(first, chunk, weights, channels, out);
-                r += kMost;
-            } else if (left >= 2 * kStep) {
-                multiply<2 * kStep>(first, chunk, weights, channels, out);
-                r += 2 * kStep;
+            if (left >= kMaxTiles && left != kMaxTiles + kTileStep) {  // which are better shared evenly
+                multiply<kMaxTiles>(first, chunk, weights, channels, out);
+                r += kMaxTiles;
+            } else if (left >= 2 * kTileStep) {
+                multiply<2 * kTileStep>(first, chunk, weights, channels, out);
+                r += 2 * kTileStep;
             } else {
-                multiply<kStep>(first, chunk, weights, channels, out);
-                r += kStep;
+                multiply<kTileStep>(first, chunk, weights, channels, out);
+                r += kTileStep;
             }
         }
         patches += channels * block.rows;
@@ -345,7 +345,7 @@ template <class Image, class T>
 void convolve(const WinogradArgs& args) {
     constexpr int kSpots = Image::kSpots;
     const int64_t across = args.width / kTile, lines = args.samples * (args.height / kTile);
-    const int64_t most = larger(kMost, kBlockBytes / (kSpots * args.channels * sizeof(T)) / kMost * kMost);
+    const int64_t most = larger(kMaxTiles, kBlockBytes / (kSpots * args.channels * sizeof(T)) / kMaxTiles * kMaxTiles);
     // Blocks of so many lines that the threads can share them evenly, or equal parts of a line.
     const int64_t pieces = (across + most - 1) / most, piece = (across + pieces - 1) / pieces;
     const int64_t at_once = larger(1, most / across) * args.threads;
@@ -360,7 +360,7 @@ void convolve(const WinogradArgs& args) {
         Block block;
         block.first = line * across + column;
         block.count = pieces > 1 ? smaller(piece, across - column) : smaller(height, lines - line) * across;
-        block.rows = (block.count + kStep - 1) / kStep * kStep;
+        block.rows = (block.count + kTileStep - 1) / kTileStep * kTileStep;
         const Window<Image> window(args, block);
         const int64_t patch_size = kSpots * block.rows * args.channels, sum_size = kSpots * block.rows * kColumns;
         float* sums =
@@ -400,18 +400,18 @@ inline void weight_row(const vfloat* w, int stride, bool upsampled, vfloat* out)
 
 void winograd(const WinogradArgs& args) {
     if (args.samples == 0) return;
-    args.upsample ? convolve<Upsampled>(args) : convolve<Same>(args);
+    args.upsample ? convolve<Upsampled>(args) : convolve<Plain3x3>(args);
 }
 
 // G w G^T in the layout above.
 void winograd_weights(const WinogradWeightsArgs& args) {
-    const int pair = args.dtype == Dtype::bfloat16 ? 2 : 1, side = args.upsample ? Upsampled::kSide : Same::kSide;
+    const int pair = args.dtype == Dtype::bfloat16 ? 2 : 1, side = args.upsample ? Upsampled::kSide : Plain3x3::kSide;
     parallel_for(args.outputs / kColumns, 1, args.threads, [&](int64_t strip) {
         for (int64_t c = 0; c < args.channels; c += pair)
             for (int64_t k = 0; k < kColumns; k += kLanes) {
-                vfloat spots[2][Same::kSpots];
+                vfloat spots[2][Plain3x3::kSpots];
                 for (int p = 0; p < pair; ++p) {
-                    vfloat w[9], lines[3][Same::kSide], column[3];
+                    vfloat w[9], lines[3][Plain3x3::kSide], column[3];
                     for (int lane = 0; lane < kLanes; ++lane) {
                         const int64_t output = strip * kColumns + k + lane;
                         for (int tap = 0; tap < 9; ++tap)

@@ -3,7 +3,7 @@
 //   x_prev = c0*x0 + c1*x + c2*x0_last + d*o + sigma*exp((f*lv_hi + (1-f)*lv_lo)/2)*z,  f = (v+1)/2
 // A term whose coefficient is 0 plays no part, whatever its memory holds.
 //
-// Layout: x, o and next_input may each have channels outer or inner. Noise is drawn in C*H*W order, four elements of a
+// Layout: x, o and next_input may each be contiguous or channels_last. Noise is drawn in C*H*W order, four elements of a
 // counter at a time.
 //
 // Work: where a sample has 1, 3 or 4 channels and a multiple of 4 pixels, a thread takes 4 neighbouring pixels with all
@@ -135,14 +135,16 @@ __global__ void __launch_bounds__(kThreads) ddpm_step_kernel(DdpmStepArgs args, 
             const int64_t e = 4 * quad + k;
             if (e >= elements) break;
             const int64_t c = e / args.pixels, p = e - c * args.pixels;
-            const auto place = [&](bool inner, int64_t channels) {
-                return i * channels * args.pixels + (inner ? p * channels + c : c * args.pixels + p);
+            const auto place = [&](bool channels_last, int64_t channels) {
+                return i * channels * args.pixels + (channels_last ? p * channels + c : c * args.pixels + p);
             };
-            const int64_t at = place(args.x_inner, args.channels), o_at = place(args.o_inner, args.o_channels);
+            const int64_t at = place(args.x_channels_last, args.channels),
+                          o_at = place(args.o_channels_last, args.o_channels);
             Element v{};
             v.x = args.x[at];
             if (reads_o) v.o = load_any(args.o, args.o_dtype, o_at);
-            if (learned) v.v = load_any(args.o, args.o_dtype, o_at + args.channels * (args.o_inner ? 1 : args.pixels));
+            if (learned)
+                v.v = load_any(args.o, args.o_dtype, o_at + args.channels * (args.o_channels_last ? 1 : args.pixels));
             if (row.c2 != 0.0f) v.x0_last = args.x0_last[at];
             v.z = args.noise ? args.noise[at] : z[k];
             bad |= !finite(v.o) || !finite(v.v);
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(kThreads) ddpm_step_kernel(DdpmStepArgs args, 
             args.x_prev[at] = x_prev;
             if (args.x0) args.x0[at] = x0;
             if (args.next_input)
-                store_any(args.next_input, args.next_dtype, place(args.next_inner, args.channels), x_prev);
+                store_any(args.next_input, args.next_dtype, place(args.next_channels_last, args.channels), x_prev);
         }
     }
     leave(args, point, bad);
@@ -159,32 +161,32 @@ __global__ void __launch_bounds__(kThreads) ddpm_step_kernel(DdpmStepArgs args, 
 
 // ---- C channels, pixels in fours ----
 
-// 4 neighbouring pixels of C channels, [C][4], as C vectors of 4 elements: with channels outer a vector is a channel's,
-// with channels inner they follow each other in memory.
+// 4 neighbouring pixels of C channels, [C][4], as C vectors of 4 elements: in a contiguous tensor a vector is a channel's,
+// in a channels_last one they follow each other in memory.
 template <int C>
 struct Tile {
     float v[C][4];
 
-    static __device__ __forceinline__ int64_t at(bool inner, int64_t i, int64_t p, int64_t pixels, int k) {
-        return i * C * pixels + (inner ? p * C + 4 * k : k * pixels + p);
+    static __device__ __forceinline__ int64_t at(bool channels_last, int64_t i, int64_t p, int64_t pixels, int k) {
+        return i * C * pixels + (channels_last ? p * C + 4 * k : k * pixels + p);
     }
 
     // Loading comes in two steps, so that the loads of several tiles are under way at once: words, and what they mean.
     struct Words {
         uint4 of[C];
     };
-    static __device__ __forceinline__ Words fetch(const void* from, Dtype dtype, bool inner, int64_t i, int64_t p,
-                                                  int64_t pixels) {
+    static __device__ __forceinline__ Words fetch(const void* from, Dtype dtype, bool channels_last, int64_t i,
+                                                  int64_t p, int64_t pixels) {
         Words words;
         if (dtype == Dtype::float32) {
 #pragma unroll
             for (int k = 0; k < C; ++k)
-                words.of[k] =
-                    *reinterpret_cast<const uint4*>(static_cast<const float*>(from) + at(inner, i, p, pixels, k));
+                words.of[k] = *reinterpret_cast<const uint4*>(static_cast<const float*>(from) +
+                                                              at(channels_last, i, p, pixels, k));
         } else {
 #pragma unroll
             for (int k = 0; k < C; ++k) {
-                const auto* half = static_cast<const uint16_t*>(from) + at(inner, i, p, pixels, k);
+                const auto* half = static_cast<const uint16_t*>(from) + at(channels_last, i, p, pixels, k);
                 const uint2 pair = *reinterpret_cast<const uint2*>(half);
                 words.of[k].x = pair.x, words.of[k].y = pair.y;
             }
@@ -202,7 +204,7 @@ struct Tile {
             for (int j = 0; j < 4; ++j) flat[4 * k + j] = pack.get(j);
         }
     }
-    __device__ __forceinline__ void take(const Words& words, Dtype dtype, bool inner) {
+    __device__ __forceinline__ void take(const Words& words, Dtype dtype, bool channels_last) {
         float flat[4 * C];
         if (dtype == Dtype::float32)
             unpack<float>(words, flat);
@@ -211,15 +213,15 @@ struct Tile {
         else
             unpack<__half>(words, flat);
 #pragma unroll
-        for (int e = 0; e < 4 * C; ++e) v[e / 4][e % 4] = inner ? flat[e % 4 * C + e / 4] : flat[e];
+        for (int e = 0; e < 4 * C; ++e) v[e / 4][e % 4] = channels_last ? flat[e % 4 * C + e / 4] : flat[e];
     }
-    __device__ __forceinline__ void load(const float* from, bool inner, int64_t i, int64_t p, int64_t pixels) {
-        take(fetch(from, Dtype::float32, inner, i, p, pixels), Dtype::float32, inner);
+    __device__ __forceinline__ void load(const float* from, bool channels_last, int64_t i, int64_t p, int64_t pixels) {
+        take(fetch(from, Dtype::float32, channels_last, i, p, pixels), Dtype::float32, channels_last);
     }
     template <class T>
-    __device__ __forceinline__ void store_as(void* to, bool inner, int64_t i, int64_t p, int64_t pixels) const {
+    __device__ __forceinline__ void store_as(void* to, bool channels_last, int64_t i, int64_t p, int64_t pixels) const {
         Pack<T, 4> packs[C];
-        if (inner) {
+        if (channels_last) {
 #pragma unroll
             for (int f = 0; f < 4 * C; f += 2) packs[f / 4].put(f % 4, v[f % C][f / C], v[(f + 1) % C][(f + 1) / C]);
         } else {
@@ -227,16 +229,16 @@ struct Tile {
             for (int f = 0; f < 4 * C; f += 2) packs[f / 4].put(f % 4, v[f / 4][f % 4], v[f / 4][f % 4 + 1]);
         }
 #pragma unroll
-        for (int k = 0; k < C; ++k) packs[k].store(static_cast<T*>(to) + at(inner, i, p, pixels, k));
+        for (int k = 0; k < C; ++k) packs[k].store(static_cast<T*>(to) + at(channels_last, i, p, pixels, k));
     }
-    __device__ __forceinline__ void store(void* to, Dtype dtype, bool inner, int64_t i, int64_t p,
+    __device__ __forceinline__ void store(void* to, Dtype dtype, bool channels_last, int64_t i, int64_t p,
                                           int64_t pixels) const {
         if (dtype == Dtype::float32)
-            store_as<float>(to, inner, i, p, pixels);
+            store_as<float>(to, channels_last, i, p, pixels);
         else if (dtype == Dtype::bfloat16)
-            store_as<__nv_bfloat16>(to, inner, i, p, pixels);
+            store_as<__nv_bfloat16>(to, channels_last, i, p, pixels);
         else
-            store_as<__half>(to, inner, i, p, pixels);
+            store_as<__half>(to, channels_last, i, p, pixels);
     }
 };
 
@@ -249,8 +251,8 @@ __global__ void __launch_bounds__(kThreads, C == 4 ? 3 : 4) ddpm_step_tile_kerne
     const auto begin = [&] {
         i = small ? int64_t(uint32_t(item) / uint32_t(tiles)) : item / tiles;
         p = 4 * (item - i * tiles);
-        x_words = Tile<C>::fetch(args.x, Dtype::float32, args.x_inner, i, p, args.pixels);
-        o_words = Tile<C>::fetch(args.o, args.o_dtype, args.o_inner, i, p, args.pixels);
+        x_words = Tile<C>::fetch(args.x, Dtype::float32, args.x_channels_last, i, p, args.pixels);
+        o_words = Tile<C>::fetch(args.o, args.o_dtype, args.o_channels_last, i, p, args.pixels);
     };
     if (item < total) begin();
     Point point;
@@ -260,12 +262,12 @@ __global__ void __launch_bounds__(kThreads, C == 4 ? 3 : 4) ddpm_step_tile_kerne
     bool bad = false;
     while (item < total) {
         Tile<C> x, o, last, z, x0;
-        x.take(x_words, Dtype::float32, args.x_inner);
-        o.take(o_words, args.o_dtype, args.o_inner);
-        if (row.c2 != 0.0f) last.load(args.x0_last, args.x_inner, i, p, args.pixels);
+        x.take(x_words, Dtype::float32, args.x_channels_last);
+        o.take(o_words, args.o_dtype, args.o_channels_last);
+        if (row.c2 != 0.0f) last.load(args.x0_last, args.x_channels_last, i, p, args.pixels);
         if (row.sigma != 0.0f) {
             if (args.noise) {
-                z.load(args.noise, args.x_inner, i, p, args.pixels);
+                z.load(args.noise, args.x_channels_last, i, p, args.pixels);
             } else {
 #pragma unroll
                 for (int c = 0; c < C; ++c) draw(point, i, static_cast<uint32_t>((c * args.pixels + p) / 4), z.v[c]);
@@ -281,9 +283,9 @@ __global__ void __launch_bounds__(kThreads, C == 4 ? 3 : 4) ddpm_step_tile_kerne
                 x.v[c][j] = step(row, args.clip, args.clip_bound, false, e, x0.v[c][j]);
             }
         }
-        x.store(args.x_prev, Dtype::float32, args.x_inner, i, p, args.pixels);
-        if (args.x0) x0.store(args.x0, Dtype::float32, args.x_inner, i, p, args.pixels);
-        if (args.next_input) x.store(args.next_input, args.next_dtype, args.next_inner, i, p, args.pixels);
+        x.store(args.x_prev, Dtype::float32, args.x_channels_last, i, p, args.pixels);
+        if (args.x0) x0.store(args.x0, Dtype::float32, args.x_channels_last, i, p, args.pixels);
+        if (args.next_input) x.store(args.next_input, args.next_dtype, args.next_channels_last, i, p, args.pixels);
         item += stride;
         if (item < total) begin();
     }

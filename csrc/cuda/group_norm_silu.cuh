@@ -2,9 +2,9 @@
 // per-channel numbers, and sums over a group.
 //
 // A block takes a part of a slice: whole groups of one sample, over all pixels or some of them. Two mappings:
-//   columns  channels inner: a slice is several neighbouring groups, at least 32 bytes of each pixel, so that memory's
+//   columns  channels_last: a slice is several neighbouring groups, at least 32 bytes of each pixel, so that memory's
 //            sectors are used whole. A thread keeps one vector of channels and walks over the pixels.
-//   flat     all else, channels outer above all: a slice is one group, whose elements the threads take in turn.
+//   flat     all else, above all contiguous tensors: a slice is one group, whose elements the threads take in turn.
 // The parts of a slice are blocks of a cluster, which read each other's sums in shared memory; without clusters, or
 // where a slice is too large for one, they leave their sums in a workspace (stage kSums) and a second launch (kRest)
 // reads those and its elements once more, of so few samples at a time that the L2 still has them. Sums are merged in a
@@ -21,14 +21,14 @@ constexpr int kColumnChannels = 384;   // likewise of columns, backward
 
 enum Stage { kWhole, kSums, kRest };
 
-// The operands that both directions have, and the split. Strides follow from `inner`.
+// The operands that both directions have, and the split. Strides follow from `channels_last`.
 struct Norm {
     const void* x;
     ChannelVector weight, bias, add, scale, shift;
     int64_t first_sample;
     int channels, groups, width;  // width: channels of a group
     int64_t pixels;
-    bool inner, silu;
+    bool channels_last, silu;
 
     int slice_groups, slices, parts;
     uint32_t total, part_size;  // of a slice and of a part: pixels (columns) or vectors (flat)
@@ -100,7 +100,7 @@ struct Slots {
     int64_t base, stride;                        // columns: offset of slot 0, and between slots
     int channel[kColumns ? 1 : N];
     bool channel_per_lane;
-    uint32_t vectors, index;  // flat: vectors of a pixel (channels inner) or of a channel (outer); slot 0's index
+    uint32_t vectors, index;  // flat: vectors of a pixel (channels_last) or of a channel (contiguous); slot 0's index
 
     __device__ Slots(const Norm& k, const Part& at) {
         const int thread = threadIdx.x, threads = blockDim.x;
@@ -119,14 +119,14 @@ struct Slots {
             column = 0, row = thread, rows = threads;
             index = at.begin + thread;
             count = index < at.end ? static_cast<int>((at.end - index + threads - 1) / threads) : 0;
-            channel_per_lane = k.inner;
-            vectors = static_cast<uint32_t>((k.inner ? k.width : k.pixels) / V);
-            base = at.sample * k.pixels * k.channels + at.first_channel * (k.inner ? 1 : k.pixels);
-            stride = k.inner ? k.channels : k.pixels;
+            channel_per_lane = k.channels_last;
+            vectors = static_cast<uint32_t>((k.channels_last ? k.width : k.pixels) / V);
+            base = at.sample * k.pixels * k.channels + at.first_channel * (k.channels_last ? 1 : k.pixels);
+            stride = k.channels_last ? k.channels : k.pixels;
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 const uint32_t i = index + j * threads, q = i / vectors;
-                channel[j] = static_cast<int>(k.inner ? (i - q * vectors) * V : q);
+                channel[j] = static_cast<int>(k.channels_last ? (i - q * vectors) * V : q);
             }
         }
     }
@@ -229,7 +229,7 @@ struct Operands {
 template <class T>
 __device__ __forceinline__ Operands operands_of(const Norm& k, int64_t sample, int channel) {
     const int first = channel - channel % k.width;
-    const int64_t at = sample * k.pixels * k.channels + first * (k.inner ? 1 : k.pixels);
+    const int64_t at = sample * k.pixels * k.channels + first * (k.channels_last ? 1 : k.pixels);
     const T x = static_cast<const T*>(k.x)[at];
     const uint32_t add = bits_of_channel(k.add, sample, channel), add_first = bits_of_channel(k.add, sample, first),
                    weight = bits_of_channel(k.weight, sample, channel), bias = bits_of_channel(k.bias, sample, channel),
@@ -355,13 +355,13 @@ Split split(const Args& args, bool pointers_aligned, const Limits& limits, const
         s.columns = true;                                   // in one stage, they need no workspace
         return s;
     }
-    s.vectors = pointers_aligned && (args.inner ? args.channels : args.pixels) % lanes == 0;
+    s.vectors = pointers_aligned && (args.channels_last ? args.channels : args.pixels) % lanes == 0;
 
     // Groups of the narrowest slice that is made of whole vectors, and of whole sectors if pixels are.
     const int64_t grain = args.channels * element % 32 ? 16 : 32;
     int64_t narrow = 1;
-    while (s.vectors && args.inner && narrow * width * element % grain) ++narrow;
-    s.columns = s.vectors && args.inner && narrow * width <= kColumnChannels;
+    while (s.vectors && args.channels_last && narrow * width * element % grain) ++narrow;
+    s.columns = s.vectors && args.channels_last && narrow * width <= kColumnChannels;
     if (s.columns) {
         const auto with_groups = [&](int64_t groups) {
             Split t = s;
@@ -386,7 +386,7 @@ Split split(const Args& args, bool pointers_aligned, const Limits& limits, const
         if (s.two_stage != narrowest.two_stage || (!s.two_stage && s.blocks(args.samples) < 2 * device.sms))
             s = narrowest;
     } else {
-        if (args.inner && width % lanes) s.vectors = false;
+        if (args.channels_last && width % lanes) s.vectors = false;
         s.slice_groups = 1;
         s.slices = static_cast<int>(args.groups);
         split_slice(s, limits, device, args.samples * args.groups, width * args.pixels / s.lanes(args.dtype), 1);
@@ -410,7 +410,7 @@ Norm norm_of(const Args& args, const Split& s, int64_t stage_floats) {
     k.groups = static_cast<int>(args.groups);
     k.width = static_cast<int>(args.channels / args.groups);
     k.pixels = args.pixels;
-    k.inner = args.inner;
+    k.channels_last = args.channels_last;
     k.silu = args.silu;
     k.slice_groups = s.slice_groups;
     k.slices = s.slices;

@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kFlatThreads) group_norm_silu_backward_flat_ke
     Common* common = shared_memory<Common>();
     const int64_t base = at.sample * k.pixels * k.channels;
     const auto offset = [&](int channel, uint32_t i) {
-        return base + (k.inner ? int64_t{i} * k.channels + channel : channel * k.pixels + int64_t{i} * V);
+        return base + (k.channels_last ? int64_t{i} * k.channels + channel : channel * k.pixels + int64_t{i} * V);
     };
     // Channel by channel: [parts, 3, width] of a group, or the callers' [3 arrays][channels].
     float* parts = k.workspace + int64_t{kSums3} * k.width * (at.index - at.part);
@@ -339,7 +339,7 @@ Split split_of(const GroupNormSiluBackwardArgs& args, bool pointers_aligned, int
     Split s = split(args, pointers_aligned, kLimits, device);
     if (s.columns) return s;
     // Flat: a part is pixels of all channels of a group; parts only where groups are too few for the device.
-    if (args.inner) s.vectors = false;
+    if (args.channels_last) s.vectors = false;
     const int64_t pixels = args.pixels / s.lanes(args.dtype), groups = args.samples * args.groups;
     int64_t parts = ceil_div(4 * device.sms, groups);
     if (parts > ceil_div(pixels, 128)) parts = ceil_div(pixels, 128);

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..models.config import UNetConfig, with_current_names
 from ..models.unet import UNet
 from ..utils.files import atomic_write, created_folder
-from ..utils.validation import bound_of, choice
+from ..utils.validation import check_choice, clip_bound
 from . import tensors
 from .base import Checkpoint, check_state_dict
 
@@ -51,13 +51,13 @@ def write_folder(
         "architecture": ARCHITECTURE,
         "unet": dataclasses.asdict(model.config),
         "schedule": _schedule_entry(model.schedule),
-        "prediction": choice("prediction", model.prediction, PREDICTIONS),
-        "variance": choice("variance", model.variance, VARIANCES),
+        "prediction": check_choice("prediction", model.prediction, PREDICTIONS),
+        "variance": check_choice("variance", model.variance, VARIANCES),
         "clip": model.clip,
         **({} if model.class_names is None else {"class_names": model.class_names}),
         **(extra or {}),
     }
-    bound_of(model.clip)
+    clip_bound(model.clip)
     if (folder / CONFIG).exists() and not is_own(folder):
         raise ValueError(f"folder: {folder} has the {CONFIG} of another model; name another folder")
     dense = {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -85,7 +85,7 @@ def read_folder(folder: Path) -> Checkpoint:
     )
     clip = config.get("clip", True)  # older folders have no such entry
     try:
-        bound_of(clip)
+        clip_bound(clip)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not weights.is_file():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 
 import torch
 
+from ..utils.validation import as_int, check_int, dtype_name
 from ..utils.warn import warn_once
 
 __all__ = ["Schedule"]
@@ -47,9 +47,9 @@ class Schedule:
         self.alphas_cumprod_prev = torch.cat(
             (torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod[:-1])
         )
-        self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        self.posterior_mean_coef1 = self.alphas_cumprod_prev.sqrt() * betas / (1 - self.alphas_cumprod)
-        self.posterior_mean_coef2 = self.alphas.sqrt() * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        self.posterior_variance, self.posterior_mean_coef1, self.posterior_mean_coef2 = posterior_coefficients(
+            self.alphas_cumprod, self.alphas_cumprod_prev, self.alphas, betas
+        )
 
     @classmethod
     def linear(cls, T: int = 1000, start: float | None = None, end: float | None = None) -> Schedule:
@@ -102,38 +102,29 @@ class Schedule:
         return signal * x0 + _extract((1 - self.alphas_cumprod).sqrt(), t, x0) * noise
 
 
-def _index(value: object) -> int | None:
-    """A whole number of any kind, NumPy's and tensors' without dimensions among them, as an int; None for what is none."""
-    if isinstance(value, bool) or getattr(value, "shape", ()) != ():
-        return None
-    if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
+def posterior_coefficients(
+    abar: torch.Tensor, abar_prev: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the variance of q(x_prev | x_t, x_0) and the coefficients of x_0 and x_t in its mean (eqs. 6 and 7)."""
+    variance = beta * (1 - abar_prev) / (1 - abar)
+    return variance, abar_prev.sqrt() * beta / (1 - abar), alpha.sqrt() * (1 - abar_prev) / (1 - abar)
 
 
 def _count(T: object) -> int:
-    count = _index(T)
-    if count is None or not 1 <= count < 1 << 20:
-        raise ValueError(f"T: got {T!r}; expected a number of timesteps from 1 to 2^20 - 1")
-    return count
+    return check_int("T", T, 1, 1 << 20, "a number of timesteps from 1 to 2^20 - 1")
 
 
 def _extract(values: torch.Tensor, t: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """values[t] in the dtype and on the device of `like`, shaped to broadcast over [N, ...]."""
     steps = len(values)
-    if (number := _index(t)) is not None:
+    if (number := as_int(t)) is not None:
         if not 0 <= number < steps:
             raise ValueError(f"t: got {number}; expected 0..{steps - 1}")
         return values[number].to(like)
     if not isinstance(t, torch.Tensor):
         raise ValueError(f"t: got {t!r}; expected an int in 0..{steps - 1}, or int64 [{like.shape[0]}]")
     if t.dtype != torch.int64 or t.shape != like.shape[:1]:
-        raise ValueError(
-            f"t: got {str(t.dtype).removeprefix('torch.')} {list(t.shape)}; expected int64 [{like.shape[0]}]"
-        )
+        raise ValueError(f"t: got {dtype_name(t.dtype)} {list(t.shape)}; expected int64 [{like.shape[0]}]")
     if t.device.type == "cpu" and t.numel() and not (0 <= int(t.min()) and int(t.max()) < steps):
         raise ValueError(f"t: got values from {int(t.min())} to {int(t.max())}; expected 0..{steps - 1}")
     chosen = values.to(like.device)[t.to(like.device)].to(like.dtype)

@@ -87,8 +87,8 @@ def acquire_runner(
                 yield entry
                 return
         warnings = [unsupported]
-        if reason := backend.no_products(device, dtype):
-            warnings.append(backend.slow_module(reason))
+        if reason := backend.emulated_reason(device, dtype):
+            warnings.append(backend.slow_module_warning(reason))
         with _in_eval_mode(copy.deepcopy(network).to(device, dtype) if moves else network) as module:
             yield CacheEntry(Runner(module, device, dtype, warnings=warnings, lock=cache.lock))
 
@@ -216,7 +216,7 @@ def settings_key(device: torch.device, dtype: torch.dtype) -> tuple:
     cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
     return (
         torch.get_num_threads(),
-        {backend.choose(device, kind) for kind in (dtype, torch.float32)},
+        {backend.select(device, kind) for kind in (dtype, torch.float32)},
         torch.backends.mkldnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.enabled,

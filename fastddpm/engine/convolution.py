@@ -34,7 +34,7 @@ def _onednn_accepts(x: torch.Tensor) -> bool:
         and x.shape[2:].numel() > 1  # torch 2.6 cannot add a residual to a single pixel
         and all(hasattr(torch.ops.mkldnn, name) for name in ONEDNN)
         and x.dtype in (torch.float32, torch.bfloat16)
-        and backend.no_products(x.device, x.dtype) is None
+        and backend.emulated_reason(x.device, x.dtype) is None
     )
 
 

@@ -28,7 +28,7 @@ from ..models.unet import (
     Upsample,
 )
 from ..utils.modules import is_unmodified
-from ..utils.validation import short
+from ..utils.validation import dtype_name
 from . import graphs
 from .convolution import Convolution
 from .layers import assign_winograd, fuse_layers
@@ -138,10 +138,10 @@ class EngineRunner(Runner):
         def keep_dtype() -> list[nn.Module]:  # fusing replaces some of these
             return network.embedding_layers() if self.runs_body else []
 
-        if reason := backend.no_products(device, dtype):
+        if reason := backend.emulated_reason(device, dtype):
             warnings.append(
-                f"{reason}, so the network runs in float32, with weights rounded to {short(dtype)}. It is as fast as in float32, "
-                "and not faster"
+                f"{reason}, so the network runs in float32, with weights rounded to {dtype_name(dtype)}. "
+                "It is as fast as in float32, and not faster"
             )
             _round(network, dtype, keep_dtype())
             dtype = torch.float32

@@ -31,7 +31,7 @@ from ..ops.philox_normal import first_words
 from ..ops.rng import Stream, check_first, seed_of
 from ..utils.files import atomic_write
 from ..utils.progress import bar as progress_bar
-from ..utils.validation import bound_of, check_count, is_int, plain, short
+from ..utils.validation import as_python_number, check_int, clip_bound, dtype_name, is_int
 
 __all__ = ["Likelihood", "LikelihoodError", "RateDistortion", "likelihood", "rate_distortion"]
 MAX_BATCH = 256  # pairs in a batch unless told otherwise: more gains nothing, and there are always more
@@ -247,7 +247,7 @@ def _measure(model: ResolvedModel, arguments: _Arguments, execution: _Execution)
     pairs, batch_size = timesteps.numel(), execution.batch_size
     if batch_size is None:
         batch_size = min(MAX_BATCH, default_batch_size(pairs, shape, device))
-    batch_size = min(check_count("batch_size", batch_size, 1), pairs)
+    batch_size = min(check_int("batch_size", batch_size, 1), pairs)
     progress = execution.progress
     with (
         torch.inference_mode(False),
@@ -272,7 +272,7 @@ class _Terms:
 
     def __init__(self, model: ResolvedModel, device: torch.device, seed: int, first: int) -> None:
         schedule, self.prediction, variance, clip = model.settings
-        self.bound, self.clip = Bound(schedule, variance, device), bound_of(clip)
+        self.bound, self.clip = Bound(schedule, variance, device), clip_bound(clip)
         self.learned = self.bound.log_variance is None
         self.seed, self.first = seed, first
         signal, scale = schedule.alphas_cumprod.sqrt(), (1 - schedule.alphas_cumprod).sqrt()
@@ -375,7 +375,7 @@ def _pixels(images: torch.Tensor, quantize: bool) -> torch.Tensor:
         raise ValueError(f"images: got {type(images).__name__}; expected a tensor [N, C, H, W], uint8 or in [-1, 1]")
     if images.dim() != 4 or images.numel() == 0 or not (images.is_floating_point() or images.dtype == torch.uint8):
         raise ValueError(
-            f"images: got {short(images.dtype)} {list(images.shape)}; expected uint8, or floating point in [-1, 1], "
+            f"images: got {dtype_name(images.dtype)} {list(images.shape)}; expected uint8, or floating point in [-1, 1], "
             "[N, C, H, W] with at least one image"
         )
     if images.dtype == torch.uint8:
@@ -411,7 +411,7 @@ def _timesteps(n: int, T: int, subsample: int | None, seed: int, first: int) -> 
     """(timesteps, sizes) as `_Measured` has them: t_j = lo_j + (w0 size_j >> 32), with stream 3's words."""
     if subsample is None:
         return torch.arange(T, device="cpu").expand(n, T), torch.ones(T, dtype=torch.float64, device="cpu")
-    subsample = plain(subsample)
+    subsample = as_python_number(subsample)
     if not is_int(subsample) or not 1 <= subsample < T:
         raise ValueError(
             f"subsample: got {subsample!r}; expected None or an int in 1..{T - 1}, as there are {T} timesteps"

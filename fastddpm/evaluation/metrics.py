@@ -17,7 +17,7 @@ from ..inputs.arguments import device_of
 from ..inputs.resolve import ResolvedModel
 from ..ops.rng import check_seed
 from ..utils.files import atomic_write
-from ..utils.validation import bound_of, check_count
+from ..utils.validation import check_int, clip_bound
 from .distances import SUBSET_SIZE, SUBSETS, Statistics, frechet, kernel_distance, statistics
 from .features import Features
 from .identity import PROBE_IMAGES, Probe, model_identity, probe_outputs, sha256, to_digits, to_json
@@ -202,9 +202,9 @@ class LikelihoodMetric:
         options: dict,
     ) -> None:
         if limit is not None:
-            limit = check_count("likelihood_images", limit, 1)
+            limit = check_int("likelihood_images", limit, 1)
         if options["subsample"] is not None:
-            options = {**options, "subsample": check_count("subsample", options["subsample"], 1)}
+            options = {**options, "subsample": check_int("subsample", options["subsample"], 1)}
         self.model, self.images, self.description, self.options = model, images, description, options
         self.n = min(limit or len(images), len(images))
         device, dtype = options["device"], options["dtype"]
@@ -217,7 +217,7 @@ class LikelihoodMetric:
             "schedule": sha256(to_digits(schedule.betas)),
             "prediction": prediction,
             "variance": variance,
-            "clip": bound_of(clip),
+            "clip": clip_bound(clip),
             "subsample": options["subsample"],
             "seed": check_seed(options["seed"]),
         }

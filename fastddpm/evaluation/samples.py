@@ -26,7 +26,7 @@ from ..ops.rng import check_seed
 from ..sampling.api import RunOptions, run
 from ..sampling.plan import ChainArguments, Plan, plan, resolve_for
 from ..utils.files import write_if_missing
-from ..utils.validation import bound_of, check_count
+from ..utils.validation import check_int, clip_bound
 from .identity import Probe, labels_in_turn, model_identity, probe_outputs, sha256, to_digits, to_json
 from .shards import Shards
 
@@ -95,16 +95,16 @@ class Drawing:
 
     def __init__(self, model: ResolvedModel, folder: str | Path, options: DrawingOptions) -> None:
         n, seed, shard, batch_size, device, dtype, chain = options
-        self.folder, self.n = Path(folder), check_count("n", n, 1)
+        self.folder, self.n = Path(folder), check_int("n", n, 1)
         label = chain.get("class_labels")
-        self.label = None if label is None else check_count("class_labels", label, 0)
+        self.label = None if label is None else check_int("class_labels", label, 0)
         self.plan = plan(model, chain_arguments(chain))
         warn_signal_left(model.network, model.settings.schedule)
         shape = image_shape(model, chain.get("shape"))
         self.settings = sample_settings(self.plan, shape, seed, dtype, self.label)
-        self.shard = check_count("shard", shard_size(device_of(model.network, device)) if shard is None else shard, 1)
+        self.shard = check_int("shard", shard_size(device_of(model.network, device)) if shard is None else shard, 1)
         if batch_size is not None:
-            batch_size = check_count("batch_size", batch_size, 1)
+            batch_size = check_int("batch_size", batch_size, 1)
         self.options = RunOptions(shape, seed=seed, batch_size=batch_size, device=device, dtype=dtype)
         self.probe = Probe(
             self.folder,
@@ -164,7 +164,7 @@ def sample_settings(
         "eta": float(plan.eta),
         "variance": plan.variance,
         "chain": sha256(to_digits(table.rows) + str(table.timesteps.tolist())),
-        "clip": bound_of(plan.model.settings.clip),
+        "clip": clip_bound(plan.model.settings.clip),
         "class_labels": "each in turn" if in_turn else label,
     }
 

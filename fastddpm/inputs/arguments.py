@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..models.unet import UNet
-from ..utils.validation import is_int, plain
+from ..utils.validation import as_python_number, is_int
 from .adopt import callee, find_inside, is_diffusers, sized_network
 from .resolve import ResolvedModel, has_settings, name_of
 
@@ -25,7 +25,7 @@ def image_shape(model: ResolvedModel, shape: Sequence[int] | None) -> tuple[int,
         check_image_shape("shape", model.sized, shape)
         return shape
     try:
-        shape = tuple(plain(side) for side in shape)
+        shape = tuple(as_python_number(side) for side in shape)
     except TypeError:
         raise ValueError(f"shape: got {shape!r}; {ANY_SHAPE}") from None
     positive = all(is_int(side) and side >= 1 for side in shape)
@@ -138,7 +138,7 @@ def check_labels(labels: torch.Tensor, classes: int | None) -> None:
 
 def as_labels(labels: Any, n: int) -> torch.Tensor:
     """int64 [n] of an int, or of n integers of any kind: a list, an array, a tensor."""
-    labels = plain(labels)
+    labels = as_python_number(labels)
     if is_int(labels):
         return torch.full((n,), labels)
     try:

@@ -14,7 +14,7 @@ from ..checkpoints import scheduler
 from ..diffusion.coefficients import PREDICTIONS, VARIANCES, check_prediction
 from ..diffusion.schedule import Schedule
 from ..models.unet import UNet
-from ..utils.validation import choice, plain
+from ..utils.validation import as_python_number, check_choice
 from ..utils.warn import warn_once
 from .adopt import as_unet, callee, find_inside, is_diffusers, sized_network
 
@@ -121,7 +121,7 @@ def resolve_settings(
             f"schedule: got {type(schedule).__name__}; expected a fastddpm.Schedule or one of diffusers' schedulers"
         )
     owner = _scheduler_settings(schedule) if scheduled else bare
-    arguments = (None if scheduled else schedule, prediction, variance, plain(clip))
+    arguments = (None if scheduled else schedule, prediction, variance, as_python_number(clip))
     passed = dict(zip(SETTINGS, arguments, strict=True))
     values = {name: _attribute(owner, name) if passed[name] is None else passed[name] for name in SETTINGS}
     missing = [name for name in needs if values[name] is None]
@@ -134,7 +134,7 @@ def resolve_settings(
     settings = TrainingSettings(
         *(default if values[n] is None else values[n] for n, (_, default, _) in SETTINGS.items())
     )
-    choice("prediction", settings.prediction, PREDICTIONS)
+    check_choice("prediction", settings.prediction, PREDICTIONS)
     if "prediction" in needs:
         check_prediction(settings.schedule, settings.prediction)
     _warn_inherited(model, inner, inherited)
@@ -147,7 +147,7 @@ def resolve_settings(
 
 def _attribute(owner: object, name: str) -> object:
     """The owner's setting of this name; None where it has none, or where the attribute means something else."""
-    value = plain(getattr(owner, name, None))
+    value = as_python_number(getattr(owner, name, None))
     accepted, _, expected = SETTINGS[name]
     if isinstance(owner, UNet) and value is not None and not isinstance(value, accepted):
         raise ValueError(f"model: its {name} is {value!r}; expected {expected}")

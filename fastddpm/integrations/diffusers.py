@@ -1,4 +1,4 @@
-"""diffusers' DDPMScheduler and DDIMScheduler with their step in one kernel, for pipelines as they are.
+"""diffusers' DDPMScheduler and DDIMScheduler with their step in one kernel, for unmodified pipelines.
 
     pipe.scheduler = FusedDDPMScheduler.from_config(pipe.scheduler.config)                  # torch's noise, as before
     pipe.scheduler = FusedDDPMScheduler.from_config(pipe.scheduler.config, noise_seed=7)    # fastddpm's
@@ -40,6 +40,7 @@ from typing import NamedTuple
 import torch
 
 from .. import backend
+from ..diffusion.coefficients import Columns, ddim_variance, ddpm_coefficients, x0_coefficients
 from ..ops import ddpm_step
 from ..ops._register import layout
 from ..ops.rng import check_first, check_seed
@@ -70,7 +71,7 @@ __all__ = ["FusedDDIMScheduler", "FusedDDPMScheduler"]
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
-INSTEAD = {
+ALTERNATIVES = {
     "learned": "; diffusers' own DDPMScheduler takes a variance that the network gives as it is",
     "fixed_large_log": "; diffusers takes the root of its logarithm, which is NaN: use fixed_large",
 }
@@ -85,7 +86,7 @@ class _Chain(NamedTuple):
     rows: dict[tuple, dict[int, torch.Tensor]]  # for step's arguments that they depend on: by timestep, float64 [9]
 
     def timestep(self, timestep: int | torch.Tensor) -> int:
-        """As an int. An element of the scheduler's own tensor is known by its place: a GPU isn't waited for."""
+        """Return the timestep as an int. Elements of the scheduler's own tensor are known by address: no wait for a GPU."""
         listed = self.source[0]
         if isinstance(timestep, torch.Tensor) and (timestep.device, timestep.dtype) == (listed.device, listed.dtype):
             stride = listed.element_size() * listed.stride(0)
@@ -96,7 +97,7 @@ class _Chain(NamedTuple):
 
 
 def _init(parent: type) -> Callable:
-    """parent's __init__ with noise_seed. from_config and save_config go by its signature."""
+    """Return parent's __init__ with noise_seed added. from_config and save_config read its signature."""
 
     def __init__(self, *args, noise_seed: int | None = None, **options) -> None:
         parent.__init__(self, *args, **options)
@@ -104,7 +105,9 @@ def _init(parent: type) -> Callable:
         self.noise_first = 0
         self._chain = None
         self._check_options()
-        if noise_seed is not None:  # without one the config is of parent's options alone, which parent takes back
+        if (
+            noise_seed is not None
+        ):  # without a seed the config has the parent's options only, so that the parent can load it
             self.register_to_config(noise_seed=noise_seed)
 
     theirs = inspect.signature(parent.__init__)
@@ -114,7 +117,7 @@ def _init(parent: type) -> Callable:
 
 
 class _Fused:
-    """What both schedulers share. _table(chain, timesteps, *arguments) of a subclass gives rows of ops/ddpm_step.py, float64."""
+    """What both schedulers share. A subclass's _table(chain, timesteps, *arguments) returns float64 rows of ops/ddpm_step.py."""
 
     def _check_options(self) -> None:
         config = self.config
@@ -133,7 +136,7 @@ class _Fused:
             )
 
     def _current(self) -> _Chain:
-        """The chain that the scheduler is set to, read anew where something that it was read from has been replaced."""
+        """Return the chain that the scheduler is set to, read again if something that it was read from has been replaced."""
         source = self.timesteps, self.alphas_cumprod, self.num_inference_steps, self.config
         if self._chain is None or any(a is not b for a, b in zip(source, self._chain.source, strict=True)):
             self._check_options()
@@ -149,7 +152,7 @@ class _Fused:
             rows[t] = self._table(chain, torch.tensor([t], device="cpu"), *arguments)[0]
         return rows[t]
 
-    def _left_to_diffusers(self, model_output: torch.Tensor, sample: torch.Tensor) -> bool:
+    def _needs_gradient(self, model_output: torch.Tensor, sample: torch.Tensor) -> bool:
         if not torch.is_grad_enabled() or not (model_output.requires_grad or sample.requires_grad):
             return False
         if self.noise_seed is not None:
@@ -159,19 +162,8 @@ class _Fused:
             )
         return True
 
-    def _take(
-        self,
-        chain: _Chain,
-        t: int,
-        row: torch.Tensor,
-        model_output: torch.Tensor,
-        sample: torch.Tensor,
-        noisy: bool,
-        generator: torch.Generator | list[torch.Generator] | None,
-        noise: torch.Tensor | None = None,
-        learned: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(prev_sample, pred_original_sample). noisy: whether the step has noise; None: of the seed, else of the generator."""
+    def _check_shapes(self, model_output: torch.Tensor, sample: torch.Tensor, learned: bool = False) -> None:
+        """Raise ValueError where the shapes don't fit. learned: whether model_output also holds a variance."""
         expected = list(sample.shape)
         if len(expected) < 2:
             raise ValueError(
@@ -184,49 +176,58 @@ class _Fused:
                 f"model_output: got shape {list(model_output.shape)}; expected {expected}"
                 + (", with the learned variance" if learned else ", as sample")
             )
-        if reason := backend.no_products(model_output.device, model_output.dtype):
-            warn_once(self, backend.slow_module(reason).replace("the module", "the model"))
+
+    def _fused_step(
+        self,
+        chain: _Chain,
+        t: int,
+        row: torch.Tensor,
+        model_output: torch.Tensor,
+        sample: torch.Tensor,
+        noisy: bool,
+        generator: torch.Generator | list[torch.Generator] | None,
+        noise: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (prev_sample, pred_original_sample).
+
+        noisy: whether the step adds noise. noise: default the seed's, or without a seed the generator's.
+        """
+        if reason := backend.emulated_reason(model_output.device, model_output.dtype):
+            warn_once(self, backend.slow_module_warning(reason).replace("the module", "the model"))
         dtype = sample.dtype
         if model_output.dtype != dtype:
             dtype = torch.promote_types(dtype, model_output.dtype)
-        x = _whole(sample.to(torch.float64 if dtype == torch.float64 else torch.float32))
+        x = _without_gaps(sample.to(torch.float64 if dtype == torch.float64 else torch.float32))
         seed = self.noise_seed if noisy else None
         if noisy and noise is None and seed is None:
             noise = randn_tensor(
                 sample.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
             )
         if noise is not None:
-            noise = _whole(noise.to(x.dtype).expand(sample.shape))
+            noise = _without_gaps(noise.to(x.dtype).expand(sample.shape))
         results = ddpm_step(
-            x, _whole(model_output), row, noise=noise, seed=seed, t=t, first=check_first(self.noise_first, "noise_first"),
+            x, _without_gaps(model_output), row, noise=noise, seed=seed, t=t, first=check_first(self.noise_first, "noise_first"),
             clip=self.config.clip_sample_range if self.config.clip_sample else None,
         )  # fmt: skip
         if self.noise_seed is not None and t == chain.timesteps[-1]:
             self.noise_first += len(sample)
         return tuple(v.to(dtype) if sample.dim() > 2 else v.to(dtype).squeeze(2) for v in results)
 
-    def _to_x0(self, abar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float64 (a, b) of x0 = a*x + b*o."""
-        signal, noise = abar.sqrt().double(), (1 - abar).sqrt().double()
+    def _x0_coefficients(self, abar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float64 (a, b) of x0 = a*x + b*o, from the float32 roots that diffusers takes."""
         if self.config.prediction_type == "epsilon":
-            # rescale_betas_zero_snr makes the last one 0. A power of 2 has (x - o)/0 clipped to the side that it is on.
-            inverse = 1 / signal.clamp(min=2.0**-100)
-            return inverse, -noise * inverse
-        if self.config.prediction_type == "v_prediction":
-            return signal, -noise
-        return torch.zeros_like(signal), torch.ones_like(signal)
+            # rescale_betas_zero_snr makes the last root 0. A power of 2 clips (x - o)/0 to the bound that its sign points to.
+            inverse = 1 / abar.sqrt().double().clamp(min=2.0**-100)
+            return inverse, -(1 - abar).sqrt().double() * inverse
+        a, b = x0_coefficients(abar, self.config.prediction_type)
+        return a.double(), b.double()
 
 
-def _whole(v: torch.Tensor) -> torch.Tensor:
-    """v as the op takes it: without a graph or gaps, and [N, C, 1] where it is [N, C]."""
+def _without_gaps(v: torch.Tensor) -> torch.Tensor:
+    """Return v as the op takes it: detached, without gaps, and [N, C, 1] where it is [N, C]."""
     v = v.detach() if v.requires_grad else v
     v = v.unsqueeze(2) if v.dim() == 2 else v
     return v.contiguous() if layout(v) == "gapped" else v
-
-
-def _rows(a, b, c0, c1, d=None, sigma=None, lv_lo=None, lv_hi=None) -> torch.Tensor:
-    columns = a, b, c0, c1, None, d, sigma, lv_lo, lv_hi
-    return torch.stack([torch.zeros_like(a) if v is None else v.double() for v in columns], dim=1)
 
 
 class FusedDDPMScheduler(_Fused, DDPMScheduler):
@@ -243,7 +244,7 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
         variance = self.config.variance_type
         if variance not in VARIANCES:
             raise ValueError(
-                f"variance_type: got {variance!r}; expected one of {', '.join(VARIANCES)}{INSTEAD.get(variance, '')}"
+                f"variance_type: got {variance!r}; expected one of {', '.join(VARIANCES)}{ALTERNATIVES.get(variance, '')}"
             )
 
     def _table(self, chain: _Chain, t: torch.Tensor) -> torch.Tensor:
@@ -255,16 +256,15 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
             raise IndexError(f"timestep: got {t.item()}; expected one of scheduler.timesteps")
         abar = chain.abar[t]
         prev = torch.where(before >= 0, chain.abar[before.clamp(min=0)], self.one.cpu())
-        alpha = abar / prev
-        beta = 1 - alpha
-        c0, c1 = prev.sqrt() * beta / (1 - abar), alpha.sqrt() * (1 - prev) / (1 - abar)
-        posterior = ((1 - prev) / (1 - abar) * beta).clamp(min=1e-20)
+        c0, c1, beta, _ = ddpm_coefficients(abar, prev)
+        posterior = ddim_variance(abar, prev).clamp(min=1e-20)
         lv_lo = lv_hi = None
         if self.config.variance_type == "learned_range":
             sigma, lv_lo, lv_hi = torch.ones_like(beta), posterior.log(), beta.log()
         else:
             sigma = (beta if self.config.variance_type == "fixed_large" else posterior).sqrt()
-        return _rows(*self._to_x0(abar), c0, c1, None, sigma.where(t > 0, 0), lv_lo, lv_hi)
+        a, b = self._x0_coefficients(abar)
+        return Columns(a, b, c0, c1, sigma=sigma.where(t > 0, 0), lv_lo=lv_lo, lv_hi=lv_hi).rows()
 
     def step(
         self,
@@ -279,13 +279,13 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
         sample: [N, C, *spatial]. model_output: likewise, or [N, 2C, *spatial] for "learned_range". timestep: one of
         `timesteps`. generator: of the noise, unless there is a noise_seed. Raises ValueError naming what does not fit.
         """
-        if self._left_to_diffusers(model_output, sample):
+        if self._needs_gradient(model_output, sample):
             return super().step(model_output, timestep, sample, generator, return_dict)
         chain = self._current()
         t = chain.timestep(timestep)
-        learned = self.config.variance_type == "learned_range"
         row = self._row(chain, t)
-        results = self._take(chain, t, row, model_output, sample, t > 0, generator, learned=learned)
+        self._check_shapes(model_output, sample, learned=self.config.variance_type == "learned_range")
+        results = self._fused_step(chain, t, row, model_output, sample, t > 0, generator)
         return DDPMSchedulerOutput(*results) if return_dict else results
 
 
@@ -302,17 +302,20 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
         before = t - self.config.num_train_timesteps // self.num_inference_steps
         abar = chain.abar[t]
         prev = torch.where(before >= 0, chain.abar[before.clamp(min=0)], self.final_alpha_cumprod.cpu())
-        sigma = eta * ((1 - prev) / (1 - abar) * (1 - abar / prev)).sqrt()
-        of_eps = (1 - prev - sigma**2).sqrt().double()
-        a, b = self._to_x0(abar)
+        sigma = eta * ddim_variance(abar, prev).sqrt()
+        # Unlike ddim_coefficients, diffusers takes the eps of the x0 before clipping, and rounds every root to float32.
+        eps_scale = (1 - prev - sigma**2).sqrt().double()
+        a, b = self._x0_coefficients(abar)
         c0, signal, noise = prev.sqrt().double(), abar.sqrt().double(), (1 - abar).sqrt().double()
         if use_clipped_model_output:  # eps = (x - signal*x0) / noise
-            return _rows(a, b, c0 - of_eps * signal / noise, of_eps / noise, None, sigma)
+            return Columns(a, b, c0 - eps_scale * signal / noise, eps_scale / noise, sigma=sigma).rows()
         if self.config.prediction_type == "epsilon":
-            return _rows(a, b, c0, torch.zeros_like(c0), of_eps, sigma)
+            return Columns(a, b, c0, torch.zeros_like(c0), d=eps_scale, sigma=sigma).rows()
         if self.config.prediction_type == "v_prediction":  # eps = signal*o + noise*x
-            return _rows(a, b, c0, of_eps * noise, of_eps * signal, sigma)
-        return _rows(a, b, c0, of_eps / noise, -of_eps * signal / noise, sigma)  # that of the x0 before it is clipped
+            return Columns(a, b, c0, eps_scale * noise, d=eps_scale * signal, sigma=sigma).rows()
+        return Columns(
+            a, b, c0, eps_scale / noise, d=-eps_scale * signal / noise, sigma=sigma
+        ).rows()  # eps = (x - signal*o) / noise
 
     def step(
         self,
@@ -330,7 +333,7 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
         sample, model_output: [N, C, *spatial]. timestep: in 0..T-1. variance_noise: in place of a generator's noise, and of
         noise_seed's. Raises ValueError naming what does not fit, and before `set_timesteps`.
         """
-        if self._left_to_diffusers(model_output, sample):
+        if self._needs_gradient(model_output, sample):
             return super().step(
                 model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
             )
@@ -341,6 +344,7 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
         chain = self._current()
         t = chain.timestep(timestep)
         row = self._row(chain, t, float(eta), bool(use_clipped_model_output))
+        self._check_shapes(model_output, sample)
         noise = variance_noise if eta > 0 else None
-        results = self._take(chain, t, row, model_output, sample, eta > 0, generator, noise)
+        results = self._fused_step(chain, t, row, model_output, sample, eta > 0, generator, noise)
         return DDIMSchedulerOutput(*results) if return_dict else results

@@ -7,22 +7,22 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from ..ops import winograd
-from .fused_layers import as_rows, computes, norm_silu, rows_fit, serves, weighted
+from .fused_layers import can_fuse, computes, conditions_broadcast, expand_conditions, has_affine, norm_silu
 
-LEAST = 256  # pixels in a batch, from which on transforming a convolution's weights in every call pays
+MIN_PIXELS = 256  # of a batch, for which transforming a convolution's weights in every call pays
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    """ResnetBlock2D by `ops.group_norm_silu`; what of it somebody has replaced or hooked runs as diffusers runs it.
+    """ResnetBlock2D by `ops.group_norm_silu`; with hooks or replaced parts it runs unfused.
 
-    On a CPU norm and SiLU don't go to memory where the convolutions behind them can form them of their inputs.
+    On a CPU the results of norm and SiLU don't go to memory, where the convolution after them can compute them itself.
     """
 
     @staticmethod
-    def why_not(block: ResnetBlock2D) -> str | None:
-        """What of its norms and nonlinearity is not as the fused forward takes it; None: nothing."""
+    def unsupported_reason(block: ResnetBlock2D) -> str | None:
+        """Return why the fused forward doesn't support the block's norms or nonlinearity; None if it does."""
         for name, norm in (("norm1", block.norm1), ("norm2", block.norm2)):
-            if not (computes(norm, nn.GroupNorm) and weighted(norm)):
+            if not (computes(norm, nn.GroupNorm) and has_affine(norm)):
                 return f"its {name} has hooks, or is no GroupNorm with weights and a bias"
         if not computes(block.nonlinearity, nn.SiLU):
             return "its nonlinearity has hooks, or is no SiLU"
@@ -34,51 +34,51 @@ class FusedResnetBlock2D(ResnetBlock2D):
         usual = (temb is None) == (self.time_emb_proj is None) and (
             temb is not None or self.time_embedding_norm != "scale_shift"
         )
-        if args or kwargs or not usual or self.why_not(self):
+        if args or kwargs or not usual or self.unsupported_reason(self):
             return super().forward(input_tensor, temb, *args, **kwargs)
-        x, given = input_tensor, {}
+        x, conditions = input_tensor, {}
         if temb is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
             if self.time_embedding_norm == "default":
-                given["add"] = temb
+                conditions["add"] = temb
             else:
-                given["scale"], given["shift"] = temb.chunk(2, dim=1)
+                conditions["scale"], conditions["shift"] = temb.chunk(2, dim=1)
         resample = self.upsample or self.downsample
-        if resample is None and self._convolves(x, given):
-            h = self._convolved(x, as_rows(x, given))
+        if resample is None and self._can_fuse_convolutions(x, conditions):
+            h = self._fused_convolutions(x, expand_conditions(x, conditions))
             return h.contiguous() if x.is_contiguous() else h
         h = norm_silu(self.norm1, x)
         if resample is not None:
             if self.upsample is not None and len(x) >= 64:  # as diffusers does, for torch's kernel of upsampling
                 x, h = x.contiguous(), h.contiguous()
             x, h = resample(x), resample(h)
-        h = self.conv2(self.dropout(norm_silu(self.norm2, self.conv1(h), **given)))
+        h = self.conv2(self.dropout(norm_silu(self.norm2, self.conv1(h), **conditions)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x.contiguous() if self.training else x)
         return (x + h) / self.output_scale_factor
 
-    def _convolves(self, x: torch.Tensor, given: dict[str, torch.Tensor]) -> bool:
-        """Whether the convolutions can take their norms with them, and are faster so: on a CPU, in float32, without gradients."""
+    def _can_fuse_convolutions(self, x: torch.Tensor, conditions: dict[str, torch.Tensor]) -> bool:
+        """Return whether convolutions can compute the norms before them, and faster: on a CPU, in float32, without gradients."""
         return (
             not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()  # a trace goes on to other sizes, and to gradients
             and x.dim() == 4
             and winograd.suits(x, torch.float32)
-            and len(x) * x.shape[2] * x.shape[3] >= LEAST
+            and len(x) * x.shape[2] * x.shape[3] >= MIN_PIXELS
             and not torch.is_autocast_enabled("cpu")
             and computes(self.dropout, nn.Dropout)
             and not (self.dropout.training and self.dropout.p)
-            and serves(self.norm1, x)
-            and rows_fit(x, given)
-            and _plain_convolution(self.conv1, x.shape[1])
-            and _plain_convolution(self.conv2, self.conv1.out_channels)
+            and can_fuse(self.norm1, x)
+            and conditions_broadcast(x, conditions)
+            and _is_winograd_convolution(self.conv1, x.shape[1])
+            and _is_winograd_convolution(self.conv2, self.conv1.out_channels)
             and self._keeps_size(x)
             and all(_float32(layer) for layer in (self.norm1, self.conv1, self.norm2, self.conv2))
         )
 
     def _keeps_size(self, x: torch.Tensor) -> bool:
-        """Whether the shortcut gives what conv2's result has the shape of."""
+        """Return whether the shortcut's result has the shape of conv2's."""
         if self.conv_shortcut is None:
             return self.conv2.out_channels == x.shape[1]
         conv = self.conv_shortcut
@@ -88,7 +88,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
             and conv.out_channels == self.conv2.out_channels
         )
 
-    def _convolved(self, x: torch.Tensor, given: dict[str, torch.Tensor | None]) -> torch.Tensor:
+    def _fused_convolutions(self, x: torch.Tensor, conditions: dict[str, torch.Tensor | None]) -> torch.Tensor:
         def convolved(norm, conv, x, residual=None, add=None, scale=None, shift=None):
             return torch.ops.fastddpm.norm_silu_convolution(
                 x,
@@ -107,7 +107,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         x = x.contiguous(memory_format=torch.channels_last)
         h = convolved(self.norm1, self.conv1, x)
         residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        h = convolved(self.norm2, self.conv2, h, residual, **given)
+        h = convolved(self.norm2, self.conv2, h, residual, **conditions)
         return h if self.output_scale_factor == 1 else h / self.output_scale_factor
 
 
@@ -116,10 +116,10 @@ def _float32(layer: nn.Module) -> bool:
     return weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
 
 
-def _plain_convolution(conv: nn.Module, channels: int) -> bool:
+def _is_winograd_convolution(conv: nn.Module, channels: int) -> bool:
     return (
         computes(conv, nn.Conv2d)
-        and "_conv_forward" not in conv.__dict__  # where people put another padding
+        and "_conv_forward" not in conv.__dict__  # which user code replaces for another padding
         and winograd.shaped(conv.weight, list(conv.stride), list(conv.padding))
         and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
         and conv.in_channels == channels

@@ -1,7 +1,7 @@
-"""`fuse_norms`: a module of anybody's with its GroupNorms, and the SiLU behind them, in this package's kernel.
+"""`fuse_norms`: replace the forwards of any module's GroupNorms, and of the SiLU after them, with this package's kernel.
 
-Modules keep their place, parameters and hooks; only their class changes, to a subclass with another forward. What the kernel
-doesn't serve (2-D or float64 inputs, gapped or otherwise permuted memory, CUDA's autocast) goes on as before.
+Modules keep their place, parameters and hooks; only their class changes, to a subclass with another forward. Inputs that the
+kernel doesn't support (2-D or float64, gapped or otherwise permuted memory, CUDA's autocast) run as before.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from torch import nn
 from .. import backend
 from ..utils.modules import has_own_forward
 from ..utils.warn import warn_once
-from .fused_layers import FusedGroupNorm, FusedSequential, _pair, weighted
+from .fused_layers import FusedGroupNorm, FusedSequential, has_affine, is_norm_silu_pair
 
 __all__ = ["FusedNorms", "fuse_norms"]
-SHOWN = 5  # of the modules that were left
+SHOWN = 5  # of the modules that were skipped
 
 
 class FusedNorms:
     """What `fuse_norms` did: print it, or `undo` it.
 
-    swapped: how many of each kind. left: what has a GroupNorm of another kind, and why it was left, by the module's name.
+    swapped: how many of each kind. skipped: the names of modules that have a GroupNorm and are not fused, and why.
     before: how many modules an earlier call had fused, of this module or of the one that it is a copy of.
     """
 
     def __init__(
-        self, swapped: dict[str, int], left: dict[str, str], before: int, classes: list[tuple[nn.Module, type, type]]
+        self, swapped: dict[str, int], skipped: dict[str, str], before: int, classes: list[tuple[nn.Module, type, type]]
     ) -> None:
-        self.swapped, self.left, self.before, self._classes = swapped, left, before, classes
+        self.swapped, self.skipped, self.before, self._classes = swapped, skipped, before, classes
 
     def undo(self) -> None:
-        """Give all modules torch's or diffusers' class back, those of earlier calls too; not what has got another one since."""
+        """Give all modules torch's or diffusers' class back, those of earlier calls too, unless their class has changed since."""
         for module, kind, fused in self._classes:
             if type(module) is fused:
                 module.__class__ = kind
@@ -44,11 +44,11 @@ class FusedNorms:
         done = [f"{count} {kind}" for kind, count in self.swapped.items()]
         done += [f"{self.before} modules fused before"] if self.before else []
         said = ", ".join(done) or "nothing to fuse"
-        if not self.left:
+        if not self.skipped:
             return said
-        named = [f"{name or 'the module'} ({why})" for name, why in self.left.items()]
+        named = [f"{name or 'the module'} ({why})" for name, why in self.skipped.items()]
         more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-        return f"{said}; left: {', '.join(named[:SHOWN])}{more}"
+        return f"{said}; skipped: {', '.join(named[:SHOWN])}{more}"
 
     def __repr__(self) -> str:
         return f"<FusedNorms: {self}>"
@@ -74,56 +74,57 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
     block = _resnet_block()
     ours = (FusedGroupNorm, FusedSequential, block)
     classes = [(layer, type(layer).__base__, type(layer)) for layer in module.modules() if type(layer) in ours]
-    swapped, left, before, inside = Counter(), {}, len(classes), set()
+    swapped, skipped, before, inside = Counter(), {}, len(classes), set()
 
     def swap(layer: nn.Module, fused: type) -> None:
         classes.append((layer, type(layer), fused))
         layer.__class__ = fused
 
-    def taken(name: str, layer: nn.Module, kind: type) -> bool:
-        """Whether it is of this kind; what is somebody's own variant of it is left."""
+    def accepts(name: str, layer: nn.Module, kind: type) -> bool:
+        """Return whether the layer is of this kind; skip one that user code has changed."""
         if not isinstance(layer, kind) or type(layer) in ours:
             return False
         if type(layer) is not kind:
-            left[name] = f"{type(layer).__name__}, a subclass of {kind.__name__}"
+            skipped[name] = f"{type(layer).__name__}, a subclass of {kind.__name__}"
         elif has_own_forward(layer):
-            left[name] = f"a {kind.__name__} with a forward put into it"
-        return name not in left
+            skipped[name] = f"a {kind.__name__} with a forward put into it"
+        return name not in skipped
 
     for name, layer in module.named_modules():
-        if block is not None and taken(name, layer, block.__base__):
-            if why := block.why_not(layer):
-                left[name] = f"a ResnetBlock2D: {why}"
+        if block is not None and accepts(name, layer, block.__base__):
+            if why := block.unsupported_reason(layer):
+                skipped[name] = f"a ResnetBlock2D: {why}"
                 continue
             swapped["ResnetBlock2D (2 norms with SiLU each)"] += 1
             inside |= {layer.norm1, layer.norm2}
             swap(layer, block)
-        elif (pairs := _pairs(layer)) and taken(name, layer, nn.Sequential):
+        elif (pairs := _norms_before_silu(layer)) and accepts(name, layer, nn.Sequential):
             swapped["GroupNorm with SiLU"] += len(set(pairs) - inside)
             inside |= set(pairs)
             swap(layer, FusedSequential)
     for name, layer in module.named_modules():
-        if taken(name, layer, nn.GroupNorm):
-            if not weighted(layer):
-                left[name] = "a GroupNorm without weights or bias"
+        if accepts(name, layer, nn.GroupNorm):
+            if not has_affine(layer):
+                skipped[name] = "a GroupNorm without weights or bias"
                 continue
             swapped["GroupNorm"] += layer not in inside
             swap(layer, FusedGroupNorm)
     for p in module.parameters():
         moves = p.device.type == "cpu" and torch.cuda.is_available()  # it may be on its way to a GPU
-        if not moves and (reason := backend.no_products(p.device, p.dtype)):
-            warn_once(module, backend.slow_module(reason))
+        if not moves and (reason := backend.emulated_reason(p.device, p.dtype)):
+            warn_once(module, backend.slow_module_warning(reason))
             break
-    return FusedNorms({kind: count for kind, count in swapped.items() if count}, left, before, classes)
+    return FusedNorms({kind: count for kind, count in swapped.items() if count}, skipped, before, classes)
 
 
-def _pairs(layer: nn.Module) -> list[nn.GroupNorm]:
-    """The norms in a Sequential that have a SiLU behind them."""
-    return [a for a, b in itertools.pairwise(layer) if _pair(a, b)] if isinstance(layer, nn.Sequential) else []
+def _norms_before_silu(layer: nn.Module) -> list[nn.GroupNorm]:
+    """Return the norms in a Sequential that have a SiLU after them."""
+    pairs = itertools.pairwise(layer) if isinstance(layer, nn.Sequential) else ()
+    return [norm for norm, activation in pairs if is_norm_silu_pair(norm, activation)]
 
 
 def _resnet_block() -> type | None:
-    """FusedResnetBlock2D, where diffusers has been imported: else nobody has such a block."""
+    """Return FusedResnetBlock2D if diffusers has been imported: without it no module has such a block."""
     if "diffusers.models.resnet" not in sys.modules:
         return None
     from .diffusers_resnet import FusedResnetBlock2D

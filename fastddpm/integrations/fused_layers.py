@@ -1,4 +1,4 @@
-"""GroupNorm, and GroupNorm with SiLU, by this package's kernel, in place of torch's layers."""
+"""Layers that run GroupNorm, alone or with SiLU, by this package's kernel, in place of torch's."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ def norm_silu(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """silu(norm(x + add) * (1 + scale) + shift) with add, scale and shift [N, C] or [1, C]; silu=False leaves that out."""
-    given = {"add": add, "scale": scale, "shift": shift}
-    if serves(norm, x) and rows_fit(x, given):
-        return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, **as_rows(x, given))
-    add, scale, shift = (None if v is None else v.reshape(*v.shape, *[1] * (x.dim() - 2)) for v in given.values())
+    """Return silu(norm(x + add) * (1 + scale) + shift); add, scale and shift: [N, C] or [1, C]. silu=False leaves out SiLU."""
+    conditions = {"add": add, "scale": scale, "shift": shift}
+    if can_fuse(norm, x) and conditions_broadcast(x, conditions):
+        return ops.group_norm_silu(
+            x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, **expand_conditions(x, conditions)
+        )
+    add, scale, shift = (None if v is None else v.reshape(*v.shape, *[1] * (x.dim() - 2)) for v in conditions.values())
     x = x if add is None else x + add
     y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     y = y if scale is None else y * (1 + scale) + shift
     return F.silu(y) if silu else y
 
 
-def rows_fit(x: torch.Tensor, given: dict[str, torch.Tensor | None]) -> bool:
-    """Where there are more rows than samples, the result has as many samples as rows: torch's way to call a block."""
-    return all(v is None or len(v) in (1, len(x)) for v in given.values())
+def conditions_broadcast(x: torch.Tensor, conditions: dict[str, torch.Tensor | None]) -> bool:
+    """Return whether each condition has one row or a row per sample; with more, torch's layers return a sample per row."""
+    return all(v is None or len(v) in (1, len(x)) for v in conditions.values())
 
 
-def as_rows(x: torch.Tensor, given: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
-    """One for each sample."""
-    return {name: None if v is None else v.expand(len(x), -1) for name, v in given.items()}
+def expand_conditions(x: torch.Tensor, conditions: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    """Return the conditions with a row for each sample."""
+    return {name: None if v is None else v.expand(len(x), -1) for name, v in conditions.items()}
 
 
-def serves(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
-    """Whether the kernel is what torch's group_norm is for this x, and the faster one."""
+def can_fuse(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
+    """Return whether the kernel computes what torch's group_norm does for this x, and is faster."""
     return (
-        weighted(norm)
+        has_affine(norm)
         and x.dim() > 2
         and x.dtype != torch.float64
         and norm.weight.dtype in (x.dtype, torch.float32)
-        and backend.choose(x.device, x.dtype) != "reference"
+        and backend.select(x.device, x.dtype) != "reference"
         and not (x.device.type == "cuda" and torch.is_autocast_enabled("cuda"))
         and _keeps_layout(x)
         and (torch.compiler.is_compiling() or not _transformed())
@@ -55,21 +57,21 @@ def serves(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
 
 
 def _keeps_layout(x: torch.Tensor) -> bool:
-    """Whether torch's group_norm gives its result x's strides, as the kernel does: elsewhere a caller's .view might fail."""
+    """Return whether torch's group_norm keeps x's strides, as the kernel does: otherwise a caller's .view might fail."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return x.is_contiguous() or (
         x.dim() in formats
         and x.is_contiguous(memory_format=formats[x.dim()])
-        and x.stride(0) == x[0].numel()  # of a single image is_contiguous doesn't ask it, but group_norm does
+        and x.stride(0) == x[0].numel()  # is_contiguous ignores this stride of a single image, but group_norm doesn't
     )
 
 
 def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, for which the kernel has no rules."""
+    """Return whether torch.func or forward-mode differentiation is active, for which the kernel has no rules."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def weighted(norm: nn.GroupNorm) -> bool:
+def has_affine(norm: nn.GroupNorm) -> bool:
     return norm.weight is not None and norm.bias is not None
 
 
@@ -86,16 +88,16 @@ class FusedGroupNorm(nn.GroupNorm):
 
 
 class FusedSequential(nn.Sequential):
-    """Sequential that runs a GroupNorm and the SiLU behind it at once.
+    """Sequential that runs each GroupNorm and the SiLU after it at once.
 
-    Its members stay as they are: whoever takes one of them, or a slice, gets what it says.
+    Its members are unmodified: a member by itself, or a slice, computes what its class does.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x, layers = input, list(self)
         while layers:
             layer = layers.pop(0)
-            if layers and _pair(layer, layers[0]):
+            if layers and is_norm_silu_pair(layer, layers[0]):
                 layers.pop(0)
                 x = norm_silu(layer, x)
             else:
@@ -106,5 +108,5 @@ class FusedSequential(nn.Sequential):
 FUSED = {nn.GroupNorm: FusedGroupNorm, nn.Sequential: FusedSequential}
 
 
-def _pair(norm: nn.Module, activation: nn.Module) -> bool:
-    return computes(norm, nn.GroupNorm) and weighted(norm) and computes(activation, nn.SiLU)
+def is_norm_silu_pair(norm: nn.Module, activation: nn.Module) -> bool:
+    return computes(norm, nn.GroupNorm) and has_affine(norm) and computes(activation, nn.SiLU)

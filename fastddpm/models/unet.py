@@ -18,7 +18,7 @@ from torch import nn
 
 from .. import ops
 from ..diffusion.schedule import Schedule
-from ..utils.validation import plain
+from ..utils.validation import as_python_number
 from .config import PRESETS, UNetConfig
 
 __all__ = ["UNet", "UNetConfig"]
@@ -317,7 +317,7 @@ class UNet(nn.Module):
         self.config = config
         self.class_names = None if class_names is None else list(class_names)
         self.schedule = Schedule.linear() if schedule is None else schedule
-        self.prediction, self.variance, self.clip = prediction, variance, plain(clip)
+        self.prediction, self.variance, self.clip = prediction, variance, as_python_number(clip)
 
         self.conv_in = _conv(config.in_channels, config.stem_width)
         self.time_embedding = TimestepEmbedding(config)

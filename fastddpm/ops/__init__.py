@@ -1,4 +1,4 @@
-"""The fused operations, each with a plain-PyTorch twin `<op>_ref`."""
+"""The fused operations, each with a plain-PyTorch reference `<op>_ref`."""
 
 from .ddpm_step import ddpm_step, ddpm_step_, ddpm_step_ref
 from .group_norm_silu import group_norm_silu, group_norm_silu_ref

@@ -27,9 +27,9 @@ def forward_mode(op: str) -> bool:
     """
     if forward_ad._current_level < 0:
         return False
-    if backend.chosen() not in (None, "reference"):
+    if backend.requested_backend() not in (None, "reference"):
         raise backend.BackendError(
-            f"{op}: backend {backend.chosen()!r} was asked for, but only the reference has forward-mode derivatives "
+            f"{op}: backend {backend.requested_backend()!r} was asked for, but only the reference has forward-mode derivatives "
             "(torch.func.jvp, jacfwd); choose that, or none"
         )
     return True
@@ -40,17 +40,17 @@ def has_tangent(v: torch.Tensor | None) -> bool:
 
 
 def layout(x: torch.Tensor) -> str:
-    """The memory layout of x [N, C, *spatial], judged by strides, ignoring size-1 dimensions.
+    """Return the memory layout of x [N, C, *spatial], judged by strides, ignoring size-1 dimensions.
 
-    "outer": channels outer (contiguous); "inner": channels inner (channels_last); "dense": another permutation
-    without gaps; "gapped": elements overlap or leave gaps. Where both native layouts fit, "outer".
+    "contiguous" and "channels_last" are the kernels' layouts; a tensor that is both counts as contiguous. "dense": another
+    permutation without gaps; "gapped": elements overlap or leave gaps.
     """
     if x.is_contiguous():
-        return "outer"
+        return "contiguous"
     if x.numel() == 0:
-        return "outer"
+        return "contiguous"
     if _is_dense_in_order(x, (0, *range(2, x.dim()), 1)):
-        return "inner"
+        return "channels_last"
     by_stride = sorted((d for d in range(x.dim()) if x.shape[d] != 1), key=lambda d: -x.stride(d))
     return "dense" if _is_dense_in_order(x, tuple(by_stride)) else "gapped"
 
@@ -65,8 +65,8 @@ def _is_dense_in_order(x: torch.Tensor, order: tuple[int, ...]) -> bool:
     return True
 
 
-def native_layout(x: torch.Tensor, name: str) -> str:
-    """layout(x), with an error where elements overlap or leave gaps."""
+def checked_layout(x: torch.Tensor, name: str) -> str:
+    """Return layout(x); raise ValueError where elements overlap or leave gaps."""
     kind = layout(x)
     if kind == "gapped":
         raise ValueError(

@@ -13,17 +13,31 @@ is 0 are not read. z is the `noise` argument, or Philox stream 1 of (seed, times
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from .. import backend
-from ..utils.validation import short
-from ._register import forward_mode, has_tangent, layout, native_layout, register
+from ..utils.validation import dtype_name
+from ._register import checked_layout, forward_mode, has_tangent, layout, register
 from .philox_normal import normals_float64
 from .rng import Stream, as_int64_bits, check_first, check_seed
 
 A, B, C0, C1, C2, D, SIGMA, LV_LO, LV_HI = range(9)
 O_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Operands(NamedTuple):
+    """The tensors that a step's kernel reads and writes: x, x_prev, x0_last, x0 and noise share one of the kernels' layouts."""
+
+    x: torch.Tensor
+    x_prev: torch.Tensor
+    o: torch.Tensor
+    x0_last: torch.Tensor | None = None
+    x0: torch.Tensor | None = None
+    next_input: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+
 
 # ---------------------------------------------------------------------------------------------- reference
 
@@ -77,29 +91,27 @@ def _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip):
     return _step(x, o, row.to(x), noise, x0_last, clip)
 
 
-# ----------------------------------------------------------------------------------------- native calling
+# ------------------------------------------------------------------------------------------------- launch
 
 
-def _launch(kind, x, x_prev, o, x0_last, x0, next_input, noise, table, clip, *, table_on_host=False):
-    """The kernel on prepared tensors: x, x_prev, x0, x0_last and noise share one native layout.
-
-    table: rows, timesteps and state, on x's device or, of one call, on the host.
-    """
+def _launch(kind, operands, table, clip, *, table_on_host=False):
+    """Run the kernel. table: rows, timesteps and state, on x's device or, for a single step, on the host."""
     if kind == "triton":
-        from ._triton import ddpm_step as twin
+        from ._triton import ddpm_step as triton_kernels
 
-        twin.ddpm_step(x, x_prev, o, x0_last, x0, next_input, noise, *table, clip, table_on_host)
+        triton_kernels.ddpm_step(operands, table, clip, table_on_host)
         return
+    x, x_prev, o, x0_last, x0, next_input, noise = operands
     b, (n, c) = backend.buffer, x.shape[:2]
     backend.native.ddpm_step(
-        b(x), b(x_prev), layout(x) == "inner", b(o), layout(o) == "inner", b(x0_last), b(x0),
-        b(next_input), next_input is not None and layout(next_input) == "inner", b(noise), *map(b, table),
-        n, c, o.shape[1], x[0, 0].numel(), clip, table_on_host, backend.place(kind, x.device),
+        b(x), b(x_prev), layout(x) == "channels_last", b(o), layout(o) == "channels_last", b(x0_last), b(x0),
+        b(next_input), next_input is not None and layout(next_input) == "channels_last", b(noise), *map(b, table),
+        n, c, o.shape[1], x[0, 0].numel(), clip, table_on_host, backend.launch_target(kind, x.device),
     )  # fmt: skip
 
 
-def _native(v: torch.Tensor, name: str) -> torch.Tensor:
-    return v.contiguous() if native_layout(v, name) == "dense" else v
+def _in_kernel_layout(v: torch.Tensor, name: str) -> torch.Tensor:
+    return v.contiguous() if checked_layout(v, name) == "dense" else v
 
 
 def _like(v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
@@ -114,17 +126,17 @@ def _like(v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
 
 def _functional(x, o, row, noise, seed, t, first, x0_last, clip):
     _check_values(row, noise, seed, x0_last)
-    kind = backend.choose(x.device, x.dtype if x.dtype == torch.float64 else o.dtype)
+    kind = backend.select(x.device, x.dtype if x.dtype == torch.float64 else o.dtype)
     if kind != "reference" and x.numel():
-        native = _native(x, "x")
-        result = torch.empty_like(native), torch.empty_like(native)
+        x_in = _in_kernel_layout(x, "x")
+        result = torch.empty_like(x_in), torch.empty_like(x_in)
         host = torch.device("cpu")  # whatever the default device is
         table = row.float(), torch.tensor([t or 0], device=host), torch.tensor([seed or 0, first, 0, -1], device=host)
-        _launch(
-            kind, native, result[0], _native(o, "o"), _like(x0_last, native), result[1], None, _like(noise, native),
-            table, clip, table_on_host=True,
-        )  # fmt: skip
-        if native is x:  # and the results have its strides, as the fake promises
+        operands = Operands(
+            x_in, result[0], _in_kernel_layout(o, "o"), _like(x0_last, x_in), result[1], noise=_like(noise, x_in)
+        )
+        _launch(kind, operands, table, clip, table_on_host=True)
+        if x_in is x:  # and the results have its strides, as the fake promises
             return result
     else:
         result = _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip)
@@ -144,12 +156,13 @@ register(
 )
 
 
-def _in_place(x, o, rows, timesteps, state, x0, next_input, noise, clip):
-    kind = backend.choose(x.device, o.dtype)
+def _in_place(x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=None, clip=1.0):
+    kind = backend.select(x.device, o.dtype)
     if next_input is not None and kind == "cpu":  # which takes fewer dtypes
-        kind = backend.choose(x.device, next_input.dtype)
+        kind = backend.select(x.device, next_input.dtype)
     if kind != "reference" and x.numel():
-        _launch(kind, x, x, _native(o, "o"), x0, x0, next_input, _like(noise, x), (rows, timesteps, state), clip)
+        operands = Operands(x, x, _in_kernel_layout(o, "o"), x0, x0, next_input, _like(noise, x))
+        _launch(kind, operands, (rows, timesteps, state), clip)
         return
     index, count = state[2:3], len(timesteps)
     possible = (index >= 0) & (index < count)
@@ -174,19 +187,15 @@ def _in_place(x, o, rows, timesteps, state, x0, next_input, noise, clip):
         next_input.copy_(torch.where(possible, x_prev, next_input))
 
 
-def _in_place_fake(x, o, rows, timesteps, state, x0, next_input, noise, clip):
+def _in_place_fake(x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=None, clip=1.0):
     return None
 
 
 register(
     "ddpm_step_(Tensor(a!) x, Tensor o, Tensor rows, Tensor timesteps, Tensor(b!) state, *, Tensor(c!)? x0=None, "
     "Tensor(d!)? next_input=None, Tensor? noise=None, float? clip=1.0) -> ()",
-    lambda x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=None, clip=1.0: _in_place(
-        x, o, rows, timesteps, state, x0, next_input, noise, clip
-    ),
-    lambda x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=None, clip=1.0: _in_place_fake(
-        x, o, rows, timesteps, state, x0, next_input, noise, clip
-    ),
+    _in_place,
+    _in_place_fake,
 )
 
 
@@ -196,17 +205,17 @@ register(
 def _check_pair(x, o, clip):
     allowed = (torch.float32, torch.float64)
     if x.dim() < 3 or x.dtype not in allowed:
-        raise ValueError(f"x: got {short(x.dtype)} {list(x.shape)}; expected float32 [N, C, *spatial]")
+        raise ValueError(f"x: got {dtype_name(x.dtype)} {list(x.shape)}; expected float32 [N, C, *spatial]")
     n, c, *spatial = x.shape
     if o.dtype not in (*O_DTYPES, x.dtype):
-        raise ValueError(f"o: got {short(o.dtype)}; expected float32, bfloat16 or float16")
+        raise ValueError(f"o: got {dtype_name(o.dtype)}; expected float32, bfloat16 or float16")
     if list(o.shape) not in ([n, c, *spatial], [n, 2 * c, *spatial]):
         raise ValueError(
             f"o: got shape {list(o.shape)}; expected {[n, c, *spatial]}, or {[n, 2 * c, *spatial]} with a learned variance"
         )
     if o.device != x.device:
         raise ValueError(f"o: is on {o.device}, x is on {x.device}; move one of them")
-    native_layout(x, "x"), native_layout(o, "o")
+    checked_layout(x, "x"), checked_layout(o, "o")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}; expected a positive bound or None")
     if x.requires_grad or o.requires_grad:
@@ -216,12 +225,13 @@ def _check_pair(x, o, clip):
 def _check_like(name, v, x):
     if v is not None and (v.shape != x.shape or v.dtype != x.dtype or v.device != x.device):
         raise ValueError(
-            f"{name}: got {short(v.dtype)} {list(v.shape)} on {v.device}; expected {short(x.dtype)} {list(x.shape)} "
+            f"{name}: got {dtype_name(v.dtype)} {list(v.shape)} on {v.device}; expected {dtype_name(x.dtype)} {list(x.shape)} "
             f"on {x.device}, as x"
         )
 
 
-def _prepared(x, o, row, noise, seed, t, first, x0_last, clip):
+def _checked(x, o, row, noise, seed, t, first, x0_last, clip):
+    """Return the arguments as the op takes them: row float64, seed as int64 bits; raise ValueError for one that doesn't fit."""
     _check_pair(x, o, clip)
     _check_like("noise", noise, x)
     _check_like("x0_last", x0_last, x)
@@ -265,7 +275,7 @@ def ddpm_step(
     """
     if forward_mode("ddpm_step"):
         return ddpm_step_ref(x, o, row, noise=noise, seed=seed, t=t, first=first, x0_last=x0_last, clip=clip)
-    return torch.ops.fastddpm.ddpm_step(*_prepared(x, o, row, noise, seed, t, first, x0_last, clip))
+    return torch.ops.fastddpm.ddpm_step(*_checked(x, o, row, noise, seed, t, first, x0_last, clip))
 
 
 def ddpm_step_ref(
@@ -281,7 +291,7 @@ def ddpm_step_ref(
     clip: float | None = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ddpm_step` in plain PyTorch, in x's dtype: with float64 x and o, the truth."""
-    x, o, row, noise, seed, t, first, x0_last, clip = _prepared(x, o, row, noise, seed, t, first, x0_last, clip)
+    x, o, row, noise, seed, t, first, x0_last, clip = _checked(x, o, row, noise, seed, t, first, x0_last, clip)
     _check_values(row, noise, seed, x0_last)
     return _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip)
 
@@ -315,7 +325,7 @@ def ddpm_step_(
     _check_like("x0", x0, x)
     _check_like("noise", noise, x)
     if x.dtype != torch.float32:
-        raise ValueError(f"x: got {short(x.dtype)}; expected float32")
+        raise ValueError(f"x: got {dtype_name(x.dtype)}; expected float32")
     for name, v, dtype, shape in (
         ("rows", rows, torch.float32, [timesteps.numel(), 9]),
         ("timesteps", timesteps, torch.int64, [timesteps.numel()]),
@@ -323,11 +333,11 @@ def ddpm_step_(
     ):
         if v.dtype != dtype or list(v.shape) != shape or v.device != x.device or not v.is_contiguous():
             raise ValueError(
-                f"{name}: got {short(v.dtype)} {list(v.shape)} on {v.device}; expected contiguous {short(dtype)} {shape} "
-                f"on {x.device}"
+                f"{name}: got {dtype_name(v.dtype)} {list(v.shape)} on {v.device}; "
+                f"expected contiguous {dtype_name(dtype)} {shape} on {x.device}"
             )
     for name, v in (("x", x), ("x0", x0), ("next_input", next_input)):
-        if v is not None and native_layout(v, name) == "dense":
+        if v is not None and checked_layout(v, name) == "dense":
             raise ValueError(
                 f"{name}: strides {v.stride()}; expected contiguous or channels_last, as it is written in place"
             )
@@ -337,7 +347,7 @@ def ddpm_step_(
         next_input.shape != x.shape or next_input.dtype not in O_DTYPES or next_input.device != x.device
     ):
         raise ValueError(
-            f"next_input: got {short(next_input.dtype)} {list(next_input.shape)} on {next_input.device}; expected "
+            f"next_input: got {dtype_name(next_input.dtype)} {list(next_input.shape)} on {next_input.device}; expected "
             f"{list(x.shape)} in float32, bfloat16 or float16 on {x.device}"
         )
     torch.ops.fastddpm.ddpm_step_(x, o, rows, timesteps, state, x0=x0, next_input=next_input, noise=noise, clip=clip)

@@ -10,12 +10,26 @@ Statistics are taken about the group's first element and in two passes, never as
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from .. import backend
-from ..utils.validation import short
-from ._register import forward_mode, native_layout, register
+from ..utils.validation import dtype_name
+from ._register import checked_layout, forward_mode, register
+
+
+class Norm(NamedTuple):
+    """What a norm does with x. weight and bias are [C]; add, scale and shift [C], [N, C] or None."""
+
+    num_groups: int
+    weight: torch.Tensor
+    bias: torch.Tensor
+    add: torch.Tensor | None
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+    silu: bool
+
 
 # ---------------------------------------------------------------------------------------------- reference
 
@@ -47,40 +61,42 @@ def _grouped(
     return h - (pivot if mean is None else pivot + mean[..., None])
 
 
-def _affine(xhat, weight, bias, scale, shift):
-    """z = (xhat * weight + bias) * (1 + scale) + shift for xhat [N, C, P]."""
-    z = xhat * _per_channel(weight, xhat.dtype) + _per_channel(bias, xhat.dtype)
-    if scale is not None:
-        z = z * (1 + _per_channel(scale, xhat.dtype))
-    if shift is not None:
-        z = z + _per_channel(shift, xhat.dtype)
+def _affine(xhat: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """Return z = (xhat * weight + bias) * (1 + scale) + shift for xhat [N, C, P]."""
+    z = xhat * _per_channel(norm.weight, xhat.dtype) + _per_channel(norm.bias, xhat.dtype)
+    if norm.scale is not None:
+        z = z * (1 + _per_channel(norm.scale, xhat.dtype))
+    if norm.shift is not None:
+        z = z + _per_channel(norm.shift, xhat.dtype)
     return z
 
 
-def _forward_reference(x, num_groups, weight, bias, eps, add, scale, shift, silu):
-    """(y, mean, rstd): mean [N, G] is relative to the group's first element, rstd = 1/sqrt(var + eps)."""
-    h = _grouped(x, num_groups, add)
+def _forward_reference(x: torch.Tensor, norm: Norm, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (y, mean, rstd): mean [N, G] is relative to the group's first element, rstd = 1/sqrt(var + eps)."""
+    h = _grouped(x, norm.num_groups, norm.add)
     mean = h.mean(-1, keepdim=True)
     rstd = ((h - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
     xhat = ((h - mean) * rstd).reshape(*x.shape[:2], math.prod(x.shape[2:]))
-    z = _affine(xhat, weight, bias, scale, shift)
-    y = torch.nn.functional.silu(z) if silu else z
+    z = _affine(xhat, norm)
+    y = torch.nn.functional.silu(z) if norm.silu else z
     return y.reshape(x.shape).to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
-def _backward_reference(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu):
-    """(dx, sum_p g, sum_p g*xhat, sum_p dx) with g = dL/dz; the sums are [N, C]."""
-    h = _grouped(x, num_groups, add, mean)
+def _backward_reference(
+    dy: torch.Tensor, x: torch.Tensor, norm: Norm, mean: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (dx, sum_p g, sum_p g*xhat, sum_p dx) with g = dL/dz; the sums are [N, C]."""
+    h = _grouped(x, norm.num_groups, norm.add, mean)
     grouped = (h - h.mean(-1, keepdim=True)) * rstd[..., None]  # the saved mean was rounded: centre once more
     g = _flat(dy, grouped.dtype)
     xhat = grouped.reshape(g.shape)
-    if silu:
-        z = _affine(xhat, weight, bias, scale, shift)
+    if norm.silu:
+        z = _affine(xhat, norm)
         s = z.sigmoid()
         g = g * (s * (1 + z * (1 - s)))
-    gain = _per_channel(weight, xhat.dtype)
-    if scale is not None:
-        gain = gain * (1 + _per_channel(scale, xhat.dtype))
+    gain = _per_channel(norm.weight, xhat.dtype)
+    if norm.scale is not None:
+        gain = gain * (1 + _per_channel(norm.scale, xhat.dtype))
     dxhat = (g * gain).reshape(grouped.shape)
     mean_d = dxhat.mean(-1, keepdim=True)
     mean_dx = (dxhat * grouped).mean(-1, keepdim=True)
@@ -91,71 +107,75 @@ def _backward_reference(dy, x, weight, bias, add, scale, shift, mean, rstd, num_
 # ------------------------------------------------------------------------------------------ registered op
 
 
-def _native(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """x in a native layout (itself where it has one) and whether that is channels inner."""
-    kind = native_layout(x, "x")
-    return (x.contiguous(), False) if kind == "dense" else (x, kind == "inner")
+def _in_kernel_layout(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Return x in one of the kernels' layouts, itself where it has one, and whether that is channels_last."""
+    kind = checked_layout(x, "x")
+    return (x.contiguous(), False) if kind == "dense" else (x, kind == "channels_last")
 
 
-def _workspace(kind: str, backward: bool, x: torch.Tensor, inner: bool, num_groups: int) -> torch.Tensor | None:
+def _workspace(kind: str, backward: bool, x: torch.Tensor, channels_last: bool, num_groups: int) -> torch.Tensor | None:
     """What the CUDA kernels need beside their operands: from torch, so that it may lie in a graph's memory pool."""
     if kind != "cuda":
         return None
-    index, _ = backend.place(kind, x.device)
+    index, _ = backend.launch_target(kind, x.device)
     n, c = x.shape[:2]
-    size = backend.native.norm_workspace(backward, backend.buffer(x), inner, n, c, x[0, 0].numel(), num_groups, index)
+    size = backend.native.norm_workspace(
+        backward, backend.buffer(x), channels_last, n, c, x[0, 0].numel(), num_groups, index
+    )
     return torch.empty(size, dtype=torch.float32, device=x.device) if size else None
 
 
-def _launch_forward(kind, x, y, inner, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu):
-    """The kernel on prepared tensors: x and y in one native layout."""
+def _launch_forward(kind, x, y, channels_last, statistics, norm, eps):
+    """Run the kernel on prepared tensors: x and y in one of the kernels' layouts; statistics: mean and rstd, both outputs."""
     if kind == "triton":
-        from ._triton import group_norm_silu as twin
+        from ._triton import group_norm_silu as triton_kernels
 
-        twin.forward(x, y, inner, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu)
+        triton_kernels.forward(x, y, channels_last, statistics, norm, eps)
         return
     b, (n, c) = backend.buffer, x.shape[:2]
-    workspace = _workspace(kind, False, x, inner, num_groups)
+    num_groups, *vectors, silu = norm
+    workspace = _workspace(kind, False, x, channels_last, num_groups)
     backend.native.group_norm_silu(
-        b(x), b(y), inner, b(mean), b(rstd),
-        b(weight), b(bias), b(add), b(scale), b(shift),
+        b(x), b(y), channels_last, *map(b, statistics), *map(b, vectors),
         n, c, x[0, 0].numel(), num_groups, eps, silu,
-        b(workspace), backend.place(kind, x.device),
+        b(workspace), backend.launch_target(kind, x.device),
     )  # fmt: skip
 
 
-def _launch_backward(kind, dy, x, dx, inner, mean, rstd, weight, bias, add, scale, shift, sums, num_groups, silu):
-    """The kernel on prepared tensors: dy, x and dx in one native layout; sums: of g, g*xhat and dx, [N, C] each."""
-    if kind == "triton":
-        from ._triton import group_norm_silu as twin
+def _launch_backward(kind, dy, x, dx, channels_last, statistics, norm, sums):
+    """Run the kernel on prepared tensors: dy, x and dx in one of the kernels' layouts.
 
-        twin.backward(dy, x, dx, inner, mean, rstd, weight, bias, add, scale, shift, *sums, num_groups, silu)
+    statistics: mean and rstd, as the forward returned them. sums: of g, g*xhat and dx, [N, C] each, outputs as dx.
+    """
+    if kind == "triton":
+        from ._triton import group_norm_silu as triton_kernels
+
+        triton_kernels.backward(dy, x, dx, channels_last, statistics, norm, sums)
         return
     b, (n, c) = backend.buffer, x.shape[:2]
-    workspace = _workspace(kind, True, x, inner, num_groups)
+    num_groups, *vectors, silu = norm
+    workspace = _workspace(kind, True, x, channels_last, num_groups)
     backend.native.group_norm_silu_backward(
-        b(dy), b(x), b(dx), inner, b(mean), b(rstd),
-        b(weight), b(bias), b(add), b(scale), b(shift), *map(b, sums),
+        b(dy), b(x), b(dx), channels_last, *map(b, statistics), *map(b, vectors), *map(b, sums),
         n, c, x[0, 0].numel(), num_groups, silu,
-        b(workspace), backend.place(kind, x.device),
+        b(workspace), backend.launch_target(kind, x.device),
     )  # fmt: skip
 
 
 def _forward(x, num_groups, weight, bias, eps, add, scale, shift, silu):
-    kind = backend.choose(x.device, x.dtype)
+    kind, norm = backend.select(x.device, x.dtype), Norm(num_groups, weight, bias, add, scale, shift, silu)
     if kind != "reference" and x.numel():
-        native, inner = _native(x)
+        x_in, channels_last = _in_kernel_layout(x)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        y_native = y if native is x else torch.empty_like(native)
-        mean, rstd = (torch.empty(len(x), num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
-        _launch_forward(
-            kind, native, y_native, inner, mean, rstd, weight, bias, add, scale, shift, num_groups, eps, silu
-        )
-        if y_native is not y:
-            y.copy_(y_native)
+        y_out = y if x_in is x else torch.empty_like(x_in)
+        mean = torch.empty(len(x), num_groups, dtype=torch.float32, device=x.device)
+        rstd = torch.empty_like(mean)
+        _launch_forward(kind, x_in, y_out, channels_last, (mean, rstd), norm, eps)
+        if y_out is not y:
+            y.copy_(y_out)
         return y, mean, rstd
-    native_layout(x, "x")
-    result, mean, rstd = _forward_reference(x, num_groups, weight, bias, eps, add, scale, shift, silu)
+    checked_layout(x, "x")
+    result, mean, rstd = _forward_reference(x, norm, eps)
     y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     return y.copy_(result), mean, rstd
 
@@ -167,22 +187,19 @@ def _forward_fake(x, num_groups, weight, bias, eps, add, scale, shift, silu):
 
 
 def _backward(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu, kind):
+    norm = Norm(num_groups, weight, bias, add, scale, shift, silu)
     dx = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     if kind != "reference" and x.numel():
-        native, inner = _native(x)
-        dx_native = dx if native is x else torch.empty_like(native)
-        dy_native = dy if dy.stride() == native.stride() else torch.empty_like(native).copy_(dy)
-        sums = [
-            torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(3)
-        ]  # outputs must not alias
-        _launch_backward(
-            kind, dy_native, native, dx_native, inner, mean, rstd, weight, bias, add, scale, shift, sums,
-            num_groups, silu,
-        )  # fmt: skip
-        if dx_native is not dx:
-            dx.copy_(dx_native)
+        x_in, channels_last = _in_kernel_layout(x)
+        dx_out = dx if x_in is x else torch.empty_like(x_in)
+        dy_in = dy if dy.stride() == x_in.stride() else torch.empty_like(x_in).copy_(dy)
+        sum_g = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+        sums = sum_g, torch.empty_like(sum_g), torch.empty_like(sum_g)  # outputs must not alias
+        _launch_backward(kind, dy_in, x_in, dx_out, channels_last, (mean, rstd), norm, sums)
+        if dx_out is not dx:
+            dx.copy_(dx_out)
         return dx, *sums
-    result, *sums = _backward_reference(dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu)
+    result, *sums = _backward_reference(dy, x, norm, mean, rstd)
     return dx.copy_(result), *sums
 
 
@@ -210,7 +227,7 @@ def _setup_context(ctx, inputs, output):
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, add, scale, shift, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.kind = backend.choose(x.device, x.dtype)  # backward runs on another thread: remember
+    ctx.kind = backend.select(x.device, x.dtype)  # backward runs on another thread: remember
 
 
 def _autograd(ctx, dy, *_):
@@ -245,7 +262,9 @@ torch.library.register_autograd("fastddpm::group_norm_silu_backward", _no_second
 
 def _check(x, num_groups, weight, bias, eps, add, scale, shift):
     if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(f"x: got {short(x.dtype)} {list(x.shape)}; expected a floating-point tensor [N, C, *spatial]")
+        raise ValueError(
+            f"x: got {dtype_name(x.dtype)} {list(x.shape)}; expected a floating-point tensor [N, C, *spatial]"
+        )
     n, c = x.shape[:2]
     if num_groups < 1 or c % num_groups != 0:
         raise ValueError(f"num_groups: {c} channels cannot be divided into {num_groups} groups")
@@ -260,7 +279,7 @@ def _check(x, num_groups, weight, bias, eps, add, scale, shift):
             shapes = f"[{c}] or [{n}, {c}]" if optional else f"[{c}]"
             raise ValueError(f"{name}: got shape {list(v.shape)}; expected {shapes}")
         if v.dtype not in (x.dtype, torch.float32):
-            raise ValueError(f"{name}: got {short(v.dtype)}; expected x's dtype {short(x.dtype)} or float32")
+            raise ValueError(f"{name}: got {dtype_name(v.dtype)}; expected x's dtype {dtype_name(x.dtype)} or float32")
         if v.device != x.device:
             raise ValueError(f"{name}: is on {v.device}, x is on {x.device}; move one of them")
 
@@ -283,8 +302,8 @@ def group_norm_silu(
 ) -> torch.Tensor:
     """silu(group_norm(x + add) * (1 + scale) + shift), in x's dtype and with x's exact strides.
 
-    x: [N, C, *spatial], float32, bfloat16, float16 or float64; channels outer (contiguous) and channels inner
-    (channels_last) are native, other dense permutations are copied in and out, overlapping or gapped ones refused.
+    x: [N, C, *spatial], float32, bfloat16, float16 or float64; contiguous and channels_last are
+    the kernels' layouts, other dense permutations are copied in and out, overlapping or gapped ones refused.
     weight, bias: [C]; add, scale, shift: [C] or [N, C]; each in x's dtype or float32.
     eps: torch's default; the paper's network uses 1e-6. silu: False leaves the activation out.
 
@@ -293,7 +312,7 @@ def group_norm_silu(
     """
     _check(x, num_groups, weight, bias, eps, add, scale, shift)
     if forward_mode("group_norm_silu"):
-        native_layout(x, "x")
+        checked_layout(x, "x")
         y = group_norm_silu_ref(x, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, silu=silu)
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         return y.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))  # as x lies
@@ -318,4 +337,4 @@ def group_norm_silu_ref(
 ) -> torch.Tensor:
     """`group_norm_silu` in plain, differentiable PyTorch: float32 arithmetic (float64 for float64 x)."""
     _check(x, num_groups, weight, bias, eps, add, scale, shift)
-    return _forward_reference(x, num_groups, weight, bias, eps, add, scale, shift, silu)[0]
+    return _forward_reference(x, Norm(num_groups, weight, bias, add, scale, shift, silu), eps)[0]

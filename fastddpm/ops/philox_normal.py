@@ -1,7 +1,7 @@
 """Counter-based noise: Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
 
     key     = (seed low 32, seed high 32)
-    counter = (e // 4, t + (visit << 20), sample low 32, (sample high 32) xor (stream << 24))
+    counter = (e // 4, t, sample low 32, (sample high 32) xor (stream << 24))
     u_k     = (w_k + 1/2) 2^-32
     z       = (r01 cos 2 pi u1, r01 sin 2 pi u1, r23 cos 2 pi u3, r23 sin 2 pi u3),  r01 = sqrt(-2 ln u0), r23 = sqrt(-2 ln u2)
 
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import backend
-from ..utils.validation import short
+from ..utils.validation import dtype_name
 from ._register import register
 from .rng import UINT64, Stream, as_int64_bits, check_first, check_seed
 
@@ -66,16 +66,17 @@ def _samples(n: int, first: int, sample: torch.Tensor | None, device: torch.devi
     return torch.arange(first, first + n, device=device) if sample is None else sample
 
 
-def _launch(kind, out, n, elements, seed, stream, t, t_all, sample, first):
+def _launch(kind, out, seed, stream, t, t_all, sample, first):
     if kind == "triton":
-        from ._triton import philox_normal as twin
+        from ._triton import philox_normal as triton_kernels
 
-        twin.philox_normal(out, n, elements, seed, stream, t, t_all, sample, first)
+        triton_kernels.philox_normal(out, seed, stream, t, t_all, sample, first)
         return
-    b = backend.buffer
+    b, (n, *size) = backend.buffer, out.shape
     backend.native.philox_normal(
-        b(out), n, elements, seed % UINT64, stream, b(t), t_all, b(sample), first, backend.place(kind, out.device)
-    )
+        b(out), n, math.prod(size), seed % UINT64, stream, b(t), t_all, b(sample), first,
+        backend.launch_target(kind, out.device),
+    )  # fmt: skip
 
 
 def _implementation(
@@ -89,14 +90,13 @@ def _implementation(
     device: torch.device | None,
 ) -> torch.Tensor:
     device = torch.device("cpu") if device is None else device
-    n, elements = shape[0], math.prod(shape[1:])
-    kind = backend.choose(device)
+    kind = backend.select(device)
     if kind != "reference":
         out = torch.empty(shape, dtype=torch.float32, device=device)
-        _launch(kind, out, n, elements, seed, stream, t, t_all, sample, first)
+        _launch(kind, out, seed, stream, t, t_all, sample, first)
         return out
     t = torch.tensor([t_all], device=device) if t is None else t
-    z = normals_float64(elements, _samples(n, first, sample, device), t, seed, stream)
+    z = normals_float64(math.prod(shape[1:]), _samples(shape[0], first, sample, device), t, seed, stream)
     return z.float().reshape(shape)
 
 
@@ -128,7 +128,9 @@ def _checked(shape, seed, t, stream, first, sample, device):
     for name, value in (("t", t), ("sample", sample)):
         if isinstance(value, torch.Tensor):
             if value.dtype != torch.int64 or tuple(value.shape) != (shape[0],):
-                raise ValueError(f"{name}: got {short(value.dtype)} {list(value.shape)}; expected int64 [{shape[0]}]")
+                raise ValueError(
+                    f"{name}: got {dtype_name(value.dtype)} {list(value.shape)}; expected int64 [{shape[0]}]"
+                )
             if value.device != device:
                 raise ValueError(f"{name}: is on {value.device}, the noise is wanted on {device}")
     if not isinstance(t, torch.Tensor) and not 0 <= t < 1 << 20:

@@ -6,7 +6,7 @@ import enum
 
 import torch
 
-from ..utils.validation import plain
+from ..utils.validation import check_int
 
 
 def random_seed() -> int:
@@ -33,17 +33,11 @@ def as_int64_bits(seed: int) -> int:
 
 
 def check_seed(seed: object, name: str = "seed") -> int:
-    seed = plain(seed)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < UINT64:
-        raise ValueError(f"{name}: got {seed!r}; expected an int in [0, 2^64)")
-    return seed
+    return check_int(name, seed, 0, UINT64, "an int in [0, 2^64)")
 
 
 def check_first(first: object, name: str = "first") -> int:
-    first = plain(first)
-    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < 1 << 56:
-        raise ValueError(f"{name}: got {first!r}; expected an int in [0, 2^56)")
-    return first
+    return check_int(name, first, 0, 1 << 56, "an int in [0, 2^56)")
 
 
 class Stream(enum.IntEnum):

@@ -12,7 +12,7 @@ import math
 import torch
 
 from .. import backend
-from ..utils.validation import short
+from ..utils.validation import dtype_name
 from ._register import forward_mode, register
 
 
@@ -33,17 +33,17 @@ def _reference(t: torch.Tensor, dim: int, max_period: float, flip_sin_to_cos: bo
 
 
 def _implementation(t, dim, max_period, flip_sin_to_cos, freq_shift):
-    kind = backend.choose(t.device, _out_dtype(t))
+    kind = backend.select(t.device, _out_dtype(t))
     if kind == "reference":
         return _reference(t, dim, max_period, flip_sin_to_cos, freq_shift)
     out = torch.empty((t.shape[0], dim), dtype=torch.float32, device=t.device)
     rate = _rate(dim, max_period, freq_shift)
     if kind == "triton":
-        from ._triton import timestep_embedding as twin
+        from ._triton import timestep_embedding as triton_kernels
 
-        twin.timestep_embedding(out, t, rate, flip_sin_to_cos)
+        triton_kernels.timestep_embedding(out, t, rate, flip_sin_to_cos)
     else:
-        b, where = backend.buffer, backend.place(kind, t.device)
+        b, where = backend.buffer, backend.launch_target(kind, t.device)
         backend.native.timestep_embedding(b(out), b(t), t.shape[0], dim, rate, flip_sin_to_cos, where)
     return out
 
@@ -61,7 +61,7 @@ register(
 
 def _check(t: torch.Tensor, dim: int, max_period: float, freq_shift: float) -> None:
     if t.dim() != 1 or t.dtype not in (torch.int64, torch.float32, torch.float64):
-        raise ValueError(f"t: got {short(t.dtype)} {list(t.shape)}; expected int64 or float32 [N]")
+        raise ValueError(f"t: got {dtype_name(t.dtype)} {list(t.shape)}; expected int64 or float32 [N]")
     if dim < 2 or dim // 2 == freq_shift:
         raise ValueError(f"dim: got {dim} with freq_shift {freq_shift}; expected dim >= 2 and dim // 2 != freq_shift")
     if not max_period > 0:

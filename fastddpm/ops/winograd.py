@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .. import backend
-from ..utils.validation import short
+from ..utils.validation import dtype_name
 from ._register import register
 
 GROWTH = 16 / 9  # of the weights
@@ -27,9 +27,9 @@ def suits(x: torch.Tensor, dtype: torch.dtype, upsample: bool = False) -> bool:
         (upsample or x.shape[2] % 2 == x.shape[3] % 2 == 0)
         and x.dtype in (dtype, torch.float32)
         and dtype in backend.DTYPES
-        and backend.choose(x.device, dtype) == "cpu"
+        and backend.select(x.device, dtype) == "cpu"
         and backend.native.cpu_variant() != "generic"  # which is not faster this way
-        and backend.native.winograd_serves(short(dtype))
+        and backend.native.winograd_serves(dtype_name(dtype))
     )
 
 
@@ -134,7 +134,7 @@ def norm_silu_convolution(
             raise ValueError(f"{name}: got shape {list(v.shape)}; expected {list(shape)}")
     for name, v in (("x", x), ("kernel", kernel), ("offset", offset), ("residual", residual)):
         if v is not None and v.dtype != torch.float32:
-            raise ValueError(f"{name}: got {short(v.dtype)}; expected float32")
+            raise ValueError(f"{name}: got {dtype_name(v.dtype)}; expected float32")
     x = x.contiguous(memory_format=torch.channels_last)
     coefficients = norm_coefficients(x, num_groups, weight, bias, eps, add, scale, shift)
     offset = None if offset is None else offset.contiguous()

@@ -16,7 +16,7 @@ from ..inputs.arguments import class_labels_of, default_batch_size, device_of, i
 from ..inputs.resolve import ResolvedModel, warn_signal_left
 from ..ops.rng import check_first, seed_of
 from ..utils.progress import bar as progress_bar
-from ..utils.validation import bound_of, check_count
+from ..utils.validation import check_int, clip_bound
 from .loop import Batch, ChainShape, StepState, chain_for
 from .plan import ChainArguments, Plan, plan, resolve_for
 
@@ -105,9 +105,9 @@ class RunOptions:
 def run(chain: Plan, n: int, options: RunOptions) -> torch.Tensor:
     """Run the chain for n images: float32 [n, C, H, W]."""
     model, table = chain.model, chain.table
-    n = check_count("n", n, 0)
+    n = check_int("n", n, 0)
     shape = image_shape(model, options.shape)
-    clip = bound_of(model.settings.clip)
+    clip = clip_bound(model.settings.clip)
     seed, first = seed_of(options.seed), check_first(options.first)
     device = device_of(model.network, options.device)
     labels = class_labels_of(model, options.class_labels, n)
@@ -151,7 +151,7 @@ def _checked_noise(noise: object, shape: tuple[int, ...]) -> torch.Tensor | None
 
 def _batch_size(model: ResolvedModel, n: int, shape: tuple, device: torch.device, options: RunOptions) -> int:
     if options.batch_size is not None:
-        return min(check_count("batch_size", options.batch_size, 1), max(n, 1))
+        return min(check_int("batch_size", options.batch_size, 1), max(n, 1))
     batch_size = default_batch_size(n, shape, device)
     if batch_size < n and options.class_labels is None and model.is_function:
         model.warn(

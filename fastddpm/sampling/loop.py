@@ -97,7 +97,9 @@ class ChainShape(NamedTuple):
         has_labels: bool = False,
         has_callback: bool = False,
     ) -> ChainShape:
-        return cls(len(table.timesteps), x, clip, has_labels, has_callback, table.multistep, table.learned)
+        return cls(
+            len(table.timesteps), x, clip, has_labels, has_callback, table.uses_previous_x0, table.uses_learned_variance
+        )
 
 
 def chain_for(entry: CacheEntry, table: Table, shape: ChainShape) -> Chain:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ..diffusion import coefficients
 from ..inputs.resolve import ResolvedModel, TrainingSettings, resolve
-from ..utils.validation import choice, is_int, plain
+from ..utils.validation import as_python_number, check_choice, is_int
 
 
 class ChainArguments(NamedTuple):
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 
 def resolve_for(model: object, arguments: ChainArguments) -> ResolvedModel:
     """The model with what it was trained for, as far as the sampler uses it."""
-    choice("sampler", arguments.sampler, tuple(coefficients.STEPS))
+    check_choice("sampler", arguments.sampler, tuple(coefficients.DEFAULT_STEPS))
     needs = [name for name in TrainingSettings._fields if name != "variance" or arguments.sampler == "ddpm"]
     schedule, prediction, _, _, _, _, variance, clip = arguments
     return resolve(model, schedule, prediction, variance, clip, needs=needs)
@@ -43,17 +43,17 @@ def resolve_for(model: object, arguments: ChainArguments) -> ResolvedModel:
 
 def plan(model: ResolvedModel, arguments: ChainArguments, start: int | None = None) -> Plan:
     """Check the arguments and make the chain's table. start: the timestep of the noise that it begins with, default T - 1."""
-    sampler, eta = arguments.sampler, plain(arguments.eta)
+    sampler, eta = arguments.sampler, as_python_number(arguments.eta)
     schedule, prediction, variance, _ = model.settings
-    choice("variance", variance, coefficients.VARIANCES)
+    check_choice("variance", variance, coefficients.VARIANCES)
     most = len(schedule) if start is None else start + 1
-    steps = plain(arguments.steps)
+    steps = as_python_number(arguments.steps)
     if steps is None:
-        steps = min(coefficients.STEPS[sampler] or most, most)
+        steps = min(coefficients.DEFAULT_STEPS[sampler] or most, most)
     if not is_int(steps) or not 1 <= steps <= most:
         raise ValueError(f"steps: got {steps!r}; expected an int in 1..{most}, as the chain has {most} timesteps")
-    spacing = coefficients.SPACING[sampler] if arguments.spacing is None else arguments.spacing
-    choice("spacing", spacing, coefficients.SPACINGS)
+    spacing = coefficients.DEFAULT_SPACING[sampler] if arguments.spacing is None else arguments.spacing
+    check_choice("spacing", spacing, coefficients.SPACINGS)
     if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
         raise ValueError(f"eta: got {eta!r}; expected a number in [0, 1]")
     if eta and sampler != "ddim":
@@ -70,11 +70,11 @@ def plan(model: ResolvedModel, arguments: ChainArguments, start: int | None = No
             advice = "fixed_small in place of the default fixed_large"
             way_out = " (passing fixed_large keeps it)"
         model.warn(f"variance: {advice}, which ruins images where steps are left out{way_out}")
-    timesteps = coefficients.spaced(schedule, steps, spacing, start)
+    timesteps = coefficients.select_timesteps(schedule, steps, spacing, start)
     table = coefficients.table(
         schedule, sampler=sampler, prediction=prediction, variance=variance, eta=eta, timesteps=timesteps
     )
-    if table.learned and model.unet is not None:
+    if table.uses_learned_variance and model.unet is not None:
         config = model.unet.config
         if config.out_channels != 2 * config.in_channels:
             raise ValueError(

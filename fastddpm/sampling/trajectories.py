@@ -15,7 +15,7 @@ from ..diffusion.schedule import Schedule
 from ..inputs.arguments import check_image_shape, class_labels_of, device_of
 from ..inputs.resolve import ResolvedModel, warn_signal_left
 from ..ops.rng import Stream, check_first, seed_of
-from ..utils.validation import check_count, is_int, plain
+from ..utils.validation import as_python_number, check_int, is_int
 from .api import RunOptions, run
 from .loop import StepState
 from .plan import ChainArguments, plan, resolve_for
@@ -101,7 +101,7 @@ def interpolate(
             f"b: got {list(b.shape)} on {b.device}; expected a's shape and device, {list(a.shape)} on {a.device}"
         )
     weights, schedule = _checked_weights(weights), resolved.settings.schedule
-    t = max(len(schedule) // 2 - 1, 0) if t is None else plain(t)
+    t = max(len(schedule) // 2 - 1, 0) if t is None else as_python_number(t)
     if not is_int(t) or not 0 <= t < len(schedule):
         raise ValueError(f"t: got {t!r}; expected an int in 0..{len(schedule) - 1}")
     chain = plan(resolved, arguments, start=t)
@@ -125,11 +125,11 @@ def interpolate(
 
 
 def _checked_weights(weights: int | Sequence[float]) -> list[float]:
-    weights = plain(weights)
+    weights = as_python_number(weights)
     if isinstance(weights, int):
-        weights = check_count("weights", weights, 1)
+        weights = check_int("weights", weights, 1)
         weights = [(i + 1) / (weights + 1) for i in range(weights)]
-    weights = [plain(w) for w in weights]
+    weights = [as_python_number(w) for w in weights]
     if not weights or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
         raise ValueError(f"weights: got {weights}; expected a number of them, or finite numbers")
     return weights
@@ -147,7 +147,7 @@ def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = Non
     chain = plan(resolve_for(model, arguments), arguments)
     warn_signal_left(chain.model.network, chain.model.settings.schedule)
     steps = len(chain.table.timesteps)
-    frames = min(10, steps) if frames is None else plain(frames)
+    frames = min(10, steps) if frames is None else as_python_number(frames)
     recorder = FrameRecorder(steps, frames, lambda state: state.x0)
     x = run(chain, n, RunOptions(**{**options, "callback": recorder}))
     with torch.inference_mode(False):

@@ -18,7 +18,7 @@ from ..inputs.arguments import as_labels, check_image_shape, check_labels
 from ..inputs.resolve import num_classes_of, resolve_settings, warn_signal_left
 from ..ops.philox_normal import first_words
 from ..ops.rng import Stream, check_first, check_seed, random_seed
-from ..utils.validation import check_range, choice
+from ..utils.validation import check_choice, check_range
 
 __all__ = ["training_loss"]
 OBJECTIVES = ("simple", "bound")
@@ -94,7 +94,7 @@ def training_loss(
     class_labels: an int, or N integers (a tensor, a list, an array), for a network with classes.
     seed: in [0, 2^64); None draws one from torch's default generator. Raises ValueError on what does not fit.
     """
-    choice("objective", objective, OBJECTIVES)
+    check_choice("objective", objective, OBJECTIVES)
     needs = ("schedule", "prediction", *(["variance"] if objective == "bound" else []))
     schedule, prediction, variance, _ = resolve_settings(model, schedule, prediction, variance, needs=needs)
     bound = Bound(schedule, variance, x0.device) if objective == "bound" else None

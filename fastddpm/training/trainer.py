@@ -157,7 +157,7 @@ class Trainer:
         check_choice("prediction", prediction, PREDICTIONS)
         check_choice("variance", variance, VARIANCES)
         self.dataset, self.out, self.recipe, self.device = _fitted(dataset, config), Path(out), recipe, device
-        if recipe.dtype == "bfloat16" and (reason := backend.no_products(device, torch.bfloat16)):
+        if recipe.dtype == "bfloat16" and (reason := backend.emulated_reason(device, torch.bfloat16)):
             warn_once(self, f"{reason}, so training is many times slower than with dtype float32")
         torch.manual_seed(recipe.seed)
         names = getattr(self.dataset, "class_names", None) if config.num_classes is not None else None

@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 import torch
+
+
+def as_python_number(value: object) -> object:
+    """Return a NumPy scalar, or an array or tensor without dimensions, as a Python number; anything else unchanged."""
+    if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0):
+        return value.item()
+    return value
 
 
 def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_count(name: str, value: object, least: int) -> int:
-    value = plain(value)
-    if not is_int(value) or value < least:
-        raise ValueError(f"{name}: got {value!r}; expected an int >= {least}")
-    return value
+def as_int(value: object) -> int | None:
+    """Return an integer of Python's, NumPy's or torch's as an int, and None for anything else, booleans included."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or getattr(value, "shape", ()) != ():
+        return None
+    if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
-def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+def check_int(name: str, value: object, least: int, below: int | None = None, expected: str | None = None) -> int:
+    """Return `value` as an int; raise ValueError unless least <= value < below."""
+    number = as_int(value)
+    if number is None or number < least or (below is not None and number >= below):
+        raise ValueError(f"{name}: got {as_python_number(value)!r}; expected {expected or f'an int >= {least}'}")
+    return number
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}; expected one of {', '.join(choices)}")
     return value
 
 
-def bound_of(clip: bool | float) -> float | None:
-    clip = plain(clip)
+def clip_bound(clip: bool | float) -> float | None:
+    """Return the bound that `clip` specifies: 1 for True, None for False."""
+    clip = as_python_number(clip)
     if clip is True:
         return 1.0
     if clip is False:
@@ -45,12 +70,5 @@ def check_range(name: str, x: torch.Tensor) -> None:
         )
 
 
-def short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def plain(value: object) -> object:
-    """A number of NumPy's, or a tensor or array of no dimensions, as Python's own number; anything else as it is."""
-    if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0):
-        return value.item()
-    return value

@@ -1,4 +1,4 @@
-"""Warnings to who called this package, each given once."""
+"""Warnings that point at the caller of this package, each given once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _notices: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionar
 
 
 def warn_once(model: object, notice: str) -> None:
-    """To who called this package, once for each model and notice. model: a class where it is once for each process."""
+    """Warn once for each model and notice, at the caller's line. Pass a class as model to warn once for each process."""
     try:
-        told = _notices.setdefault(model, set())
-    except TypeError:  # some callables cannot be remembered
-        told = set()
-    if notice not in told:
-        told.add(notice)
+        given = _notices.setdefault(model, set())
+    except TypeError:  # some callables take no weak reference
+        given = set()
+    if notice not in given:
+        given.add(notice)
         frame, level = sys._getframe(1), 2
         while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastddpm."):
             frame, level = frame.f_back, level + 1

@@ -204,12 +204,12 @@ void test_timestep_embedding(int64_t count, int64_t dim, bool flip) {
 
 // ---- ddpm_step ----
 
-int64_t place(bool inner, int64_t i, int64_t c, int64_t p, int64_t channels, int64_t pixels) {
-    return i * channels * pixels + (inner ? p * channels + c : c * pixels + p);
+int64_t place(bool channels_last, int64_t i, int64_t c, int64_t p, int64_t channels, int64_t pixels) {
+    return i * channels * pixels + (channels_last ? p * channels + c : c * pixels + p);
 }
 
-void test_ddpm_step(int64_t samples, int64_t channels, int64_t pixels, Dtype dtype, bool x_inner, bool o_inner,
-                    bool learned, bool drawn, bool on_host) {
+void test_ddpm_step(int64_t samples, int64_t channels, int64_t pixels, Dtype dtype, bool x_channels_last,
+                    bool o_channels_last, bool learned, bool drawn, bool on_host) {
     const int64_t numel = samples * channels * pixels, o_channels = channels * (learned ? 2 : 1);
     std::vector<double> x = random(numel), o = random(samples * o_channels * pixels), last = random(numel),
                         z = random(numel);
@@ -226,10 +226,10 @@ void test_ddpm_step(int64_t samples, int64_t channels, int64_t pixels, Dtype dty
     std::vector<int64_t> host_state = start, host_times = times;
     const Integers<int64_t> state(start), timesteps(times);
     DdpmStepArgs args{};
-    args.x = dx.floats(), args.x_prev = x_prev.floats(), args.x_inner = x_inner;
-    args.o = d_o.data(), args.o_dtype = dtype, args.o_inner = o_inner;
+    args.x = dx.floats(), args.x_prev = x_prev.floats(), args.x_channels_last = x_channels_last;
+    args.o = d_o.data(), args.o_dtype = dtype, args.o_channels_last = o_channels_last;
     args.x0_last = dlast.floats(), args.x0 = dx0.floats();
-    args.next_input = next.data(), args.next_dtype = dtype, args.next_inner = o_inner;
+    args.next_input = next.data(), args.next_dtype = dtype, args.next_channels_last = o_channels_last;
     args.noise = drawn ? nullptr : dz.floats();
     args.samples = samples, args.channels = channels, args.o_channels = o_channels, args.pixels = pixels;
     args.rows = on_host ? host_rows.data() : rows.floats();
@@ -241,27 +241,27 @@ void test_ddpm_step(int64_t samples, int64_t channels, int64_t pixels, Dtype dty
     for (int64_t i = 0; i < samples; ++i)
         for (int64_t c = 0; c < channels; ++c)
             for (int64_t p = 0; p < pixels; ++p) {
-                const int64_t at = place(x_inner, i, c, p, channels, pixels);
-                const double eps = o[place(o_inner, i, c, p, o_channels, pixels)];
+                const int64_t at = place(x_channels_last, i, c, p, channels, pixels);
+                const double eps = o[place(o_channels_last, i, c, p, o_channels, pixels)];
                 const double x0 = std::fmin(std::fmax(r[0] * x[at] + r[1] * eps, -1.0), 1.0);
                 double sigma = r[6];
                 if (learned) {
-                    const double f = (o[place(o_inner, i, c + channels, p, o_channels, pixels)] + 1) / 2;
+                    const double f = (o[place(o_channels_last, i, c + channels, p, o_channels, pixels)] + 1) / 2;
                     sigma *= std::exp((f * r[8] + (1 - f) * r[7]) / 2);
                 }
                 const double noise = drawn ? normal(seed, 1, 999, first + i, c * pixels + p) : z[at];
                 truth0[at] = x0;
                 truth[at] = r[2] * x0 + r[3] * x[at] + r[4] * last[at] + r[5] * eps + sigma * noise;
-                truth_next[place(o_inner, i, c, p, channels, pixels)] = truth[at];
+                truth_next[place(o_channels_last, i, c, p, channels, pixels)] = truth[at];
             }
     double worst = share(x_prev.download(), truth, 4e-6, 0);
     worst = std::fmax(worst, share(dx0.download(), truth0, 1e-6, 0));
     worst = std::fmax(worst, share(next.download(), truth_next, 4e-6, step_of(dtype)));
     if (!on_host && state.download() != std::vector<int64_t>{seed, first, 2, -1}) worst = INFINITY;
     report("ddpm_step [" + std::to_string(samples) + ", " + std::to_string(channels) + ", " + std::to_string(pixels) +
-               "] " + name_of(dtype) + (x_inner ? ", x inner" : "") + (o_inner ? ", o inner" : "") +
-               (learned ? ", learned variance" : "") + (drawn ? ", noise drawn" : "") +
-               (on_host ? ", table on host" : ""),
+               "] " + name_of(dtype) + (x_channels_last ? ", x channels_last" : "") +
+               (o_channels_last ? ", o channels_last" : "") + (learned ? ", learned variance" : "") +
+               (drawn ? ", noise drawn" : "") + (on_host ? ", table on host" : ""),
            worst);
 }
 
@@ -277,8 +277,8 @@ struct Vector {
     ChannelVector view(int64_t stride) const { return {array.data(), array.dtype(), stride}; }
 };
 
-void test_group_norm_silu(int64_t samples, int64_t channels, int64_t pixels, int64_t groups, Dtype dtype, bool inner,
-                          bool full, double mean = 0.0) {
+void test_group_norm_silu(int64_t samples, int64_t channels, int64_t pixels, int64_t groups, Dtype dtype,
+                          bool channels_last, bool full, double mean = 0.0) {
     const int64_t numel = samples * channels * pixels, width = channels / groups;
     std::vector<double> x = random(numel, mean), dy = random(numel);
     Array dx(numel, dtype), ddy(numel, dtype), y(numel, dtype), gradient(numel, dtype);
@@ -290,7 +290,7 @@ void test_group_norm_silu(int64_t samples, int64_t channels, int64_t pixels, int
     const double eps = 1e-6;
 
     GroupNormSiluArgs args{};
-    args.x = dx.data(), args.y = y.data(), args.dtype = dtype, args.inner = inner;
+    args.x = dx.data(), args.y = y.data(), args.dtype = dtype, args.channels_last = channels_last;
     args.samples = samples, args.channels = channels, args.pixels = pixels, args.groups = groups;
     args.weight = weight.view(0), args.bias = bias.view(0);
     if (full) args.add = add.view(channels), args.scale = scale.view(0), args.shift = shift.view(channels);
@@ -301,7 +301,8 @@ void test_group_norm_silu(int64_t samples, int64_t channels, int64_t pixels, int
     group_norm_silu_cuda(args, kPlace);
 
     GroupNormSiluBackwardArgs back{};
-    back.dy = ddy.data(), back.x = dx.data(), back.dx = gradient.data(), back.dtype = dtype, back.inner = inner;
+    back.dy = ddy.data(), back.x = dx.data(), back.dx = gradient.data(), back.dtype = dtype,
+    back.channels_last = channels_last;
     back.samples = samples, back.channels = channels, back.pixels = pixels, back.groups = groups;
     back.weight = args.weight, back.bias = args.bias, back.add = args.add, back.scale = args.scale;
     back.shift = args.shift, back.silu = true, back.mean = args.mean, back.rstd = args.rstd;
@@ -318,7 +319,7 @@ void test_group_norm_silu(int64_t samples, int64_t channels, int64_t pixels, int
             const auto for_all = [&](const auto& f) {
                 for (int64_t c = g * width; c < (g + 1) * width; ++c)
                     for (int64_t p = 0; p < pixels; ++p)
-                        f(place(inner, i, c, p, channels, pixels), c, i * channels + c);
+                        f(place(channels_last, i, c, p, channels, pixels), c, i * channels + c);
             };
             const auto h = [&](int64_t at, int64_t ic) { return x[at] + (full ? add.values[ic] : 0.0); };
             const double count = static_cast<double>(width) * pixels;
@@ -356,7 +357,7 @@ void test_group_norm_silu(int64_t samples, int64_t channels, int64_t pixels, int
     for (double s : size) sums = std::fmax(sums, s);
     const std::string name = "[" + std::to_string(samples) + ", " + std::to_string(channels) + ", " +
                              std::to_string(pixels) + "] / " + std::to_string(groups) + " " + name_of(dtype) +
-                             (inner ? " inner" : " outer") + (full ? ", every input" : "");
+                             (channels_last ? " channels_last" : " contiguous") + (full ? ", every input" : "");
     const double ulp = dtype == Dtype::float32 ? 0.0 : step_of(dtype);
     report("group_norm_silu " + name,
            share(y.download(), truth, 8e-7 * (5 + largest) + (ulp > 0 ? 1e-3 : 0), ulp + 2.5e-7));
@@ -396,18 +397,19 @@ int main(int count, char** words) try {
         test_group_norm_silu(1, 960, 196, 32, Dtype::bfloat16, true, false);  // threads that don't come in whole rows
         test_group_norm_silu(1, 320, 196, 2, Dtype::bfloat16, true, false);
         for (int64_t channels : {1500, 1750, 2049})  // in shared memory, and beyond
-            for (bool inner : {true, false}) test_group_norm_silu(2, channels, 3, 1, Dtype::float32, inner, true);
+            for (bool channels_last : {true, false})
+                test_group_norm_silu(2, channels, 3, 1, Dtype::float32, channels_last, true);
         for (Dtype dtype : dtypes)
-            for (bool inner : {true, false}) {
-                test_group_norm_silu(2, 64, 49, 32, dtype, inner, true);        // columns, two channels a group
-                test_group_norm_silu(1, 128, 256, 32, dtype, inner, false);     // a cluster for each slice
-                test_group_norm_silu(2, 96, 20, 8, dtype, inner, true);         // groups of 12 straddle the vectors
-                test_group_norm_silu(1, 24, 33, 2, dtype, inner, false);        // pixels of 48 or 96 bytes
-                test_group_norm_silu(2, 37, 6, 37, dtype, inner, true);         // no whole vectors in either layout
-                test_group_norm_silu(1, 8, 4800, 1, dtype, inner, false, 3.0);  // a large group
-                test_group_norm_silu(1, 2056, 3, 1, dtype, inner, true);        // more channels than are tabled
-                test_group_norm_silu(1, 6, 651, 2, dtype, inner, false);        // single elements, in parts
-                test_group_norm_silu(2, 6, 1, 2, dtype, inner, true);           // one pixel
+            for (bool channels_last : {true, false}) {
+                test_group_norm_silu(2, 64, 49, 32, dtype, channels_last, true);     // columns, two channels a group
+                test_group_norm_silu(1, 128, 256, 32, dtype, channels_last, false);  // a cluster for each slice
+                test_group_norm_silu(2, 96, 20, 8, dtype, channels_last, true);   // groups of 12 straddle the vectors
+                test_group_norm_silu(1, 24, 33, 2, dtype, channels_last, false);  // pixels of 48 or 96 bytes
+                test_group_norm_silu(2, 37, 6, 37, dtype, channels_last, true);   // no whole vectors in either layout
+                test_group_norm_silu(1, 8, 4800, 1, dtype, channels_last, false, 3.0);  // a large group
+                test_group_norm_silu(1, 2056, 3, 1, dtype, channels_last, true);        // more channels than are tabled
+                test_group_norm_silu(1, 6, 651, 2, dtype, channels_last, false);        // single elements, in parts
+                test_group_norm_silu(2, 6, 1, 2, dtype, channels_last, true);           // one pixel
             }
     }
     check(cudaDeviceSynchronize());

@@ -1,5 +1,5 @@
 // How the hosts of the CUDA kernels split work, without running it: a case on each line of stdin, "op samples channels
-// pixels", in bfloat16 with channels inner and 32 groups, as the networks call it. On stdout a line for each launch:
+// pixels", in bfloat16, channels_last, with 32 groups, as the networks call it. On stdout a line for each launch:
 // "line kernel blocks threads cluster shared", kernel as its address in this file, which `nm` knows by name.
 #include <cinttypes>
 #include <cmath>
@@ -33,7 +33,7 @@ template <class Args>
 Args norm(int64_t samples, int64_t channels, int64_t pixels) {
     Args args{};
     args.x = somewhere<void>();
-    args.dtype = Dtype::bfloat16, args.inner = args.silu = true;
+    args.dtype = Dtype::bfloat16, args.channels_last = args.silu = true;
     args.samples = samples, args.channels = channels, args.pixels = pixels, args.groups = 32;
     return args;
 }
@@ -48,7 +48,7 @@ void plan(const std::string& op, int64_t samples, int64_t channels, int64_t pixe
         DdpmStepArgs args{};
         args.samples = samples, args.channels = args.o_channels = channels, args.pixels = pixels;
         args.x = somewhere<float>(), args.x_prev = somewhere<float>(), args.o = somewhere<void>();
-        args.o_dtype = args.next_dtype = Dtype::bfloat16, args.o_inner = args.next_inner = true;
+        args.o_dtype = args.next_dtype = Dtype::bfloat16, args.o_channels_last = args.next_channels_last = true;
         args.next_input = somewhere<void>();
         ddpm_step_cuda(args, place);
     } else if (op == "philox_normal") {

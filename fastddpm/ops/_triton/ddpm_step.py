@@ -6,11 +6,11 @@
 A term whose coefficient is 0 plays no part, whatever its memory holds; x0_last, noise and v are not read then, their loads
 being masked off. The exponential is there only for learned variances.
 
-Layout: x, x_prev, x0, x0_last and noise share one, channels outer or inner; o and next_input have each their own. Where
-all have channels outer, a sample is one channel of channels*pixels elements.
+Layout: x, x_prev, x0, x0_last and noise share one, contiguous or channels_last; o and next_input have each their own. Where
+all are contiguous, a sample is one channel of channels*pixels elements.
 
 Work: a program has a tile of one sample, BLOCK_C channels times BLOCK_P pixels. Noise goes by an element's index in
-channels-outer order: BLOCK_P/4 quads per channel, where a channel has whole quads. Elsewhere, with odd sizes in mixed
+C*H*W order: BLOCK_P/4 quads per channel, where a channel has whole quads. Elsewhere, with odd sizes in mixed
 layouts, each element computes its quad and takes its own of the four.
 
 The state (seed, first, row index, first bad row) is read and advanced in place. All programs need the row index before
@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from .._register import layout
+from ..ddpm_step import Operands
 from .launch import OPTIONS, cdiv, needs_int64, on, power_of_2
 from .philox import normals
 
@@ -60,8 +61,8 @@ def _exp(x):
 
 
 @triton.jit
-def _offset(c, p, channels, pixels, INNER: tl.constexpr):
-    return p * channels + c if INNER else c * pixels + p
+def _offset(c, p, channels, pixels, CHANNELS_LAST: tl.constexpr):
+    return p * channels + c if CHANNELS_LAST else c * pixels + p
 
 
 @triton.jit(do_not_specialize=["table_rows", "seed", "first", "timestep", "pixels"])
@@ -93,9 +94,9 @@ def ddpm_step_kernel(
     pixels,
     CHANNELS: tl.constexpr,
     O_CHANNELS: tl.constexpr,
-    X_INNER: tl.constexpr,
-    O_INNER: tl.constexpr,
-    NEXT_INNER: tl.constexpr,
+    X_CHANNELS_LAST: tl.constexpr,
+    O_CHANNELS_LAST: tl.constexpr,
+    NEXT_CHANNELS_LAST: tl.constexpr,
     ALIGNED: tl.constexpr,  # pixels is a multiple of 4
     LARGE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -117,7 +118,10 @@ def ddpm_step_kernel(
     # Everything is loaded before anything is stored: x_prev may be x, and x0 be x0_last. These are under way before the
     # row is known, which is two dependent reads away.
     at, o_at = i * CHANNELS * pixels, i * O_CHANNELS * pixels
-    offset, o_offset = _offset(c, p, CHANNELS, pixels, X_INNER), _offset(c, p, O_CHANNELS, pixels, O_INNER)
+    offset, o_offset = (
+        _offset(c, p, CHANNELS, pixels, X_CHANNELS_LAST),
+        _offset(c, p, O_CHANNELS, pixels, O_CHANNELS_LAST),
+    )
     xs = tl.load(x + at + offset, mask=inside, other=0.0)
     eps = tl.load(o + o_at + o_offset, mask=inside, other=0.0).to(tl.float32)
 
@@ -145,7 +149,7 @@ def ddpm_step_kernel(
 
     if O_CHANNELS > CHANNELS:
         learned = _everywhere((sigma != 0.0) & ((lv_lo != 0.0) | (lv_hi != 0.0)), inside)
-        v_at = o_at + _offset(CHANNELS, 0, O_CHANNELS, pixels, O_INNER)
+        v_at = o_at + _offset(CHANNELS, 0, O_CHANNELS, pixels, O_CHANNELS_LAST)
         v = tl.load(o + v_at + o_offset, mask=inside & learned, other=0.0).to(tl.float32)
     if x0_last is not None:
         last = tl.load(x0_last + at + offset, mask=inside & _everywhere(c2 != 0.0, inside), other=0.0)
@@ -192,45 +196,37 @@ def ddpm_step_kernel(
         tl.store(x0 + at + offset, x0_new, mask=inside)
     tl.store(x_prev + at + offset, result, mask=inside)
     if next_input is not None:
-        next_offset = _offset(c, p, CHANNELS, pixels, NEXT_INNER)
+        next_offset = _offset(c, p, CHANNELS, pixels, NEXT_CHANNELS_LAST)
         tl.store(next_input + at + next_offset, result.to(next_input.dtype.element_ty), mask=inside)
 
 
 def ddpm_step(
-    x: torch.Tensor,
-    x_prev: torch.Tensor,
-    o: torch.Tensor,
-    x0_last: torch.Tensor | None,
-    x0: torch.Tensor | None,
-    next_input: torch.Tensor | None,
-    noise: torch.Tensor | None,
-    rows: torch.Tensor,
-    timesteps: torch.Tensor,
-    state: torch.Tensor,
-    clip: float | None,
-    table_on_host: bool,
+    operands: Operands, table: tuple[torch.Tensor, torch.Tensor, torch.Tensor], clip: float | None, table_on_host: bool
 ) -> None:
-    """x, x_prev, x0, x0_last, noise: float32 in one native layout; x_prev may be x, and x0 be x0_last.
+    """x_prev may be x, and x0 be x0_last. table: rows, timesteps and state.
 
     table_on_host: rows [9], timesteps [1] and state are host memory, read by the call and not written. A row index
-    outside the table, or a row with c2 != 0 without x0_last, stores nothing but what the state says of it.
+    outside the table, or a row with c2 != 0 without x0_last, stores nothing but its number in the state.
     """
+    x, _, o, _, _, next_input, _ = operands
+    rows, timesteps, state = table
     n, channels, o_channels, pixels = *x.shape[:2], o.shape[1], x[0, 0].numel()
-    x_inner, o_inner = layout(x) == "inner", layout(o) == "inner"
-    next_inner = next_input is not None and layout(next_input) == "inner"
-    if not (x_inner or o_inner or next_inner):
+    x_channels_last, o_channels_last = layout(x) == "channels_last", layout(o) == "channels_last"
+    next_channels_last = next_input is not None and layout(next_input) == "channels_last"
+    if not (x_channels_last or o_channels_last or next_channels_last):
         channels, o_channels, pixels = 1, o_channels // channels, channels * pixels
     if table_on_host:
-        table = (None, None, None, 0, *rows.tolist(), *state[:2].tolist(), timesteps.item())
+        row_arguments = (None, None, None, 0, *rows.tolist(), *state[:2].tolist(), timesteps.item())
     else:
-        table = (rows, timesteps, state, timesteps.numel(), *[0.0] * 9, 0, 0, 0)
+        row_arguments = (rows, timesteps, state, timesteps.numel(), *[0.0] * 9, 0, 0, 0)
     block_c = min(power_of_2(channels), 32)
     block_p = TILE // block_c
     programs = n * cdiv(channels, block_c) * cdiv(pixels, block_p)
     with on(x.device):
         ddpm_step_kernel[(programs,)](
-            x, x_prev, o, x0_last, x0, next_input, noise, *table, clip, pixels,
-            CHANNELS=channels, O_CHANNELS=o_channels, X_INNER=x_inner, O_INNER=o_inner, NEXT_INNER=next_inner,
+            *operands, *row_arguments, clip, pixels,
+            CHANNELS=channels, O_CHANNELS=o_channels, X_CHANNELS_LAST=x_channels_last,
+            O_CHANNELS_LAST=o_channels_last, NEXT_CHANNELS_LAST=next_channels_last,
             ALIGNED=pixels % 4 == 0, LARGE=needs_int64(o_channels * (pixels + block_p)),
             BLOCK_C=block_c, BLOCK_P=block_p, num_warps=4, **OPTIONS,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """y = act(((x + add - mean) * rstd * weight + bias) * (1 + scale) + shift), act = SiLU or identity; and its gradient.
 
 Layout: a sample is a matrix [pixels, channels], with either contiguous. A program owns a slice of it: whole groups of
-channels, at least 32 bytes per pixel of them where channels are inner, so that it uses all of each sector it touches.
+channels, at least 32 bytes per pixel of them in channels_last, so that it uses all of each sector it touches.
 
 Work: where the slice fits into the registers (RESIDENT elements, of the backward two tensors), one program takes all its
 pixels, and everything is one kernel. Otherwise its pixels are cut into chunks of tiles, and the forward is three kernels:
@@ -21,11 +21,13 @@ backward centres d anew, as the saved mean was rounded; in chunks only where tha
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
+from ..group_norm_silu import Norm
 from .launch import OPTIONS, cdiv, needs_int64, on, power_of_2
 
 RESIDENT = 32768  # elements of a slice, in the forward
@@ -38,7 +40,7 @@ CHUNKS = 128  # of a sample, at most
 
 
 @triton.jit
-def _slice(x, add, chunks, pixels, C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, INNER: tl.constexpr,
+def _slice(x, add, chunks, pixels, C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
            ADD_STRIDE: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """What this program works on: (sample, chunk, channels, which of them count, hi, lo), hi + lo = add - pivot."""
     slices: tl.constexpr = (C + SLICE - 1) // SLICE
@@ -48,7 +50,9 @@ def _slice(x, add, chunks, pixels, C: tl.constexpr, WIDTH: tl.constexpr, SLICE: 
     channel = pid % slices * SLICE + j
     counts = (j < SLICE) & (channel < C)
     first = channel // WIDTH * WIDTH  # of the group
-    x_first = tl.load(x + n * C * pixels + (first if INNER else first * pixels), mask=counts, other=0.0).to(tl.float32)
+    x_first = tl.load(x + n * C * pixels + (first if CHANNELS_LAST else first * pixels), mask=counts, other=0.0).to(
+        tl.float32
+    )
     if add is None:
         hi, lo = -x_first, tl.zeros_like(x_first)
     else:
@@ -87,11 +91,11 @@ def _sized(pixels, ALIGNED: tl.constexpr, LARGE: tl.constexpr):
 
 
 @triton.jit
-def _tile(n, first_pixel, channel, counts, pixels, C: tl.constexpr, INNER: tl.constexpr, BLOCK_P: tl.constexpr):
+def _tile(n, first_pixel, channel, counts, pixels, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr):
     """(where a tile begins to be counted from, offsets, which of them are inside), [BLOCK_C, BLOCK_P]."""
     p = (first_pixel + tl.arange(0, BLOCK_P)[None, :]).to(pixels.dtype)
     c = channel[:, None]
-    return n * C * pixels, (p * C + c if INNER else c * pixels + p), (p < pixels) & counts[:, None]
+    return n * C * pixels, (p * C + c if CHANNELS_LAST else c * pixels + p), (p < pixels) & counts[:, None]
 
 
 @triton.jit
@@ -153,14 +157,14 @@ def _deviation(variance, eps):
 @triton.jit(do_not_specialize=["pixels"])
 def group_norm_silu_kernel(
     x, y, mean, rstd, weight, bias, add, scale, shift, pixels, inverse, eps,
-    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, INNER: tl.constexpr, SILU: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
     ADD_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, SHIFT_STRIDE: tl.constexpr,
     ALIGNED: tl.constexpr, LARGE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     pixels = _sized(pixels, ALIGNED, LARGE)
-    n, _, channel, counts, hi, lo = _slice(x, add, 1, pixels, C, WIDTH, SLICE, INNER, ADD_STRIDE, BLOCK_C)
+    n, _, channel, counts, hi, lo = _slice(x, add, 1, pixels, C, WIDTH, SLICE, CHANNELS_LAST, ADD_STRIDE, BLOCK_C)
     w, b = _affine(weight, bias, scale, shift, n, channel, counts, SCALE_STRIDE, SHIFT_STRIDE)
-    at, offset, inside = _tile(n, 0, channel, counts, pixels, C, INNER, BLOCK_P)
+    at, offset, inside = _tile(n, 0, channel, counts, pixels, C, CHANNELS_LAST, BLOCK_P)
     d = _distance(x + at + offset, inside, hi, lo, add)
     mean_of_d = _over_groups(tl.sum(tl.where(inside, d, 0.0), axis=1), counts, WIDTH, BLOCK_G) * inverse
     e = tl.where(inside, d - mean_of_d[:, None], 0.0)
@@ -178,16 +182,16 @@ def group_norm_silu_kernel(
 @triton.jit(do_not_specialize=["pixels"])
 def group_norm_silu_backward_kernel(
     dy, x, dx, mean, rstd, weight, bias, add, scale, shift, sum_g, sum_g_xhat, sum_dx, pixels, inverse,
-    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, INNER: tl.constexpr, SILU: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
     ADD_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, SHIFT_STRIDE: tl.constexpr,
     ALIGNED: tl.constexpr, LARGE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     pixels = _sized(pixels, ALIGNED, LARGE)
-    n, _, channel, counts, hi, lo = _slice(x, add, 1, pixels, C, WIDTH, SLICE, INNER, ADD_STRIDE, BLOCK_C)
+    n, _, channel, counts, hi, lo = _slice(x, add, 1, pixels, C, WIDTH, SLICE, CHANNELS_LAST, ADD_STRIDE, BLOCK_C)
     w, b = _affine(weight, bias, scale, shift, n, channel, counts, SCALE_STRIDE, SHIFT_STRIDE)
     group = n * (C // WIDTH) + channel // WIDTH
     of_d = tl.load(rstd + group, mask=counts, other=0.0)
-    at, offset, inside = _tile(n, 0, channel, counts, pixels, C, INNER, BLOCK_P)
+    at, offset, inside = _tile(n, 0, channel, counts, pixels, C, CHANNELS_LAST, BLOCK_P)
     e = _distance(x + at + offset, inside, hi, lo, add) - tl.load(mean + group, mask=counts, other=0.0)[:, None]
     # The saved mean was rounded: centre once more.
     rest = _over_groups(tl.sum(tl.where(inside, e, 0.0), axis=1), counts, WIDTH, BLOCK_G) * inverse
@@ -212,18 +216,20 @@ def group_norm_silu_backward_kernel(
 @triton.jit(do_not_specialize=["pixels", "chunks"])
 def group_norm_silu_partials_kernel(
     x, add, partials, pixels, chunks,
-    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, INNER: tl.constexpr, ADD_STRIDE: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ADD_STRIDE: tl.constexpr,
     ALIGNED: tl.constexpr, LARGE: tl.constexpr, TILES: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """partials [N, G, chunks, 2]: mean of d, and the sum of squares about it."""
     pixels = _sized(pixels, ALIGNED, LARGE)
-    n, chunk, channel, counts, hi, lo = _slice(x, add, chunks, pixels, C, WIDTH, SLICE, INNER, ADD_STRIDE, BLOCK_C)
+    n, chunk, channel, counts, hi, lo = _slice(
+        x, add, chunks, pixels, C, WIDTH, SLICE, CHANNELS_LAST, ADD_STRIDE, BLOCK_C
+    )
     begin = chunk.to(pixels.dtype) * TILES * BLOCK_P
     mean = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     squares = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for k in range(TILES):
-        at, offset, inside = _tile(n, begin + k * BLOCK_P, channel, counts, pixels, C, INNER, BLOCK_P)
+        at, offset, inside = _tile(n, begin + k * BLOCK_P, channel, counts, pixels, C, CHANNELS_LAST, BLOCK_P)
         step = tl.where(inside, _distance(x + at + offset, inside, hi, lo, add) - mean, 0.0)
         moved = step * tl.div_rn(1.0, tl.cast(k + 1, tl.float32))
         mean += moved
@@ -266,19 +272,21 @@ def group_norm_silu_merge_kernel(
 @triton.jit(do_not_specialize=["pixels", "chunks"])
 def group_norm_silu_apply_kernel(
     x, y, mean, rstd, weight, bias, add, scale, shift, pixels, chunks,
-    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, INNER: tl.constexpr, SILU: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
     ADD_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, SHIFT_STRIDE: tl.constexpr,
     ALIGNED: tl.constexpr, LARGE: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pixels = _sized(pixels, ALIGNED, LARGE)
-    n, chunk, channel, counts, hi, lo = _slice(x, add, chunks, pixels, C, WIDTH, SLICE, INNER, ADD_STRIDE, BLOCK_C)
+    n, chunk, channel, counts, hi, lo = _slice(
+        x, add, chunks, pixels, C, WIDTH, SLICE, CHANNELS_LAST, ADD_STRIDE, BLOCK_C
+    )
     w, b = _affine(weight, bias, scale, shift, n, channel, counts, SCALE_STRIDE, SHIFT_STRIDE)
     group = n * (C // WIDTH) + channel // WIDTH
     mean_of_d = tl.load(mean + group, mask=counts, other=0.0)
     a = tl.load(rstd + group, mask=counts, other=0.0) * w
     begin = chunk.to(pixels.dtype) * TILES * BLOCK_P
     for k in range(TILES):
-        at, offset, inside = _tile(n, begin + k * BLOCK_P, channel, counts, pixels, C, INNER, BLOCK_P)
+        at, offset, inside = _tile(n, begin + k * BLOCK_P, channel, counts, pixels, C, CHANNELS_LAST, BLOCK_P)
         e = _distance(x + at + offset, inside, hi, lo, add) - mean_of_d[:, None]
         z = tl.fma(e, a[:, None], b[:, None])
         tl.store(y + at + offset, _activate(z, SILU).to(y.dtype.element_ty), mask=inside)
@@ -290,7 +298,7 @@ def group_norm_silu_apply_kernel(
 @triton.jit(do_not_specialize=["pixels"])
 def group_norm_silu_centre_kernel(
     x, mean, rstd, add, rest, pixels, inverse,
-    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, INNER: tl.constexpr, ADD_STRIDE: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ADD_STRIDE: tl.constexpr,
     ALIGNED: tl.constexpr, LARGE: tl.constexpr, TILES: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
@@ -299,7 +307,7 @@ def group_norm_silu_centre_kernel(
     One program does all of a slice, for that takes a first element 16 deviations from the mean.
     """
     pixels = _sized(pixels, ALIGNED, LARGE)
-    n, _, channel, counts, hi, lo = _slice(x, add, 1, pixels, C, WIDTH, SLICE, INNER, ADD_STRIDE, BLOCK_C)
+    n, _, channel, counts, hi, lo = _slice(x, add, 1, pixels, C, WIDTH, SLICE, CHANNELS_LAST, ADD_STRIDE, BLOCK_C)
     group = n * (C // WIDTH) + channel // WIDTH
     mean_of_d = tl.load(mean + group, mask=counts, other=0.0)
     coarse = tl.abs(mean_of_d) * tl.load(rstd + group, mask=counts, other=0.0) > 16.0
@@ -308,7 +316,7 @@ def group_norm_silu_centre_kernel(
         of_place = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
         for k in range(TILES):
             at, offset, inside = _tile(
-                n, tl.cast(k, pixels.dtype) * BLOCK_P, channel, counts, pixels, C, INNER, BLOCK_P
+                n, tl.cast(k, pixels.dtype) * BLOCK_P, channel, counts, pixels, C, CHANNELS_LAST, BLOCK_P
             )
             e = _distance(x + at + offset, inside, hi, lo, add) - mean_of_d[:, None]
             of_place += tl.where(inside, e, 0.0)
@@ -319,13 +327,15 @@ def group_norm_silu_centre_kernel(
 @triton.jit(do_not_specialize=["pixels", "chunks"])
 def group_norm_silu_backward_partials_kernel(
     dy, x, mean, rstd, weight, bias, add, scale, shift, rest, partials, pixels, chunks,
-    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, INNER: tl.constexpr, SILU: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
     ADD_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, SHIFT_STRIDE: tl.constexpr,
     ALIGNED: tl.constexpr, LARGE: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """partials [N, chunks, 3, C]: sums of g, g * xhat and xhat."""
     pixels = _sized(pixels, ALIGNED, LARGE)
-    n, chunk, channel, counts, hi, lo = _slice(x, add, chunks, pixels, C, WIDTH, SLICE, INNER, ADD_STRIDE, BLOCK_C)
+    n, chunk, channel, counts, hi, lo = _slice(
+        x, add, chunks, pixels, C, WIDTH, SLICE, CHANNELS_LAST, ADD_STRIDE, BLOCK_C
+    )
     w, b = _affine(weight, bias, scale, shift, n, channel, counts, SCALE_STRIDE, SHIFT_STRIDE)
     group = n * (C // WIDTH) + channel // WIDTH
     mean_of_d, lacking = tl.load(mean + group, mask=counts, other=0.0), tl.load(rest + group, mask=counts, other=0.0)
@@ -337,7 +347,7 @@ def group_norm_silu_backward_partials_kernel(
     of_ge = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     of_e = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for k in range(TILES):
-        at, offset, inside = _tile(n, begin + k * BLOCK_P, channel, counts, pixels, C, INNER, BLOCK_P)
+        at, offset, inside = _tile(n, begin + k * BLOCK_P, channel, counts, pixels, C, CHANNELS_LAST, BLOCK_P)
         e = (_distance(x + at + offset, inside, hi, lo, add) - mean_of_d[:, None]) - lacking[:, None]
         e = tl.where(inside, e, 0.0)
         g = tl.load(dy + at + offset, mask=inside, other=0.0).to(tl.float32)
@@ -391,12 +401,14 @@ def group_norm_silu_backward_merge_kernel(
 @triton.jit(do_not_specialize=["pixels", "chunks"])
 def group_norm_silu_backward_apply_kernel(
     dy, x, dx, mean, rstd, weight, bias, add, scale, shift, rest, means, pixels, chunks,
-    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, INNER: tl.constexpr, SILU: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
     ADD_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, SHIFT_STRIDE: tl.constexpr,
     ALIGNED: tl.constexpr, LARGE: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pixels = _sized(pixels, ALIGNED, LARGE)
-    n, chunk, channel, counts, hi, lo = _slice(x, add, chunks, pixels, C, WIDTH, SLICE, INNER, ADD_STRIDE, BLOCK_C)
+    n, chunk, channel, counts, hi, lo = _slice(
+        x, add, chunks, pixels, C, WIDTH, SLICE, CHANNELS_LAST, ADD_STRIDE, BLOCK_C
+    )
     w, b = _affine(weight, bias, scale, shift, n, channel, counts, SCALE_STRIDE, SHIFT_STRIDE)
     group = n * (C // WIDTH) + channel // WIDTH
     mean_of_d, lacking = tl.load(mean + group, mask=counts, other=0.0), tl.load(rest + group, mask=counts, other=0.0)
@@ -406,7 +418,7 @@ def group_norm_silu_backward_apply_kernel(
     a = of_d * w
     begin = chunk.to(pixels.dtype) * TILES * BLOCK_P
     for k in range(TILES):
-        at, offset, inside = _tile(n, begin + k * BLOCK_P, channel, counts, pixels, C, INNER, BLOCK_P)
+        at, offset, inside = _tile(n, begin + k * BLOCK_P, channel, counts, pixels, C, CHANNELS_LAST, BLOCK_P)
         e = (_distance(x + at + offset, inside, hi, lo, add) - mean_of_d[:, None]) - lacking[:, None]
         g = tl.load(dy + at + offset, mask=inside, other=0.0).to(tl.float32)
         g = _gradient_of_z(g, tl.fma(e, a[:, None], b[:, None]), SILU)
@@ -418,19 +430,19 @@ def group_norm_silu_backward_apply_kernel(
 
 
 def _blocks(
-    channels: int, pixels: int, size: int, inner: bool, groups: int, limit: int
+    channels: int, pixels: int, size: int, channels_last: bool, groups: int, limit: int
 ) -> tuple[int, int, int, int, int]:
     """(channels of a slice, BLOCK_C, BLOCK_P, chunks, tiles of a chunk); no chunks where a slice fits into `limit`."""
     width = channels // groups
-    # Whole groups. Channels outer, each is one run of memory, and several share a program only where they are small;
+    # Whole groups. Where contiguous, each is one run of memory, and several share a program only where they are small;
     # not too many, for the table of their groups grows with the square.
-    least = 32 // size if inner else min(cdiv(1024, pixels), 64)
+    least = 32 // size if channels_last else min(cdiv(1024, pixels), 64)
     slice_ = width * min(cdiv(least, width), groups)
     block_c, block_p = power_of_2(slice_), power_of_2(pixels)
     if block_c * block_p <= limit:
         return slice_, block_c, block_p, 0, 0
     # In chunks a slice costs no registers: 64 bytes of it make longer runs of memory.
-    slice_ = width * max(min(64 // size // width, groups), 1) if inner else width
+    slice_ = width * max(min(64 // size // width, groups), 1) if channels_last else width
     block_c = power_of_2(slice_)
     block_p = max(TILE // block_c, 1)
     tiles = cdiv(cdiv(pixels, block_p), CHUNKS)
@@ -438,16 +450,20 @@ def _blocks(
 
 
 class _Plan:
-    """How calls of one kind are cut, and what their kernels are told of it."""
+    """How the work of calls of one kind is split, and the constants that their kernels are compiled for."""
 
-    def __init__(self, n, channels, pixels, size, inner, groups, limit, add, scale, shift, silu):
-        slice_, block_c, block_p, self.chunks, self.tiles = _blocks(channels, pixels, size, inner, groups, limit)
+    def __init__(self, shape, size, channels_last, groups, limit, per_sample, silu):
+        """shape: [N, C, P]. size: of an element, in bytes. per_sample: whether add, scale and shift are [N, C]."""
+        n, channels, pixels = shape
+        slice_, block_c, block_p, self.chunks, self.tiles = _blocks(
+            channels, pixels, size, channels_last, groups, limit
+        )
         self.pixels, self.elements = pixels, block_c * block_p
         self.inverse = groups / (channels * pixels)
         self.programs = n * cdiv(channels, slice_)
-        add, scale, shift = (channels if per_sample else 0 for per_sample in (add, scale, shift))
+        add, scale, shift = (channels if each else 0 for each in per_sample)
         self.constants = {
-            "C": channels, "WIDTH": channels // groups, "SLICE": slice_, "INNER": inner, "SILU": silu,
+            "C": channels, "WIDTH": channels // groups, "SLICE": slice_, "CHANNELS_LAST": channels_last, "SILU": silu,
             "ADD_STRIDE": add, "SCALE_STRIDE": scale, "SHIFT_STRIDE": shift,
             "TILES": self.tiles, "ALIGNED": pixels % 8 == 0,
             "LARGE": needs_int64(channels * (pixels + max(self.tiles, 1) * block_p)),
@@ -469,30 +485,26 @@ class _Plan:
 _plan_of = functools.lru_cache(maxsize=1024)(_Plan)
 
 
-def _plan(x, inner, groups, limit, add, scale, shift, silu):
+def _plan(x: torch.Tensor, channels_last: bool, norm: Norm, limit: int) -> _Plan:
     n, channels, *spatial = x.shape
-    per_sample = (v is not None and v.dim() == 2 for v in (add, scale, shift))
-    return _plan_of(n, channels, math.prod(spatial), x.element_size(), inner, groups, limit, *per_sample, silu)
+    shape, vectors = (n, channels, math.prod(spatial)), (norm.add, norm.scale, norm.shift)
+    per_sample = tuple([v is not None and v.dim() == 2 for v in vectors])
+    return _plan_of(shape, x.element_size(), channels_last, norm.num_groups, limit, per_sample, norm.silu)
 
 
 def forward(
     x: torch.Tensor,
     y: torch.Tensor,
-    inner: bool,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    add: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    num_groups: int,
+    channels_last: bool,
+    statistics: tuple[torch.Tensor, torch.Tensor],
+    norm: Norm,
     eps: float,
-    silu: bool,
 ) -> None:
-    """x, y: one native layout; weight, bias [C]; add, scale, shift [C] or [N, C]; mean, rstd float32 [N, G]: outputs."""
-    plan = _plan(x, inner, num_groups, RESIDENT, add, scale, shift, silu)
-    operands, pixels = (x, y, mean, rstd, weight, bias, add, scale, shift), plan.pixels
+    """x, y: one of the kernels' layouts. statistics: mean and rstd, float32 [N, G], outputs as y."""
+    plan = _plan(x, channels_last, norm, RESIDENT)
+    mean, rstd = statistics
+    add, pixels = norm.add, plan.pixels
+    operands = x, y, mean, rstd, norm.weight, norm.bias, add, norm.scale, norm.shift
     with on(x.device):
         if not plan.chunks:
             # 128 registers hold 64 elements, and a GPU has enough of them for two programs of 8 such warps: one loads
@@ -516,23 +528,19 @@ def backward(
     dy: torch.Tensor,
     x: torch.Tensor,
     dx: torch.Tensor,
-    inner: bool,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    add: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    sum_g: torch.Tensor,
-    sum_g_xhat: torch.Tensor,
-    sum_dx: torch.Tensor,
-    num_groups: int,
-    silu: bool,
+    channels_last: bool,
+    statistics: tuple[torch.Tensor, torch.Tensor],
+    norm: Norm,
+    sums: Sequence[torch.Tensor],
 ) -> None:
-    """dy, x, dx: one native layout; mean, rstd: as forward left them; sums float32 [N, C]: outputs, as dx."""
-    plan = _plan(x, inner, num_groups, RESIDENT_BACKWARD, add, scale, shift, silu)
-    vectors, sums = (mean, rstd, weight, bias, add, scale, shift), (sum_g, sum_g_xhat, sum_dx)
+    """dy, x, dx: one of the kernels' layouts. statistics: mean and rstd of the forward.
+
+    sums: of g, g*xhat and dx, float32 [N, C], outputs as dx.
+    """
+    plan = _plan(x, channels_last, norm, RESIDENT_BACKWARD)
+    mean, rstd = statistics
+    weight, add, scale = norm.weight, norm.add, norm.scale
+    vectors = mean, rstd, weight, norm.bias, add, scale, norm.shift
     pixels, inverse = plan.pixels, plan.inverse
     with on(x.device):
         if not plan.chunks:

@@ -4,6 +4,8 @@ Layout: [samples, elements], contiguous. Work: a program draws up to BLOCK quads
 Bytes: out is written once.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -45,8 +47,6 @@ def philox_normal_kernel(
 
 def philox_normal(
     out: torch.Tensor,
-    n: int,
-    elements: int,
     seed: int,
     stream: int,
     t: torch.Tensor | None,
@@ -54,9 +54,10 @@ def philox_normal(
     sample: torch.Tensor | None,
     first: int,
 ) -> None:
-    """out: float32, contiguous. seed: its int64 bits. t, sample: int64 [n], or None for t_all and first + i."""
+    """out: float32 [N, ...], contiguous. seed: its int64 bits. t, sample: int64 [N], or None for t_all and first + i."""
     if out.numel() == 0:
         return
+    n, elements = out.shape[0], math.prod(out.shape[1:])
     with on(out.device):
         philox_normal_kernel[(n * cdiv(elements, 4 * BLOCK),)](
             out, t, sample, elements, seed, stream, t_all, first,
