@@ -433,9 +433,9 @@ def check_command(device) -> None:
     """Run every op on this machine's backends against float64 and print the parity table."""
     from . import parity
 
-    rows = parity.run(_device(device))
-    click.echo(parity.table(rows))
-    if any(not row.share <= 1 for row in rows):  # a NaN share fails too
+    results = parity.run(_device(device))
+    click.echo(parity.as_text(results))
+    if any(not result.share <= 1 for result in results):  # a NaN share fails too
         raise ValueError("check: an error is larger than its bound; please report this table")
 
 
