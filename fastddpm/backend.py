@@ -174,9 +174,9 @@ def _read_environment() -> None:
                 native.cpu_variant()
             except RuntimeError as error:
                 raise BackendError(f"{error}; choose one of these, or unset the variable") from error
-        wanted = os.environ.get("FASTDDPM_BACKEND")
-        if wanted:
-            _requested = _check(wanted)
+        requested = os.environ.get("FASTDDPM_BACKEND")
+        if requested:
+            _requested = _check(requested)
         _environment_read = True
 
 
@@ -258,8 +258,8 @@ def emulated_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     absent = f"this processor does not multiply {name} in hardware"
     if limits:
         absent += " under " + " ".join(f"{key}={value}" for key, value in limits.items())
-    asked = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    if not (hasattr(torch.ops.mkldnn, asked) and getattr(torch.ops.mkldnn, asked)()):
+    query = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    if not (hasattr(torch.ops.mkldnn, query) and getattr(torch.ops.mkldnn, query)()):
         return absent
     if platform.machine() not in ("x86_64", "AMD64"):
         return None

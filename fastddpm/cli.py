@@ -387,13 +387,15 @@ def convert_command(source, out, format, revision, flags) -> None:
         raise ValueError(f"out: the folder {folder.parent} does not exist; make it first")
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise ValueError(f"out: {out} exists; expected a new or an empty folder")
-    found = pretrained.read_checkpoint(source, revision=revision, flags=flags)
-    for name, value in _described(found):
+    checkpoint = pretrained.read_checkpoint(source, revision=revision, flags=flags)
+    for name, value in _described(checkpoint):
         click.echo(f"{name:<12} {value}")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        network = base.build_unet(found)
-        extra = {} if found.averaged is None else {"averaged": found.averaged}  # so that the new folder states it, too
+        network = base.build_unet(checkpoint)
+        extra = (
+            {} if checkpoint.averaged is None else {"averaged": checkpoint.averaged}
+        )  # so that the new folder states it, too
         pretrained.FORMATS[format](network, temporary, extra=extra)
         if folder.is_dir():
             folder.rmdir()
@@ -403,27 +405,27 @@ def convert_command(source, out, format, revision, flags) -> None:
     click.echo(f"{out}: written, for {format}")
 
 
-def _described(found: base.Checkpoint) -> list[tuple[str, str]]:
+def _described(checkpoint: base.Checkpoint) -> list[tuple[str, str]]:
     default, always = (
         UNetConfig(),
         ("sample_size", "channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
     )
     options = [
         f"{name} {value}"
-        for name, value in dataclasses.asdict(found.config).items()
+        for name, value in dataclasses.asdict(checkpoint.config).items()
         if name in always or value != getattr(default, name)
     ]
     return [
-        ("format", f"{found.format}, {found.path}"),
+        ("format", f"{checkpoint.format}, {checkpoint.path}"),
         ("network", ", ".join(options)),
-        ("parameters", f"{sum(value.numel() for value in found.state.values()):,}"),
-        ("schedule", str(found.schedule)),
-        ("prediction", found.prediction),
-        ("variance", found.variance),
-        ("clip", str(found.clip)),
-        ("averaged", "yes (EMA)" if found.averaged else "not said"),
-        *([("classes", ", ".join(found.class_names))] if found.class_names else []),
-        *(("note", note) for note in found.notes),
+        ("parameters", f"{sum(value.numel() for value in checkpoint.state.values()):,}"),
+        ("schedule", str(checkpoint.schedule)),
+        ("prediction", checkpoint.prediction),
+        ("variance", checkpoint.variance),
+        ("clip", str(checkpoint.clip)),
+        ("averaged", "yes (EMA)" if checkpoint.averaged else "not said"),
+        *([("classes", ", ".join(checkpoint.class_names))] if checkpoint.class_names else []),
+        *(("note", note) for note in checkpoint.notes),
     ]
 
 

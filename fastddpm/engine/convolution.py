@@ -93,13 +93,13 @@ class Convolution(nn.Module):
             return torch.ops.mkldnn._convolution_transpose_pointwise(
                 x, self.packed_weight, self.bias, [1, 1], [0, 0], [2, 2], [1, 1], 1, "none", [], ""
             )
-        given = self.packed_weight, self.bias, self.padding, self.stride, [1, 1], 1
+        operands = self.packed_weight, self.bias, self.padding, self.stride, [1, 1], 1
         if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, *given, "none", [], "")
+            return torch.ops.mkldnn._convolution_pointwise(x, *operands, "none", [], "")
         add = "add", 1.0, None, [], None
         if inplace:
-            return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *given, *add)
-        return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *given, *add)
+            return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *operands, *add)
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *operands, *add)
 
     def norm_conv(
         self,

@@ -62,13 +62,13 @@ class FusedResBlock(nn.Module):
         else:
             h = self.conv1.norm_conv(self.norm1, x, keep_float32=keep_float32)
         x = resampled(x, self.resample)
-        given = conditions(embedding, self.scale_shift)
+        norm_conditions = conditions(embedding, self.scale_shift)
         if self.added is not None:
-            given["add"] = self.added
+            norm_conditions["add"] = self.added
         if self.conv_shortcut is None:
-            h = self.conv2.norm_conv(self.norm2, h, x, **given)
+            h = self.conv2.norm_conv(self.norm2, h, x, **norm_conditions)
         else:
-            h = self.conv2.norm_conv(self.norm2, h, self.conv_shortcut(x), inplace=True, **given)
+            h = self.conv2.norm_conv(self.norm2, h, self.conv_shortcut(x), inplace=True, **norm_conditions)
         return h if self.divisor == 1 else h / self.divisor
 
 
@@ -182,15 +182,15 @@ def fuse_layers(network: nn.Module, prefix: str = "") -> list[str]:
 
     What others have put in or hooked is not looked into: it may read its convolutions' weights, which fused ones don't keep.
     """
-    kept = []
+    unfused = []
     for name, layer in network.named_children():
         if type(layer) in FUSED_LAYERS and _is_supported(layer):
             setattr(network, name, FUSED_LAYERS[type(layer)](layer))
         elif type(layer) in (Level, Middle, Downsample, nn.ModuleList) and is_unmodified(layer):
-            kept += fuse_layers(layer, f"{prefix}{name}.")
+            unfused += fuse_layers(layer, f"{prefix}{name}.")
         elif not all(type(part) in UNFUSED_LAYERS and is_unmodified(part) for part in layer.modules()):
-            kept.append(prefix + name)
-    return kept
+            unfused.append(prefix + name)
+    return unfused
 
 
 def assign_winograd(network: UNet, dtype: torch.dtype, byte_budget: float) -> None:

@@ -43,12 +43,12 @@ class FusedNorms:
     def __str__(self) -> str:
         done = [f"{count} {kind}" for kind, count in self.swapped.items()]
         done += [f"{self.before} modules fused before"] if self.before else []
-        said = ", ".join(done) or "nothing to fuse"
+        summary = ", ".join(done) or "nothing to fuse"
         if not self.skipped:
-            return said
+            return summary
         named = [f"{name or 'the module'} ({why})" for name, why in self.skipped.items()]
         more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-        return f"{said}; skipped: {', '.join(named[:SHOWN])}{more}"
+        return f"{summary}; skipped: {', '.join(named[:SHOWN])}{more}"
 
     def __repr__(self) -> str:
         return f"<FusedNorms: {self}>"

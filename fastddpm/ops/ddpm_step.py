@@ -166,8 +166,8 @@ def _in_place(x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=N
         return
     index, count = state[2:3], len(timesteps)
     possible = (index >= 0) & (index < count)
-    taken = index.clamp(0, count - 1)
-    row, t = rows.index_select(0, taken)[0], timesteps.index_select(0, taken)
+    index_in_range = index.clamp(0, count - 1)
+    row, t = rows.index_select(0, index_in_range)[0], timesteps.index_select(0, index_in_range)
     complete = row[C2] == 0 if x0 is None else torch.ones_like(possible)
     if x.device.type == "cpu":  # elsewhere the host doesn't look, and state says so
         if not possible:
