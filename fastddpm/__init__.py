@@ -1,15 +1,19 @@
 """fastddpm: denoising diffusion (Ho, Jain & Abbeel 2020), as fast as the hardware allows, exactly."""
 
+from typing import TYPE_CHECKING
+
 from . import backend, ops
 from .diffusion.schedule import Schedule
 from .evaluation.likelihood import likelihood, rate_distortion
-from .images import to_pil, to_uint8
 from .integrations.fuse_norms import fuse_norms
 from .models.config import UNetConfig
 from .models.unet import UNet
 from .sampling.api import sample
 from .sampling.trajectories import encode, interpolate, progressive
 from .training.loss import training_loss
+
+if TYPE_CHECKING:
+    from .images import to_pil, to_uint8
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,3 +33,12 @@ __all__ = [
     "to_uint8",
     "training_loss",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import Pillow when it is first needed: it takes a quarter of the time of `import fastddpm`."""
+    if name in ("to_pil", "to_uint8"):
+        from . import images
+
+        return getattr(images, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -55,7 +55,7 @@ def build_unet(checkpoint: Checkpoint) -> UNet:
             "prediction_type)"
         ) from error
     device = torch.empty(0).device
-    with ThreadPoolExecutor(1) as executor, _garbage_collector_disabled():
+    with ThreadPoolExecutor(1) as executor:
         if checkpoint.read_tensors is None:
             state = {name: _own_copy(name, value, checkpoint.path) for name, value in checkpoint.state.items()}
         else:
@@ -94,8 +94,8 @@ def _own_copy(name: str, value: torch.Tensor, path: Path) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _garbage_collector_disabled() -> Iterator[None]:
-    """Disable the garbage collector: building a network triggers collections that can take longer than the reading."""
+def garbage_collector_disabled() -> Iterator[None]:
+    """Disable the garbage collector: reading and building a network trigger collections that can take longer than both."""
     enabled = gc.isenabled()
     gc.disable()
     try:

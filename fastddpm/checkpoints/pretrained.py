@@ -13,7 +13,7 @@ from ..diffusion.coefficients import check_prediction
 from ..errors import CheckpointError
 from ..models.unet import UNet
 from . import diffusers, fastddpm_folder, hub, openai, pytorch_diffusion, tensors
-from .base import Checkpoint, build_unet
+from .base import Checkpoint, build_unet, garbage_collector_disabled
 
 FORMATS = {"fastddpm": fastddpm_folder.write_folder, "diffusers": diffusers.write_folder}
 # Files that OpenAI's training scripts write: averaged weights by their rate and step, and raw ones by their step.
@@ -29,7 +29,8 @@ UNSUPPORTED_FORMATS = {
 
 
 def load(name: str | Path, *, revision: str | None = None, flags: str | None = None) -> UNet:
-    with torch.inference_mode(False):  # a tensor made in inference mode cannot be trained or changed
+    # A tensor made in inference mode cannot be trained or changed.
+    with torch.inference_mode(False), garbage_collector_disabled():
         checkpoint = read_checkpoint(name, revision=revision, flags=flags)
         model = build_unet(checkpoint)
     for note in checkpoint.notes:
