@@ -213,7 +213,7 @@ def ours(model: UNet, batch: int, precision: str, name: str | None = None) -> It
             chain = chain_for(entry, table, ChainShape.of(table, shape, 1.0))
 
         def steps(k: int) -> float:
-            with backend.use(name), memory.retain_freed_memory(device), chain.runner.settings():
+            with backend.use(name), memory.retain_freed_memory(device), chain.runner.execution_context():
                 for chain.steps in (1, k):
                     synchronize(device)
                     start = time.perf_counter()
@@ -224,7 +224,7 @@ def ours(model: UNet, batch: int, precision: str, name: str | None = None) -> It
 
         def predict(x: torch.Tensor, t: int) -> torch.Tensor:
             chain.input.copy_(x)
-            with backend.use(name), chain.runner.settings():
+            with backend.use(name), chain.runner.execution_context():
                 return chain.predict(T - 1 - t).float()
 
         yield Contestant(precision, predict, steps)

@@ -51,7 +51,7 @@ from fastddpm.evaluation.likelihood import likelihood
 from fastddpm.models import unet
 from fastddpm.training import loss
 from fastddpm.training.recipe import Recipe
-from fastddpm.training.trainer import CHECKPOINT, VARIANCES, Trainer
+from fastddpm.training.trainer import CHECKPOINT, FIXED_VARIANCES, Trainer
 from fastddpm.utils.files import atomic_write
 
 SIDE = 14
@@ -299,7 +299,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of each training")
     parser.add_argument("--minutes", type=float, default=3.0, help="time limit of each training, at most 5")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of all trainings")
-    parser.add_argument("--variance", choices=VARIANCES, default="fixed_large", help="of all reverse steps")
+    parser.add_argument("--variance", choices=FIXED_VARIANCES, default="fixed_large", help="of all reverse steps")
     parser.add_argument("--n", type=int, default=1000, help="samples to judge of each variant")
     parser.add_argument("--likelihood-images", type=int, default=1000, help="test images whose bits are counted")
     parser.add_argument("--timesteps", type=int, default=50, help="timesteps of each such image, besides t = 0")

@@ -66,7 +66,7 @@ def forward(model: fastddpm.UNet, settings: argparse.Namespace, batches: int) ->
             rows = [net.time_inputs_per_image(steps) for steps in t]
             wait()
             start = time.perf_counter()
-            with net.settings():
+            with net.execution_context():
                 for i in range(batches):
                     net.predict(inputs[i % PREPARED], rows[i % PREPARED], None)
             wait()

@@ -30,12 +30,11 @@ from .models.unet import UNet
 from .ops import philox_normal
 from .ops.rng import Stream, random_seed
 from .sampling.api import sample
-from .sampling.plan import ChainArguments, plan, resolve_for
+from .sampling.plan import ChainArguments, make_plan, resolve_for
 from .sampling.trajectories import FrameRecorder
 from .training.loss import OBJECTIVES
 from .training.recipe import RECIPES
-from .training.trainer import CHECKPOINT, Trainer, network_for
-from .training.trainer import VARIANCES as TRAINED_VARIANCES
+from .training.trainer import CHECKPOINT, FIXED_VARIANCES, Trainer, network_for
 from .utils.files import atomic_write
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -143,7 +142,7 @@ def sample_command(
     chain = {name: value for name, value in chain.items() if value is not None}
     label = None if label is None else _class_number(label, network)
     arguments = ChainArguments(**chain)
-    steps = len(plan(resolve_for(network, arguments), arguments).table.timesteps)
+    steps = len(make_plan(resolve_for(network, arguments), arguments).table.timesteps)
     if output.suffix.lower() not in ARRAY_SUFFIXES:
         images.check_grid_size("output", output, images.grid_layout(n, network.shape))
     if gif is not None:
@@ -227,7 +226,7 @@ def _recipe_options(command):
                 "What the network learns to answer; default epsilon.",
             ),
             ("--objective", click.Choice(OBJECTIVES), "Squared error (default) or the variational bound."),
-            ("--variance", click.Choice(TRAINED_VARIANCES), "Of the reverse steps; default fixed_large."),
+            ("--variance", click.Choice(FIXED_VARIANCES), "Of the reverse steps; default fixed_large."),
             ("--steps", int, "Optimizer steps in all."),
             ("--epochs", float, "Passes over the data in all, in place of --steps."),
             ("--batch-size", int, "Examples per optimizer step."),

@@ -1,4 +1,4 @@
-"""The engine's copy of a network against the network: merged layers are the same function, changed layers stay as they are.
+"""The engine's copy of a network against the network: fused layers are the same function, changed layers stay as they are.
 
 And from call to call: kept while the model is what it was, never stale, and gone with it.
 """
@@ -390,7 +390,7 @@ def test_no_dtype_is_slow(dtype):
     assert best[dtype] <= 2 * best[torch.float32], best
 
 
-def test_every_layer_that_can_be_merged_is():
+def test_every_layer_that_can_be_fused_is():
     for config, attentions in (("two levels", (6, 0)), ("guided diffusion's", (0, 4)), ("every other option", (0, 4))):
         model = randomised(CONFIGS[config])
         kinds = [type(m) for m in EngineRunner(model, CPU, torch.float32).model.modules()]
@@ -449,6 +449,16 @@ def test_onednn_switched_off():
         with torch.inference_mode():
             Runner.predict(engine, torch.randn(1, *model.shape), torch.arange(1), None)
     assert all(m.packed_weight is None for m in engine.model.modules() if isinstance(m, convolution.Convolution))
+
+
+def test_a_timestep_projection_of_another_kind():
+    """Widths come from what the projections give: a replaced one needn't have a weight."""
+    model = small()
+    expected = draw(model)
+    block = model.mid_block.resnets[0]
+    block.time_emb_proj = nn.Sequential(block.time_emb_proj)
+    [message] = notices(lambda: torch.testing.assert_close(draw(model), expected, rtol=0, atol=1e-5))
+    assert "mid_block.resnets.0" in message
 
 
 class Adapted(nn.Module):
@@ -996,7 +1006,7 @@ def test_two_models_keep_an_engine_each():
     assert (kept(a), kept(b)) == both and not torch.equal(*first)
 
 
-# --------------------------------------------------------------------------------------------- the fingerprint
+# --------------------------------------------------------------------------------------------- the weights' key
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from fastddpm.evaluation import api, identity, metrics
 from fastddpm.evaluation import samples as sampling
 from fastddpm.evaluation.distances import Statistics, frechet, kernel_distance, statistics
 from fastddpm.evaluation.features import Features, checksum, inception
-from fastddpm.evaluation.likelihood import likelihood
+from fastddpm.evaluation.likelihood import likelihood, likelihood_of
 from fastddpm.evaluation.shards import Shards
 from fastddpm.inputs.resolve import resolve
 from fastddpm.sampling.plan import resolve_for
@@ -365,7 +365,7 @@ def test_a_broken_or_foreign_file_is_an_error_and_stays(tmp_path):
         second.write_bytes(content)
         refused("00000004-00000007.npy: not a whole .npy file .*delete it, and it is made anew")
     second.write_bytes(good)
-    for name, says in (("notes.txt", "not written by an evaluation"), ("00000003-00000006.npy", "row 3 is in 0")):
+    for name, says in (("notes.txt", "not written by an evaluation"), ("00000003-00000006.npy", "item 3 is in 0")):
         foreign = folder / "samples" / name
         foreign.write_bytes(good)
         refused(says, foreign)
@@ -462,14 +462,29 @@ def test_a_model_that_answers_wrongly_is_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "e").exists()
 
 
+def test_an_unknown_sampler_is_refused_whatever_the_metrics_are(here):
+    options = {"n": 2, "sampler": "euler", "features": Features(low, "low")}
+    for chain in ({}, {"steps": 3, "spacing": "linspace"}):
+        with pytest.raises(ValueError, match="sampler: got 'euler'"):
+            fastddpm.evaluation.evaluate(network(), "x.npz", here / "e", **options, **chain)
+
+
 def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
     """Both made, and so both looked, before either drew."""
     model = network()
 
     def drawing(model=model, folder="e", **changed):
-        options = {"n": 9, "seed": 0, "shard": 3, "batch_size": None, "device": None, "dtype": None, "chain": {}}
+        options = {
+            "n": 9,
+            "seed": 0,
+            "shard": 3,
+            "batch_size": None,
+            "device": None,
+            "dtype": None,
+            "chain_options": {},
+        }
         options = sampling.DrawingOptions(**{**options, **changed})
-        resolved = resolve_for(model, sampling.chain_arguments(options.chain))
+        resolved = resolve_for(model, sampling.chain_arguments(options.chain_options))
         return sampling.Drawing(resolved, tmp_path / folder, options)
 
     first, equal, other, further = drawing(), drawing(), drawing(seed=1), drawing(seed=1, n=12)
@@ -484,10 +499,10 @@ def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
     assert np.array_equal(samples(tmp_path / "e", 9).numpy(), drawn) and len(list((tmp_path / "e").iterdir())) == 3
 
     options = {"shape": (1, 4, 4), "schedule": Schedule.linear(5, 0.1, 0.4)}
-    half, less = (drawing(lambda x, t, by=by: x * by, "f", chain=options) for by in (0.5, 0.4))
+    half, less = (drawing(lambda x, t, by=by: x * by, "f", chain_options=options) for by in (0.5, 0.4))
     half.run(False)
     with pytest.raises(EvaluationError, match="f: its samples are another model's"):
-        drawing(less.plan.model.network, "f", chain=options)  # before anything is run
+        drawing(less.plan.model.network, "f", chain_options=options)  # before anything is run
     with pytest.raises(EvaluationError, match="f: its samples are another model's; name another folder, or delete"):
         less.run(False)
 
@@ -587,7 +602,7 @@ def test_the_command_from_end_to_end(here, capsys, monkeypatch):
     mine = sys.modules["mine"]
     monkeypatch.setattr(mine, "low", Counted())
     monkeypatch.setattr(sampling, "run", None)  # nothing is drawn, and no bound computed, again
-    monkeypatch.setattr(metrics, "likelihood", None)
+    monkeypatch.setattr(metrics, "likelihood_of", None)
     code, again, _ = run(capsys, monkeypatch, *arguments)
     assert code == 0 and again == out and mine.low.images == 8  # the probe alone
 
@@ -766,13 +781,13 @@ def test_bits_per_dimension_resume_and_say_what_they_are_of(here, monkeypatch):
     monkeypatch.setattr(sampling, "CPU_SHARD_SIZE", 4)
     calls = []
 
-    def stopping(model, images, **options):
+    def stopping(model, images, options):
         if len(calls) == 2:
             raise KeyboardInterrupt
-        calls.append(options["first"])
-        return likelihood(model, images, **options)
+        calls.append(options.first)
+        return likelihood_of(model, images, options)
 
-    monkeypatch.setattr(metrics, "likelihood", stopping)
+    monkeypatch.setattr(metrics, "likelihood_of", stopping)
     options = {"metrics": ["bpd"], "subsample": 3, "seed": 5, "dtype": None}
     with pytest.raises(KeyboardInterrupt):
         evaluated(here, **options)
@@ -782,7 +797,7 @@ def test_bits_per_dimension_resume_and_say_what_they_are_of(here, monkeypatch):
         "4 images: the x_test of x.npz, padded from 6x6 to 8x8; 3 timesteps drawn for each" in row.protocol
         and len(calls) == 3
     )
-    monkeypatch.setattr(metrics, "likelihood", lambda *a, **k: calls.append(k["first"]) or likelihood(*a, **k))
+    monkeypatch.setattr(metrics, "likelihood_of", lambda *a: calls.append(a[2].first) or likelihood_of(*a))
     (row,) = evaluated(here, **options).metrics
     assert calls == ["", 0, 4, 8, 12]
     test = fastddpm.data.load_test(here / "x.npz").pad_to(8).pixels
@@ -826,7 +841,7 @@ def test_bits_per_dimension_of_a_network_with_classes(here):
 
 def test_options_reach_the_bound(here, monkeypatch):
     seen = []
-    monkeypatch.setattr(metrics, "likelihood", lambda *a, **k: seen.append(k["batch_size"]) or likelihood(*a, **k))
+    monkeypatch.setattr(metrics, "likelihood_of", lambda *a: seen.append(a[2].batch_size) or likelihood_of(*a))
     evaluated(here, metrics=["bpd"], batch_size=7, clip=None, variance=None)
     assert seen == [7]
     with pytest.raises(TypeError, match="clipp, noise: no such option; expected some of schedule"):

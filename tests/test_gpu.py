@@ -532,7 +532,7 @@ def test_the_checksum_is_that_of_a_cpu():
 def test_the_host_does_not_wait_for_a_segment(kind):
     """Neither for launches one by one nor for graphs."""
     model = small()
-    engine = engines.EngineRunnerRunner(model, next(model.parameters()).device, torch.bfloat16)
+    engine = engines.EngineRunner(model, next(model.parameters()).device, torch.bfloat16)
     with torch.no_grad():
         chain = chain_with(engine, coefficients.table(model.schedule), (2, 3, 16, 16))
         for graphs_of_chain in (chain.graphs, {}):
@@ -646,8 +646,8 @@ def test_the_engine_is_the_network(kind, dtype, bound):
     model, device = small(steps=1000), torch.device("cuda", 0)
     cudnn = torch.backends.cudnn
     usual = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
-    engine = engines.EngineRunnerRunner(model, device, dtype)
-    with torch.no_grad(), engine.settings():
+    engine = engines.EngineRunner(model, device, dtype)
+    with torch.no_grad(), engine.execution_context():
         chain = chain_with(engine, coefficients.table(model.schedule), (2, 3, 16, 16))
         for step in range(0, 1000, 50):
             x = randn(2, 3, 16, 16, seed=step)

@@ -559,6 +559,14 @@ def test_sides_that_the_levels_cannot_halve(height, width, levels, diffusers):
         assert str(error.value).startswith(f"{said}the nearest that can: {fitting}")
 
 
+def test_sizes_are_checked_of_a_network_with_a_backward_hook():
+    """It takes no part in a call, so that the network's levels restrict x as before."""
+    model = UNet(UNetConfig(**{**TINY, "in_channels": 1, "channel_mult": (1, 1)}), schedule=SHORT)
+    model.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="cannot be halved"):
+        fastddpm.sample(model, 1, shape=(1, 7, 7))
+
+
 def test_a_forward_that_pads_is_not_asked():
     class Padded(UNet):
         def forward(self, x, t, class_labels=None):

@@ -361,11 +361,11 @@ class Foreign(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["hoisted", "classes", "foreign layer", "foreign"])
+@pytest.mark.parametrize("kind", ["unet", "classes", "changed layer", "module"])
 def test_each_image_of_a_batch_may_have_its_own_timestep(kind, dtype):
     """The engine's `at` and `predict` against the network called as model(x, t)."""
-    model = Foreign() if kind == "foreign" else unet(num_classes=5 if kind == "classes" else None)
-    if kind == "foreign layer":
+    model = Foreign() if kind == "module" else unet(num_classes=5 if kind == "classes" else None)
+    if kind == "changed layer":
         model.conv_norm_out.register_forward_hook(lambda *_: None)
     x, t = torch.randn(4, *SHAPE), torch.tensor([0, 49, 7, 7])
     labels = torch.tensor([1, 4, 0, 2]) if kind == "classes" else None

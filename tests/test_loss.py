@@ -235,3 +235,25 @@ def test_bad_arguments():
         fastddpm.training_loss(same, x0, objective="bound", variance="none")
     with pytest.raises(ValueError, match=r"output has shape \[2, 1, 2, 2\]; expected \[2, 2, 2, 2\]"):
         fastddpm.training_loss(same, x0, objective="bound", variance="learned_range")
+
+
+@pytest.mark.parametrize("change", ["hook", "subclass"])
+def test_labels_are_checked_of_a_network_that_its_owner_has_changed(change):
+    class Own(UNet):
+        def forward(self, x, t, class_labels=None):
+            return super().forward(x, t, class_labels)
+
+    config = UNetConfig(
+        sample_size=4,
+        in_channels=1,
+        channels=8,
+        channel_mult=(1,),
+        attention_resolutions=(),
+        norm_groups=4,
+        num_classes=3,
+    )
+    model = (Own if change == "subclass" else UNet)(config, schedule=SHORT)
+    if change == "hook":
+        model.register_forward_hook(lambda module, arguments, output: output)
+    with pytest.raises(ValueError, match=r"class_labels: got values from 0 to 7; expected 0\.\.2"):
+        fastddpm.training_loss(model, torch.zeros(2, 1, 4, 4), class_labels=[0, 7])

@@ -14,13 +14,12 @@ from tqdm import tqdm
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, backend, ops
 from fastddpm.diffusion import coefficients
-from fastddpm.engine import convolution, graphs
+from fastddpm.engine import cache, convolution, graphs
 from fastddpm.engine.runner import EngineRunner, Runner
 from fastddpm.errors import SamplingError
 from fastddpm.ops.rng import Stream
 from fastddpm.sampling import loop
-from fastddpm.sampling.plan import ChainArguments, resolve_for
-from fastddpm.sampling.plan import plan as make_plan
+from fastddpm.sampling.plan import ChainArguments, make_plan, resolve_for
 
 SHAPE = (3, 4, 5)
 SHORT = Schedule.linear(20, 1e-3, 0.3)
@@ -402,12 +401,19 @@ def test_the_device_may_know_the_step_alone(monkeypatch, dtype, classes):
         for step in range(len(SHORT)):
             if device_knows:
                 with Capturing():
-                    chain.step()
+                    chain.captured_step()
             else:
                 chain.step(step)
         results.append([v.clone() for v in (chain.x, chain.x0, chain.input, chain.state)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert results[0][3].tolist() == [3, 5, len(SHORT), -1]
+
+
+def test_a_chain_is_kept_only_where_it_is_captured():
+    """Its buffers would stay allocated for as long as the model lives."""
+    model = small_unet()
+    fastddpm.sample(model, 1, seed=0)
+    assert cache._caches[model].entry.chain is None
 
 
 class ByHand:
@@ -521,6 +527,27 @@ def test_a_failed_capture_is_told_once_and_leaves_no_trace(by_hand):
     assert torch.equal(x, eager(model, 2, seed=0))
     by_hand.failure = "not again"
     assert torch.equal(fastddpm.sample(model, 2, seed=0), x) and not by_hand.replays
+
+
+@pytest.mark.filterwarnings("ignore:fastddpm")
+def test_a_capture_without_memory_is_tried_again_with_the_buffers_that_there_are(by_hand, monkeypatch):
+    model, chains, init = small_unet(), [], loop.Chain.__init__
+
+    def counted(self, *arguments, **options):
+        chains.append(self)
+        init(self, *arguments, **options)
+
+    monkeypatch.setattr(loop.Chain, "__init__", counted)
+    capture, by_hand.failure = graphs.capture, None
+
+    def out_of_memory(*arguments):
+        raise graphs.CaptureError("CUDA out of memory") from torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graphs, "capture", out_of_memory)
+    x = fastddpm.sample(model, 2, seed=0)
+    assert len(chains) == 1 and cache._caches[model].entry.chain is None
+    monkeypatch.setattr(graphs, "capture", capture)
+    assert torch.equal(fastddpm.sample(model, 2, seed=0), x) and by_hand.replays
 
 
 @pytest.mark.filterwarnings("ignore:fastddpm")

@@ -185,8 +185,14 @@ def test_old_names_of_options_are_accepted_with_a_warning():
     assert warning.filename == __file__ and str(warning.message) == (
         "fastddpm: UNetConfig: multipliers is now channel_mult, attention is now attention_resolutions, groups is now norm_groups"
     )
-    with pytest.warns(DeprecationWarning, match="classes is now num_classes"):
+    with pytest.warns(DeprecationWarning, match="classes is now num_classes") as caught:
         assert dataclasses.replace(SMALL, classes=3).num_classes == 3
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="multipliers is now channel_mult") as caught:
+        assert SMALL.multipliers == (1, 2)
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match="'UNetConfig' object has no attribute 'width'"):
+        SMALL.width  # noqa: B018
     with pytest.raises(TypeError, match="unexpected keyword argument 'width'"):
         UNetConfig(width=3)
     fields = [field.name for field in dataclasses.fields(UNetConfig)]

@@ -39,7 +39,7 @@ class Bound:
 
     def prior(self, x0: torch.Tensor) -> torch.Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, 1)) for x0 [N, ...], in x0's dtype."""
-        return _bits((x0.square() * self.last - math.log1p(-self.last) - self.last) / 2)
+        return bits_per_dim((x0.square() * self.last - math.log1p(-self.last) - self.last) / 2)
 
     def kl(self, t: torch.Tensor, error: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """L_t for t int64 [N], each >= 1 (for 0 a finite number that means nothing); error [N, ...] gives the dtype.
@@ -50,10 +50,12 @@ class Bound:
         if self.log_variance is not None:  # a constant, and a multiple of the squared error
             log_variance = self.log_variance[t]
             constant = self._spread(log_variance - self.log_posterior[t]) / math.log(2)
-            return constant.to(error.dtype) + (gap * (-log_variance).exp()).to(error.dtype) * _bits(error.square())
+            return constant.to(error.dtype) + (gap * (-log_variance).exp()).to(error.dtype) * bits_per_dim(
+                error.square()
+            )
         log_variance = self._log_variance(t, v)
-        spread = self._spread(log_variance - _like(self.log_posterior[t], v))
-        return _bits(spread + _like(gap, error) * error.square() * (-log_variance).exp())
+        spread = self._spread(log_variance - broadcast_like(self.log_posterior[t], v))
+        return bits_per_dim(spread + broadcast_like(gap, error) * error.square() * (-log_variance).exp())
 
     def decoder(self, x0: torch.Tensor, error: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """L_0: minus the log mass of N(x0 - error, sigma^2) between x0 - 1/255 and x0 + 1/255, float64 [N] (eq. 13).
@@ -71,12 +73,14 @@ class Bound:
         upper, lower = torch.special.log_ndtr(half - centre.abs()), torch.special.log_ndtr(-half - centre.abs())
         inside = upper + (-torch.expm1(lower - upper)).log()
         edge = torch.special.log_ndtr(half - x0 * centre)  # x0 is -1 or 1 where this counts
-        return _bits(-torch.where(x0.abs() > 0.999, edge, inside))
+        return bits_per_dim(-torch.where(x0.abs() > 0.999, edge, inside))
 
     def _log_variance(self, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """log sigma^2 between log beta and the posterior's, as v in [-1, 1] says (Nichol & Dhariwal 2021, eq. 15)."""
         fraction = (v + 1) / 2
-        return fraction * _like(self.log_beta[t], v) + (1 - fraction) * _like(self.log_posterior[t], v)
+        return fraction * broadcast_like(self.log_beta[t], v) + (1 - fraction) * broadcast_like(
+            self.log_posterior[t], v
+        )
 
     @staticmethod
     def _spread(log_ratio: torch.Tensor) -> torch.Tensor:
@@ -84,11 +88,11 @@ class Bound:
         return (log_ratio + torch.expm1(-log_ratio)) / 2
 
 
-def _bits(nats: torch.Tensor) -> torch.Tensor:
+def bits_per_dim(nats: torch.Tensor) -> torch.Tensor:
     """[N, ...] -> [N], bits per dimension."""
     return nats.flatten(1).mean(1) / math.log(2)
 
 
-def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def broadcast_like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """values [N] in x's dtype, shaped to broadcast over it."""
     return values.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))

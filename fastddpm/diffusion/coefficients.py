@@ -34,7 +34,7 @@ class Table(NamedTuple):
     rows: torch.Tensor  # float64 [S, 9]
 
     @property
-    def uses_previous_x0(self) -> bool:
+    def uses_x0_last(self) -> bool:
         return bool((self.rows[:, C2] != 0).any())
 
     @property

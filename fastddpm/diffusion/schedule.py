@@ -59,7 +59,7 @@ class Schedule:
         steps (Nichol & Dhariwal 2021). With another T what was taken is said once.
         """
         T = _count(T)
-        ends = [min(1000 / T * e, 0.999) if given is None else given for e, given in ((1e-4, start), (0.02, end))]
+        ends = [min(1000 / T * e, 0.999) if value is None else value for e, value in ((1e-4, start), (0.02, end))]
         if T == 1:
             ends[0] = ends[1]  # the one step has to take the whole picture
         schedule = cls(torch.linspace(*ends, T, dtype=torch.float64, device="cpu"))

@@ -75,7 +75,7 @@ def acquire_runner(
     with _caches_lock:
         cache = _caches.setdefault(network, _ModelCache())
     with cache.lock, contextlib.ExitStack() as stack:
-        unsupported = model.unsupported
+        unsupported = model.unsupported_reason
         if unsupported is None:
             try:
                 entry = stack.enter_context(_engine_entry(cache, network, device, dtype, shape))

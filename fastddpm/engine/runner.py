@@ -66,7 +66,7 @@ class Runner:
         self.warnings, self.capturable = tuple(warnings), capturable
         self._lock = lock
 
-    def settings(self) -> contextlib.AbstractContextManager:
+    def execution_context(self) -> contextlib.AbstractContextManager:
         """What must hold while the model is captured or runs. A model that isn't the engine's runs with the caller's settings."""
         return contextlib.nullcontext()
 
@@ -153,17 +153,17 @@ class EngineRunner(Runner):
         _to_device(network, device, dtype, keep_dtype())
         warnings += _change_warnings(model, unfused or changed)
         super().__init__(network, device, dtype, warnings=warnings, lock=lock, capturable=capturable and not changed)
-        if self.embeds_outside_loop:
-            self._widths = [block.time_emb_proj.weight.shape[0] for block in network.resblocks()]
 
-    def settings(self) -> contextlib.AbstractContextManager:
+    def execution_context(self) -> contextlib.AbstractContextManager:
         return graphs.cudnn_for(self.device)
 
     def time_inputs(self, timesteps: torch.Tensor, n: int) -> torch.Tensor:
         """What all residual blocks add, float32 [S, their widths together], where that depends on t alone."""
         if not self.embeds_outside_loop:
             return super().time_inputs(timesteps, n)
-        return torch.cat(self.model.embed(timesteps), dim=1).float()
+        parts = self.model.embed(timesteps)
+        self._widths = [part.shape[1] for part in parts]  # the same in each call
+        return torch.cat(parts, dim=1).float()
 
     def time_inputs_per_image(self, t: torch.Tensor) -> torch.Tensor:
         """Likewise, float32 [N, their widths together]."""
@@ -197,15 +197,15 @@ def _parts(modules: Iterable[nn.Module]) -> set[nn.Module]:
 def _round(network: nn.Module, dtype: torch.dtype, keep_dtype: Iterable[nn.Module]) -> None:
     """Round the weights to `dtype`, and store them in float32. keep_dtype: modules whose weights keep all of their bits."""
 
-    def rounded(v: torch.Tensor, stays: bool) -> torch.Tensor:
+    def rounded(v: torch.Tensor, keeps: bool) -> torch.Tensor:
         if not v.is_floating_point():
             return v
-        v = v if stays else v.to(dtype)
+        v = v if keeps else v.to(dtype)
         return v if v.dtype == torch.float64 else v.float()
 
-    stay = _parts(keep_dtype)
+    kept = _parts(keep_dtype)
     for module in network.modules():
-        _replace(module, partial(rounded, stays=module in stay))
+        _replace(module, partial(rounded, keeps=module in kept))
 
 
 def _to_device(network: nn.Module, device: torch.device, dtype: torch.dtype, keep_dtype: Iterable[nn.Module]) -> None:
@@ -214,18 +214,18 @@ def _to_device(network: nn.Module, device: torch.device, dtype: torch.dtype, kee
     keep_dtype: modules whose dtype stays as it is; what they compute is needed once for a whole chain.
     """
 
-    def moved(v: torch.Tensor, stays: bool) -> torch.Tensor:
-        v = v.to(device, dtype if v.is_floating_point() and not stays else v.dtype)
+    def moved(v: torch.Tensor, keeps: bool) -> torch.Tensor:
+        v = v.to(device, dtype if v.is_floating_point() and not keeps else v.dtype)
         if v.layout != torch.strided:
             return v
         return v.contiguous(memory_format=torch.channels_last if v.dim() == 4 else torch.contiguous_format)
 
-    stay = _parts(keep_dtype)
+    kept = _parts(keep_dtype)
     for module in network.modules():
         if isinstance(module, Convolution):  # which knows when its weight is best rounded
             module.to_device(device, dtype)
         else:
-            _replace(module, partial(moved, stays=module in stay))
+            _replace(module, partial(moved, keeps=module in kept))
 
 
 # ------------------------------------------------------------------------------- what an engine is made from

@@ -82,9 +82,11 @@ def evaluate(
     """
     metrics = _checked_metrics(metrics)
     options = checked_chain_options(options)
-    bound_settings = {name: options.get(name) for name in ("schedule", "prediction", "variance", "clip")}
-    # The bound has a variance whatever the sampler is.
-    model = resolve(model, **bound_settings) if "bpd" in metrics else resolve_for(model, chain_arguments(options))
+    arguments = chain_arguments(options)
+    if "bpd" in metrics:  # the bound has a variance whatever the sampler is
+        model = resolve(model, arguments.schedule, arguments.prediction, arguments.variance, arguments.clip)
+    else:
+        model = resolve_for(model, arguments)
     folder, shape = Path(folder), image_shape(model, options.get("shape"))
     reading = {"size": size, "alpha": alpha, "skip_damaged": skip_damaged}
     reference, held_out = _load_images(model, source, shape, "bpd" in metrics, **reading)
@@ -101,9 +103,14 @@ def evaluate(
     if "bpd" in metrics:
         images = reference if held_out is None else held_out
         description = f"the {'training images' if held_out is None else 'x_test'} of {images.source}"
-        bound = {"subsample": subsample, "seed": seed, "batch_size": batch_size, "device": device, "dtype": dtype}
-        bound |= bound_settings
-        bits_per_dim = LikelihoodMetric(model, images, description, likelihood_images, folder, bound)
+        likelihood_options = {
+            "subsample": subsample,
+            "seed": seed,
+            "batch_size": batch_size,
+            "device": device,
+            "dtype": dtype,
+        }
+        bits_per_dim = LikelihoodMetric(model, images, description, likelihood_images, folder, likelihood_options)
         settings["likelihood"] = {"n": bits_per_dim.n, **bits_per_dim.settings}
 
     measured = []

@@ -89,7 +89,7 @@ def probe_outputs(model: ResolvedModel, shape, device, dtype, label: int | None 
         runner = entry.runner
         for t in (0, T // 2):
             time_input = runner.time_inputs_per_image(torch.full((PROBE_IMAGES,), t, device=device))
-            with runner.settings():
+            with runner.execution_context():
                 o = runner.predict(x.to(runner.dtype, memory_format=runner.memory_format), time_input, labels)
             fault = output_fault(o, list(x.shape), learned=False)
             if fault is not None:

@@ -72,10 +72,10 @@ class Likelihood:
         spread = "no interval from a single image" if n == 1 else f"95 % interval {low:.4f} to {high:.4f}"
         first = float(self.terms[0])
         last = len(self.terms) - 1
-        between_said = f"L_1..L_{last} {self.bits_per_dim - self.prior - first:.4f} + " if last else ""
+        between = f"L_1..L_{last} {self.bits_per_dim - self.prior - first:.4f} + " if last else ""
         return (
             f"{self.bits_per_dim:.4f} bits/dim ({spread}; {n} image{'s' if n > 1 else ''}, {self.evaluations} evaluations)\n"
-            f"= L_T {self.prior:.3g} + {between_said}L_0 {first:.4f}"
+            f"= L_T {self.prior:.3g} + {between}L_0 {first:.4f}"
         )
 
 
@@ -157,10 +157,10 @@ def likelihood(
         (image, timestep) pairs, and a callable gets each one's as model(x, t, class_labels): torch.arange(N) tells one that
         holds a condition for each image which these are.
     subsample: None evaluates all T timesteps of each image. K in 1..T-1: L_T and L_0 as they are, and the sum of the others
-        estimated from K draws, one uniform t from each of K parts of 1..T-1 (`strata`), weighted with
-        the part's size. This is unbiased, and each image draws for itself, so that the standard error over images covers
-        both the images and the timesteps. With few images and few parts the estimate may miss large terms, and its
-        interval be too narrow.
+        estimated from K draws, one uniform t from each of K parts of 1..T-1, weighted with the part's size (the parts are
+        those of `fastddpm.evaluation.likelihood.strata`). This is unbiased, and each image draws for itself, so that the
+        standard error over images covers both the images and the timesteps. With few images and few parts the estimate
+        may miss large terms, and its interval be too narrow.
     seed, first: image i is number first + i; its noise at t depends on (seed, first + i, t) alone, its drawn timesteps on
         (seed, first + i, K).
     batch_size: (image, timestep) pairs per forward; default what fits, at most 256. device, dtype, progress: as for `sample`.
@@ -168,11 +168,9 @@ def likelihood(
     Raises ValueError naming the argument that does not fit, before the network runs, and LikelihoodError where its
     output has the wrong shape or is not finite.
     """
-    resolved = resolve(model, schedule, prediction, variance, clip)
-    arguments = _Arguments(images, class_labels, subsample, quantize, seed, first)
-    measured = _measure(resolved, arguments, _Execution(batch_size, device, dtype, progress))
-    with torch.inference_mode(False):
-        return _summary(measured)
+    pixels = _pixels(images, quantize)
+    options = LikelihoodOptions(class_labels, subsample, seed, first, batch_size, device, dtype, progress)
+    return likelihood_of(resolve(model, schedule, prediction, variance, clip), pixels, options)
 
 
 def rate_distortion(
@@ -193,9 +191,9 @@ def rate_distortion(
     progress: bool | None = None,
 ) -> RateDistortion:
     """The progressive code of section 4.3, after each number of reverse steps. Arguments as for `likelihood`, but subsample."""
-    resolved = resolve(model, schedule, prediction, variance, clip)
-    arguments = _Arguments(images, class_labels, None, quantize, seed, first)
-    measured = _measure(resolved, arguments, _Execution(batch_size, device, dtype, progress))
+    pixels = _pixels(images, quantize)
+    options = LikelihoodOptions(class_labels, None, seed, first, batch_size, device, dtype, progress)
+    measured = _measure(resolve(model, schedule, prediction, variance, clip), pixels, options)
     with torch.inference_mode(False):
         rate, rate_error = _mean(torch.cat((measured.prior[:, None], measured.terms[:, 1:].flip(1)), dim=1).cumsum_(1))
         mean_square, error = _mean(measured.mse.flip(1))
@@ -205,22 +203,25 @@ def rate_distortion(
         return RateDistortion(rate, distortion, rate_error, distortion_error, _summary(measured))
 
 
-class _Arguments(NamedTuple):
-    """Those of `likelihood`'s arguments that say what is evaluated; the rest says how."""
+@dataclasses.dataclass(frozen=True)
+class LikelihoodOptions:
+    """Those of `likelihood`'s arguments that are neither the images nor what the model was trained for."""
 
-    images: torch.Tensor
-    class_labels: torch.Tensor | Sequence[int] | int | None
-    subsample: int | None
-    quantize: bool
-    seed: int | torch.Generator | None
-    first: int
+    class_labels: torch.Tensor | Sequence[int] | int | None = None
+    subsample: int | None = None
+    seed: int | torch.Generator | None = None
+    first: int = 0
+    batch_size: int | None = None
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    progress: bool | None = None
 
 
-class _Execution(NamedTuple):
-    batch_size: int | None
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-    progress: bool | None
+def likelihood_of(model: ResolvedModel, pixels: torch.Tensor, options: LikelihoodOptions) -> Likelihood:
+    """`likelihood` of pixels, uint8 [N, C, H, W], by a model that is resolved already."""
+    measured = _measure(model, pixels, options)
+    with torch.inference_mode(False):
+        return _summary(measured)
 
 
 class _Measured(NamedTuple):
@@ -234,26 +235,25 @@ class _Measured(NamedTuple):
     prior: torch.Tensor  # float64 [N]
 
 
-def _measure(model: ResolvedModel, arguments: _Arguments, execution: _Execution) -> _Measured:
-    """Check the arguments and evaluate the terms of the bound."""
-    pixels = _pixels(arguments.images, arguments.quantize)
+def _measure(model: ResolvedModel, pixels: torch.Tensor, options: LikelihoodOptions) -> _Measured:
+    """Check the options and evaluate the terms of the bound."""
     n, *shape = pixels.shape
-    check_image_shape("images", model.sized, shape)
-    seed, first = seed_of(arguments.seed), check_first(arguments.first)
-    device = device_of(model.network, execution.device)
+    check_image_shape("images", model.sized_network, shape)
+    seed, first = seed_of(options.seed), check_first(options.first)
+    device = device_of(model.network, options.device)
     terms = _Terms(model, device, seed, first)
-    labels = class_labels_of(model, arguments.class_labels, n)
-    timesteps, sizes = _timesteps(n, len(model.settings.schedule), arguments.subsample, seed, first)
-    pairs, batch_size = timesteps.numel(), execution.batch_size
+    labels = class_labels_of(model, options.class_labels, n)
+    timesteps, sizes = _timesteps(n, len(model.settings.schedule), options.subsample, seed, first)
+    pairs, batch_size = timesteps.numel(), options.batch_size
     if batch_size is None:
         batch_size = min(MAX_BATCH, default_batch_size(pairs, shape, device))
     batch_size = min(check_int("batch_size", batch_size, 1), pairs)
-    progress = execution.progress
+    progress = options.progress
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         memory.retain_freed_memory(device),
-        acquire_runner(model, device, execution.dtype, (batch_size, *shape)) as entry,
+        acquire_runner(model, device, options.dtype, (batch_size, *shape)) as entry,
         progress_bar(progress, total=pairs, unit="evaluation", leave=progress is True) as bar,
     ):
         for warning in entry.runner.warnings:
@@ -295,8 +295,8 @@ class _Terms:
         pairs = n * m
         terms, mse = (torch.empty(pairs, dtype=torch.float64, device=device) for _ in range(2))
         bad = torch.full((), pairs, device=device)  # the first pair whose output is not finite
-        waiting = 0
-        looks = BATCHES_PER_LOOK if device.type == "cuda" else 1
+        evaluated = 0
+        interval = BATCHES_PER_LOOK if device.type == "cuda" else 1
         for number, start in enumerate(range(0, pairs, batch_size)):
             stop = min(start + batch_size, pairs)
             # The last batch is filled up with the last pair: another size would be packed and tuned for anew.
@@ -307,11 +307,11 @@ class _Terms:
             value, square, finite = self._evaluate(runner, _scaled(pixels[image]), image, t, batch_labels, at_zero)
             terms[start:stop], mse[start:stop] = value[: stop - start], square[: stop - start]
             bad = torch.minimum(bad, torch.where(finite, pairs, pair).min())
-            waiting += stop - start
-            if (number + 1) % looks == 0 or stop == pairs:
+            evaluated += stop - start
+            if (number + 1) % interval == 0 or stop == pairs:
                 _raise_if_bad(int(bad), timesteps)
-                bar.update(waiting)
-                waiting = 0
+                bar.update(evaluated)
+                evaluated = 0
         return terms.reshape(n, m), mse.reshape(n, m)
 
     def _evaluate(
@@ -346,7 +346,7 @@ class _Terms:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The network's prediction, and the learned variance or None, in float64."""
         x = x_t.to(runner.dtype, memory_format=runner.memory_format)
-        with runner.settings():
+        with runner.execution_context():
             o = runner.predict(x, runner.time_inputs_per_image(t), labels)
         fault = output_fault(o, list(x_t.shape), self.learned)
         if fault is not None:

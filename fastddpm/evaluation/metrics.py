@@ -21,7 +21,7 @@ from ..utils.validation import check_int, clip_bound
 from .distances import SUBSET_SIZE, SUBSETS, Statistics, frechet, kernel_distance, statistics
 from .features import Features
 from .identity import PROBE_IMAGES, Probe, model_identity, probe_outputs, sha256, to_digits, to_json
-from .likelihood import likelihood
+from .likelihood import LikelihoodOptions, likelihood_of
 from .samples import SAMPLES, Drawing, shard_size
 from .shards import Shards, load_arrays
 
@@ -189,7 +189,7 @@ class LikelihoodMetric:
         description: which images they are.
         limit: how many of the images are measured; None means all.
         folder: the evaluation's folder.
-        options: the arguments of `likelihood` but for the images, their labels, `first` and `progress`.
+        options: the arguments `subsample`, `seed`, `batch_size`, `device` and `dtype` of `likelihood`.
     """
 
     def __init__(
@@ -243,13 +243,12 @@ class LikelihoodMetric:
 
     def _bounds(self, span: range, progress: bool | None) -> np.ndarray:
         labels = self.images.labels
-        bounds = likelihood(
-            self.model.network,
-            self.images.read(span),
+        options = LikelihoodOptions(
             class_labels=None if labels is None else labels[span.start : span.stop],
             first=span.start,
             progress=None if progress else progress,
             **self.options,
-        ).per_image.numpy()
+        )
+        bounds = likelihood_of(self.model, self.images.read(span), options).per_image.numpy()
         self.probe.save()  # only now, as `likelihood` checks its other arguments
         return bounds

@@ -24,7 +24,7 @@ from ..inputs.arguments import device_of, image_shape
 from ..inputs.resolve import ResolvedModel, warn_signal_left
 from ..ops.rng import check_seed
 from ..sampling.api import RunOptions, run
-from ..sampling.plan import ChainArguments, Plan, plan, resolve_for
+from ..sampling.plan import ChainArguments, Plan, make_plan, resolve_for
 from ..utils.files import write_if_missing
 from ..utils.validation import check_int, clip_bound
 from .identity import Probe, labels_in_turn, model_identity, probe_outputs, sha256, to_digits, to_json
@@ -87,20 +87,20 @@ class DrawingOptions(NamedTuple):
     batch_size: int | None
     device: torch.device | str | None
     dtype: torch.dtype | None
-    chain: dict  # some of CHAIN_OPTIONS
+    chain_options: dict  # some of CHAIN_OPTIONS
 
 
 class Drawing:
     """`draw` in two parts: the constructor checks everything and writes nothing; `run` draws."""
 
     def __init__(self, model: ResolvedModel, folder: str | Path, options: DrawingOptions) -> None:
-        n, seed, shard, batch_size, device, dtype, chain = options
+        n, seed, shard, batch_size, device, dtype, chain_options = options
         self.folder, self.n = Path(folder), check_int("n", n, 1)
-        label = chain.get("class_labels")
+        label = chain_options.get("class_labels")
         self.label = None if label is None else check_int("class_labels", label, 0)
-        self.plan = plan(model, chain_arguments(chain))
+        self.plan = make_plan(model, chain_arguments(chain_options))
         warn_signal_left(model.network, model.settings.schedule)
-        shape = image_shape(model, chain.get("shape"))
+        shape = image_shape(model, chain_options.get("shape"))
         self.settings = sample_settings(self.plan, shape, seed, dtype, self.label)
         self.shard = check_int("shard", shard_size(device_of(model.network, device)) if shard is None else shard, 1)
         if batch_size is not None:

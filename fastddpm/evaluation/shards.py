@@ -40,7 +40,7 @@ class Shards:
         for span, following in itertools.pairwise(self._spans()):
             if following.start < span.stop:
                 raise EvaluationError(
-                    f"{self.files[following]}: row {following.start} is in {self.files[span].name} too; delete one of them"
+                    f"{self.files[following]}: item {following.start} is in {self.files[span].name} too; delete one of them"
                 )
 
     def _span(self, path: Path) -> range:

@@ -17,7 +17,7 @@ from torch import nn
 from ..checkpoints import diffusers_options
 from ..checkpoints.base import set_parameters
 from ..models.unet import UNet
-from ..utils.modules import forward_is_unmodified, has_hooks
+from ..utils.modules import has_forward_hooks, has_hooks, has_own_forward
 
 # Attributes of a layer that have no part in what it computes at inference.
 IGNORED_ATTRIBUTES = frozenset(
@@ -52,8 +52,8 @@ def unwrap(model: object) -> object:
 
     A wrapper with hooks, or with a forward of its own, is more than a wrapper and stays.
     """
-    while isinstance(model, nn.Module) and not (model._forward_hooks or model._forward_pre_hooks):
-        if type(model) in WRAPPERS and "forward" not in vars(model):
+    while isinstance(model, nn.Module) and not has_forward_hooks(model):
+        if type(model) in WRAPPERS and not has_own_forward(model):
             model = model.module
         elif type(model).__module__.startswith("torch._dynamo"):  # OptimizedModule, without importing it
             model = model._orig_mod
@@ -112,7 +112,7 @@ def sized_network(model: object) -> nn.Module | None:
     for kind in type(network).__mro__:
         if kind is UNet or (kind.__name__ == "UNet2DModel" and kind.__module__.partition(".")[0] == "diffusers"):
             same = all(getattr(type(network), f, None) is getattr(kind, f, None) for f in ("forward", "body"))
-            return network if same and forward_is_unmodified(network) else None
+            return network if same and not has_own_forward(network) and not has_forward_hooks(network) else None
     return None
 
 
@@ -166,16 +166,19 @@ def _check_layers(expected: dict[str, tuple], model: nn.Module) -> None:
     """Raise UnsupportedError, naming the layer and the attribute, unless the model's layers are as diffusers makes them."""
     layers, signatures = dict(model.named_modules()), _signatures(model)
     for name in expected | signatures:
-        (wanted_kind, wanted), (kind, given) = expected.get(name, (None, {})), signatures.get(name, (None, {}))
+        (wanted_kind, wanted_attributes), (kind, attributes) = (
+            expected.get(name, (None, {})),
+            signatures.get(name, (None, {})),
+        )
         differs = f"{name or 'it'} is not as diffusers makes it"
         if wanted_kind is not kind:
             raise UnsupportedError(differs)
         if kind.forward.__module__.partition(".")[0] not in ("torch", "diffusers", "fastddpm"):
             raise UnsupportedError(f"{differs}: the forward of {kind.__name__}")
-        for attribute in wanted | given:
+        for attribute in wanted_attributes | attributes:
             # A scalar that diffusers' layers don't have is a user's note, and cannot change the forward.
-            is_note = attribute not in wanted and isinstance(given[attribute], SCALARS)
-            if wanted.get(attribute) != given.get(attribute) and not is_note:
+            is_note = attribute not in wanted_attributes and isinstance(attributes[attribute], SCALARS)
+            if wanted_attributes.get(attribute) != attributes.get(attribute) and not is_note:
                 raise UnsupportedError(f"{differs}: its {attribute}")
         if has_hooks(layers[name]):
             raise UnsupportedError(f"{differs}: it has hooks")
@@ -184,8 +187,11 @@ def _check_layers(expected: dict[str, tuple], model: nn.Module) -> None:
 def _signatures(model: nn.Module) -> dict[str, tuple]:
     """(class, attributes) of each layer by its name; of tensors the shapes, of other objects the classes."""
 
+    def is_hooks(attribute: str) -> bool:  # `_check_layers` looks at those that run with a call; others may be there
+        return attribute.startswith("_") and "_hooks" in attribute
+
     def attributes(layer: nn.Module) -> dict[str, object]:
-        return {k: _summary(k, v) for k, v in vars(layer).items() if k not in IGNORED_ATTRIBUTES and "_hooks" not in k}
+        return {k: _summary(k, v) for k, v in vars(layer).items() if k not in IGNORED_ATTRIBUTES and not is_hooks(k)}
 
     return {name: (_unfused_class(type(layer)), attributes(layer)) for name, layer in model.named_modules()}
 

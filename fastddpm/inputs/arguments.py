@@ -22,7 +22,7 @@ def image_shape(model: ResolvedModel, shape: Sequence[int] | None) -> tuple[int,
     """The shape as passed, else the model's own, else that of the model inside of it. Raise ValueError where it does not fit."""
     if shape is None:
         shape = _found_shape(model.network)
-        check_image_shape("shape", model.sized, shape)
+        check_image_shape("shape", model.sized_network, shape)
         return shape
     try:
         shape = tuple(as_python_number(side) for side in shape)
@@ -39,7 +39,7 @@ def image_shape(model: ResolvedModel, shape: Sequence[int] | None) -> tuple[int,
                 f"lambda x, t: model(x.reshape(-1, {within}), t).reshape(x.shape)"
             )
         raise ValueError(message)
-    check_image_shape("shape", model.sized, shape)
+    check_image_shape("shape", model.sized_network, shape)
     return shape
 
 

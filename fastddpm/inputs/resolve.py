@@ -45,13 +45,16 @@ MAX_SIGNAL_LEFT = (
 class ResolvedModel:
     """A model as the samplers, the engine and the likelihood take it.
 
-    network: what runs, a `UNet` or any callable. unsupported: why the engine cannot run the network, a sentence; None where it
-    can. sized: the UNet or UNet2DModel whose channels and levels restrict x, or None. settings: what it was trained for.
+    Attributes:
+        network: what runs, a `UNet` or any callable.
+        unsupported_reason: why the engine cannot run the network, a sentence; None where it can.
+        sized_network: the UNet or UNet2DModel whose channels and levels restrict x, or None.
+        settings: what it was trained for.
     """
 
     network: Callable
-    unsupported: str | None
-    sized: nn.Module | None
+    unsupported_reason: str | None
+    sized_network: nn.Module | None
     settings: TrainingSettings
 
     @property
@@ -137,11 +140,11 @@ def resolve_settings(
     check_choice("prediction", settings.prediction, PREDICTIONS)
     if "prediction" in needs:
         check_prediction(settings.schedule, settings.prediction)
-    _warn_inherited(model, inner, inherited)
+    _warn_inherited(model, bare, inner, inherited)
     if "schedule" in unspecified or "prediction" in unspecified:
         # Beside a schedule the prediction alone, so that calls that differ in the rest don't warn once more.
         assumed = unspecified if "schedule" in unspecified else ["prediction"]
-        _warn_assumed(model, unspecific, {name: getattr(settings, name) for name in assumed})
+        _warn_assumed(model, bare, unspecific, {name: getattr(settings, name) for name in assumed})
     return settings
 
 
@@ -221,20 +224,19 @@ def _listed(values: dict[str, object]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
-def _warn_inherited(model: object, inner: list[object], inherited: dict[str, object]) -> None:
+def _warn_inherited(model: object, bare: object, inner: list[object], inherited: dict[str, object]) -> None:
     """Name the settings that are not the paper's: a wrapper may answer otherwise than the model in it."""
     differing = {name: value for name, value in inherited.items() if value != SETTINGS[name][1]}
     if differing:
         names = ", ".join(dict.fromkeys(map(name_of, inner)))
         warn_once(
             model,
-            f"{', '.join(differing)}: the {name_of(callee(model))} is taken to answer as the {names} in it does, with "
+            f"{', '.join(differing)}: the {name_of(bare)} is taken to answer as the {names} in it does, with "
             f"{_listed(differing)}; where it answers otherwise, pass {', '.join(f'{name}=' for name in differing)}",
         )
 
 
-def _warn_assumed(model: object, unspecific: bool, assumed: dict[str, object]) -> None:
-    bare = callee(model)
+def _warn_assumed(model: object, bare: object, unspecific: bool, assumed: dict[str, object]) -> None:
     if unspecific:
         who, way = "a UNet2DModel doesn't say what it was", "its scheduler, e.g. schedule=pipeline.scheduler"
     elif isinstance(bare, (types.FunctionType, types.BuiltinFunctionType)):

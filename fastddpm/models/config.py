@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import warnings
 from collections.abc import Mapping
 
@@ -23,18 +24,30 @@ def with_current_names(options: Mapping) -> dict:
 
 
 def _accept_old_names(cls: type) -> type:
-    """Make the class accept the keywords of OLD_NAMES too, with a warning; its signature stays that of its fields."""
+    """Make the class accept the keywords and attributes of OLD_NAMES too, with a warning.
+
+    Its signature stays that of its fields.
+    """
     init = cls.__init__
 
     @functools.wraps(init)
     def __init__(self, *values: object, **options: object) -> None:
         renamed = [f"{name} is now {OLD_NAMES[name]}" for name in options if name in OLD_NAMES]
         if renamed:
-            warnings.warn(f"fastddpm: UNetConfig: {', '.join(renamed)}", DeprecationWarning, stacklevel=2)
+            # Of dataclasses.replace, the caller's line is one further up.
+            level = 3 if sys._getframe(1).f_globals.get("__name__") == "dataclasses" else 2
+            warnings.warn(f"fastddpm: UNetConfig: {', '.join(renamed)}", DeprecationWarning, stacklevel=level)
             options = with_current_names(options)
         init(self, *values, **options)
 
-    cls.__init__ = __init__
+    def __getattr__(self, name: str) -> object:
+        if name not in OLD_NAMES:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        message = f"fastddpm: UNetConfig: {name} is now {OLD_NAMES[name]}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return getattr(self, OLD_NAMES[name])
+
+    cls.__init__, cls.__getattr__ = __init__, __getattr__
     return cls
 
 

@@ -18,7 +18,7 @@ from ..ops.rng import check_first, seed_of
 from ..utils.progress import bar as progress_bar
 from ..utils.validation import check_int, clip_bound
 from .loop import Batch, ChainShape, StepState, chain_for
-from .plan import ChainArguments, Plan, plan, resolve_for
+from .plan import ChainArguments, Plan, make_plan, resolve_for
 
 __all__ = ["sample"]
 
@@ -79,11 +79,31 @@ def sample(
     Raises ValueError naming the argument that does not fit, before anything is drawn, and SamplingError where the
     model's output has the wrong shape or is not finite, naming the step.
     """
-    arguments = ChainArguments(schedule, prediction, sampler, steps, spacing, eta, variance, clip)
-    chain = plan(resolve_for(model, arguments), arguments)
-    warn_signal_left(chain.model.network, chain.model.settings.schedule)
-    options = RunOptions(shape, class_labels, noise, seed, first, batch_size, device, dtype, progress, callback)
-    return run(chain, n, options)
+    arguments = ChainArguments(
+        schedule=schedule,
+        prediction=prediction,
+        sampler=sampler,
+        steps=steps,
+        spacing=spacing,
+        eta=eta,
+        variance=variance,
+        clip=clip,
+    )
+    options = RunOptions(
+        shape=shape,
+        class_labels=class_labels,
+        noise=noise,
+        seed=seed,
+        first=first,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+        callback=callback,
+    )
+    plan = make_plan(resolve_for(model, arguments), arguments)
+    warn_signal_left(plan.model.network, plan.model.settings.schedule)
+    return run(plan, n, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +122,9 @@ class RunOptions:
     callback: Callable[[StepState], None] | None = None
 
 
-def run(chain: Plan, n: int, options: RunOptions) -> torch.Tensor:
-    """Run the chain for n images: float32 [n, C, H, W]."""
-    model, table = chain.model, chain.table
+def run(plan: Plan, n: int, options: RunOptions) -> torch.Tensor:
+    """Run the plan's chain for n images: float32 [n, C, H, W]."""
+    model, table = plan.model, plan.table
     n = check_int("n", n, 0)
     shape = image_shape(model, options.shape)
     clip = clip_bound(model.settings.clip)
@@ -118,6 +138,7 @@ def run(chain: Plan, n: int, options: RunOptions) -> torch.Tensor:
             return torch.empty(0, *shape, dtype=torch.float32, device=device)
     starts, progress, callback = range(0, n, batch_size), options.progress, options.callback
     x_shape = (batch_size, *shape)
+    chain_shape = ChainShape.of(table, x_shape, clip, has_labels=labels is not None, has_callback=callback is not None)
     with (
         torch.inference_mode(False),  # the result is an ordinary tensor even where the caller is in inference mode
         torch.no_grad(),
@@ -126,16 +147,14 @@ def run(chain: Plan, n: int, options: RunOptions) -> torch.Tensor:
         progress_bar(progress, total=len(table.timesteps) * len(starts), unit="step", leave=progress is True) as bar,
     ):
         out = torch.empty(n, *shape, dtype=torch.float32, device=device)
-        loop_shape = ChainShape.of(
-            table, x_shape, clip, has_labels=labels is not None, has_callback=callback is not None
-        )
-        loop = chain_for(entry, table, loop_shape)
-        for warning in (*entry.runner.warnings, *([loop.warning] if loop.warning else [])):
-            model.warn(warning)
+        chain = chain_for(entry, table, chain_shape)
+        for warning in (*entry.runner.warnings, chain.warning):
+            if warning is not None:
+                model.warn(warning)
         for start in starts:
             part = slice(start, start + batch_size)
             x_T, batch_labels = (None if v is None else _padded(v[part], batch_size) for v in (noise, labels))
-            loop.run(Batch(out[part], seed, first + start, x_T, batch_labels), bar, callback)
+            chain.run(Batch(out[part], seed, first + start, x_T, batch_labels), bar, callback)
     return out
 
 

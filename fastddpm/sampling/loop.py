@@ -23,8 +23,12 @@ from ..errors import SamplingError
 from ..inputs.arguments import output_fault
 from ..ops.rng import Stream, as_int64_bits
 
-SEGMENT = 50  # steps between two looks at the device state, when the bar moves and a bad output is noticed
+STEPS_PER_LOOK = 50  # between two looks at the device's state, when the bar moves and a bad output is noticed
+TIME_INPUTS = (
+    50  # steps whose time inputs are made together; those of all steps would be a seventh of the weights' size
+)
 UNROLL = 10  # steps in one CUDA graph
+SEED, FIRST, STEP, FIRST_BAD = range(4)  # entries of the state that ops.ddpm_step_ reads and advances
 
 
 def sample_ref(
@@ -84,7 +88,7 @@ class ChainShape(NamedTuple):
     clip: float | None
     has_labels: bool
     has_callback: bool
-    uses_previous_x0: bool
+    uses_x0_last: bool
     uses_learned_variance: bool
 
     @classmethod
@@ -98,83 +102,84 @@ class ChainShape(NamedTuple):
         has_callback: bool = False,
     ) -> ChainShape:
         return cls(
-            len(table.timesteps), x, clip, has_labels, has_callback, table.uses_previous_x0, table.uses_learned_variance
+            len(table.timesteps), x, clip, has_labels, has_callback, table.uses_x0_last, table.uses_learned_variance
         )
 
 
 def chain_for(entry: CacheEntry, table: Table, shape: ChainShape) -> Chain:
-    """The chain in the cache entry if it has this shape; else a new one, captured as a CUDA graph where possible."""
+    """The captured chain in the cache entry if it has this shape; else a new one, captured as a CUDA graph where possible."""
     chain, runner = entry.chain, entry.runner
     if chain is not None and chain.shape == shape:
         chain.load(table)
         return chain
     entry.chain = None  # frees the old buffers before new ones are allocated
+    if not (runner.capturable and graphs.usable(runner.device)):
+        return Chain(runner, table, shape)
+    chain = Chain(runner, table, shape, for_capture=True)
     try:
-        entry.chain = Chain(runner, table, shape, capture=runner.capturable and graphs.usable(runner.device))
+        chain.capture()
     except graphs.CaptureError as error:
         reason = f"steps are launched kernel by kernel, as they could not be captured as a CUDA graph ({error})"
-        chain = Chain(runner, table, shape, warning=f"{reason}. {SAME_RESULTS}")
+        chain.warning = f"{reason}. {SAME_RESULTS}"
         if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):  # another time there may be more memory
             return chain
-        entry.chain = chain  # the next call needn't fail again
-    return entry.chain
+    entry.chain = chain  # also after a failure: the next call needn't fail again
+    return chain
 
 
 class Chain:
-    """The loop over one batch, with its buffers. A captured chain is kept with its runner for later calls.
+    """The loop over one batch, with its buffers.
 
     A step reads and writes nothing but these buffers and the network, so that as a CUDA graph it serves every seed and table.
     warning: why the steps are not captured, for the caller; None if there is nothing to say.
     """
 
-    def __init__(
-        self, runner: Runner, table: Table, shape: ChainShape, *, capture: bool = False, warning: str | None = None
-    ) -> None:
-        """Raises graphs.CaptureError where the steps cannot be captured."""
-        self.runner, self.shape, self.warning, self.captures = runner, shape, warning, capture
+    def __init__(self, runner: Runner, table: Table, shape: ChainShape, *, for_capture: bool = False) -> None:
+        """for_capture: keep the time inputs of all steps on the device, which captured steps need."""
+        self.runner, self.shape, self.steps = runner, shape, shape.steps
         self.device = device = runner.device
-        self.steps = shape.steps
+        self.warning: str | None = None
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the number of steps
         self.x = torch.zeros(shape.x, dtype=torch.float32, device=device)
-        self.x0 = torch.zeros_like(self.x) if shape.has_callback or shape.uses_previous_x0 else None
+        self.x0 = torch.zeros_like(self.x) if shape.has_callback or shape.uses_x0_last else None
         self.input = torch.empty(shape.x, device=device, dtype=runner.dtype, memory_format=runner.memory_format).zero_()
-        self.state = torch.zeros(
-            4, dtype=torch.int64, device=device
-        )  # (seed's bits, first, step, first bad step or -1)
         self.labels = torch.zeros(shape.x[0], dtype=torch.int64, device=device) if shape.has_labels else None
+        self.timesteps = torch.zeros(shape.steps, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(shape.steps, table.rows.shape[1], dtype=torch.float32, device=device)
+        self.state = torch.zeros(4, dtype=torch.int64, device=device)
         # Two segments are in flight, so that a GPU never waits for the host.
         on_gpu = device.type == "cuda"
         self.max_in_flight = 2 if on_gpu and not shape.has_callback else 1
-        self.host_state = torch.empty(2, 4, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
-        self.timesteps = torch.zeros(shape.steps, dtype=torch.int64, device=device)
-        self.rows = torch.zeros(shape.steps, 9, dtype=torch.float32, device=device)
-        self.time_inputs: torch.Tensor | None = None  # of all steps, where they are captured
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.host_states = torch.empty(2, 4, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        self.all_time_inputs: torch.Tensor | None = None
         self.load(table)
-        if capture:
-            unroll = 1 if shape.has_callback else UNROLL
-            with runner.settings():
-                self.graphs = graphs.capture(self.step, tuple(dict.fromkeys((unroll, 1))), device)
+        if for_capture:
+            self.all_time_inputs = self._all_time_inputs()
 
     def load(self, table: Table) -> None:
         """Take another table of as many steps."""
         self.host_timesteps = table.timesteps.tolist()
         self.timesteps.copy_(table.timesteps)
         self.rows.copy_(table.rows.float())
-        self.segment_inputs: tuple[int, torch.Tensor] | None = None
-        if self.captures:
-            starts = range(0, self.steps, SEGMENT)
-            time_inputs = torch.cat([self._segment_inputs(start) for start in starts])
-            self.time_inputs = time_inputs if self.time_inputs is None else self.time_inputs.copy_(time_inputs)
+        self.some_time_inputs: tuple[int, torch.Tensor] | None = None
+        if self.all_time_inputs is not None:
+            self.all_time_inputs.copy_(self._all_time_inputs())
+
+    def capture(self) -> None:
+        """Make graphs of the step. Raise graphs.CaptureError where that fails; `run` then launches the kernels one by one."""
+        unroll = 1 if self.shape.has_callback else UNROLL
+        with self.runner.execution_context():
+            self.graphs = graphs.capture(self.captured_step, tuple(dict.fromkeys((unroll, 1))), self.device)
 
     def run(self, batch: Batch, bar: tqdm, callback: Callable[[StepState], None] | None) -> None:
         """The whole chain for one batch."""
         self._begin(batch)
-        segment = SEGMENT if callback is None else 1
+        segment = STEPS_PER_LOOK if callback is None else 1
         in_flight = deque()
         try:
             for start in range(0, self.steps, segment):
                 count = min(segment, self.steps - start)
-                with self.runner.settings():
+                with self.runner.execution_context():
                     self._launch(start, count)
                 in_flight.append((count, *self._copy_state_async(start // segment)))
                 if len(in_flight) == self.max_in_flight:
@@ -190,6 +195,7 @@ class Chain:
                 torch.cuda.current_stream(self.device).synchronize()
 
     def _begin(self, batch: Batch) -> None:
+        """Draw x_T, and point the state at the first step."""
         x_T = batch.x_T
         if x_T is None:
             x_T = ops.philox_normal(
@@ -201,34 +207,8 @@ class Chain:
         if batch.class_labels is not None:
             self.labels.copy_(batch.class_labels)
 
-    def step(self, step: int | None = None) -> None:
-        """One step. step: its number; None: where `state` points, which the host needn't know."""
-        o = self.predict(step)
-        ops.ddpm_step_(
-            self.x, o, self.rows, self.timesteps, self.state, x0=self.x0, next_input=self.input, clip=self.shape.clip
-        )
-
-    def predict(self, step: int | None = None) -> torch.Tensor:
-        """The network's output for `input`. step: as in `step`."""
-        time_input = self.time_inputs.index_select(0, self.state[2:3])[0] if step is None else self._time_input(step)
-        o = self.runner.predict(self.input, time_input, self.labels)
-        fault = output_fault(o, list(self.x.shape), self.shape.uses_learned_variance)
-        if fault is not None:
-            step = step or 0
-            raise SamplingError(f"model: at step {step} (timestep {self.host_timesteps[step]}) {fault}")
-        return o
-
-    def _segment_inputs(self, start: int) -> torch.Tensor:
-        return self.runner.time_inputs(self.timesteps[start : start + SEGMENT], len(self.x))
-
-    def _time_input(self, step: int) -> torch.Tensor:
-        """The step's time input, made a segment at a time: all of them would be a seventh of the weights' size."""
-        start = step - step % SEGMENT
-        if self.segment_inputs is None or self.segment_inputs[0] != start:
-            self.segment_inputs = start, self._segment_inputs(start)
-        return self.segment_inputs[1][step - start]
-
     def _launch(self, start: int, count: int) -> None:
+        """Steps start..start + count - 1."""
         if not self.graphs:
             for step in range(start, start + count):
                 self.step(step)
@@ -238,9 +218,42 @@ class Chain:
         for steps in [unroll] * many + [1] * few:
             self.graphs[steps].replay()
 
+    def step(self, step: int) -> None:
+        """The step of this number."""
+        self._advance(self.predict(step))
+
+    def captured_step(self) -> None:
+        """The step that `state` points at, whose number the host needn't know."""
+        self._advance(self._predict(self.all_time_inputs.index_select(0, self.state[STEP : STEP + 1])[0], 0))
+
+    def _advance(self, o: torch.Tensor) -> None:
+        ops.ddpm_step_(
+            self.x, o, self.rows, self.timesteps, self.state, x0=self.x0, next_input=self.input, clip=self.shape.clip
+        )
+
+    def predict(self, step: int) -> torch.Tensor:
+        """The network's output for `input` at the step of this number."""
+        start = step - step % TIME_INPUTS
+        if self.some_time_inputs is None or self.some_time_inputs[0] != start:
+            self.some_time_inputs = start, self._time_inputs(start)
+        return self._predict(self.some_time_inputs[1][step - start], step)
+
+    def _predict(self, time_input: torch.Tensor, step: int) -> torch.Tensor:
+        o = self.runner.predict(self.input, time_input, self.labels)
+        fault = output_fault(o, list(self.x.shape), self.shape.uses_learned_variance)
+        if fault is not None:
+            raise SamplingError(f"model: at step {step} (timestep {self.host_timesteps[step]}) {fault}")
+        return o
+
+    def _time_inputs(self, start: int) -> torch.Tensor:
+        return self.runner.time_inputs(self.timesteps[start : start + TIME_INPUTS], len(self.x))
+
+    def _all_time_inputs(self) -> torch.Tensor:
+        return torch.cat([self._time_inputs(start) for start in range(0, self.steps, TIME_INPUTS)])
+
     def _copy_state_async(self, segment: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """(the device's state on its way to the host, the event of its arrival)."""
-        host_state, arrival = self.host_state[segment % 2], None
+        host_state, arrival = self.host_states[segment % 2], None
         host_state.copy_(self.state, non_blocking=True)
         if self.device.type == "cuda":
             arrival = torch.cuda.Event(blocking=True)  # the host's core is free meanwhile
@@ -253,7 +266,7 @@ class Chain:
         """Check a segment of `count` steps: the only place where the host waits for the device."""
         if arrival is not None:
             arrival.synchronize()
-        bad = int(host_state[3])
+        bad = int(host_state[FIRST_BAD])
         if bad >= 0:
             raise SamplingError(
                 f"model: its output at step {bad} (timestep {self.host_timesteps[bad]}) holds a NaN or an infinity; "

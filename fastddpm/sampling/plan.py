@@ -8,6 +8,8 @@ from ..diffusion import coefficients
 from ..inputs.resolve import ResolvedModel, TrainingSettings, resolve
 from ..utils.validation import as_python_number, check_choice, is_int
 
+SAMPLERS = tuple(coefficients.DEFAULT_STEPS)
+
 
 class ChainArguments(NamedTuple):
     """Those of `sample`'s arguments that describe the chain; None for the default."""
@@ -35,15 +37,15 @@ class Plan(NamedTuple):
 
 def resolve_for(model: object, arguments: ChainArguments) -> ResolvedModel:
     """The model with what it was trained for, as far as the sampler uses it."""
-    check_choice("sampler", arguments.sampler, tuple(coefficients.DEFAULT_STEPS))
+    check_choice("sampler", arguments.sampler, SAMPLERS)
     needs = [name for name in TrainingSettings._fields if name != "variance" or arguments.sampler == "ddpm"]
-    schedule, prediction, _, _, _, _, variance, clip = arguments
-    return resolve(model, schedule, prediction, variance, clip, needs=needs)
+    settings = {name: getattr(arguments, name) for name in TrainingSettings._fields}
+    return resolve(model, **settings, needs=needs)
 
 
-def plan(model: ResolvedModel, arguments: ChainArguments, start: int | None = None) -> Plan:
+def make_plan(model: ResolvedModel, arguments: ChainArguments, start: int | None = None) -> Plan:
     """Check the arguments and make the chain's table. start: the timestep of the noise that it begins with, default T - 1."""
-    sampler, eta = arguments.sampler, as_python_number(arguments.eta)
+    sampler, eta = check_choice("sampler", arguments.sampler, SAMPLERS), as_python_number(arguments.eta)
     schedule, prediction, variance, _ = model.settings
     check_choice("variance", variance, coefficients.VARIANCES)
     most = len(schedule) if start is None else start + 1

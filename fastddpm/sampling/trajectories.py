@@ -13,12 +13,12 @@ from .. import ops
 from ..diffusion import coefficients
 from ..diffusion.schedule import Schedule
 from ..inputs.arguments import check_image_shape, class_labels_of, device_of
-from ..inputs.resolve import ResolvedModel, warn_signal_left
+from ..inputs.resolve import warn_signal_left
 from ..ops.rng import Stream, check_first, seed_of
 from ..utils.validation import as_python_number, check_int, is_int
 from .api import RunOptions, run
 from .loop import StepState
-from .plan import ChainArguments, plan, resolve_for
+from .plan import ChainArguments, make_plan, resolve_for
 
 __all__ = ["encode", "interpolate", "progressive"]
 
@@ -46,18 +46,25 @@ def encode(
 
     Both ways are first-order solutions of one differential equation, so that the round trip's error falls as steps grow.
     """
-    arguments = ChainArguments(schedule, prediction, "ddim", steps, spacing, clip=False)
+    images = _checked_images("images", images)
+    arguments = ChainArguments(schedule, prediction, sampler="ddim", steps=steps, spacing=spacing, clip=False)
     resolved = resolve_for(model, arguments)
-    images = _checked_images("images", images, resolved)
-    chain = plan(resolved, arguments)
+    check_image_shape("images", resolved.sized_network, images.shape[1:])
+    plan = make_plan(resolved, arguments)
     settings = resolved.settings
     # The chain's timesteps, upwards, are the ones to visit.
-    table = coefficients.inversion(settings.schedule, prediction=settings.prediction, timesteps=chain.table.timesteps)
+    table = coefficients.inversion(settings.schedule, prediction=settings.prediction, timesteps=plan.table.timesteps)
     options = RunOptions(
-        tuple(images.shape[1:]), class_labels, noise=images, seed=0, batch_size=batch_size, device=device, dtype=dtype,
+        shape=tuple(images.shape[1:]),
+        class_labels=class_labels,
+        noise=images,
+        seed=0,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
         progress=progress,
-    )  # fmt: skip
-    return run(chain._replace(table=table), len(images), options)
+    )
+    return run(plan._replace(table=table), len(images), options)
 
 
 def interpolate(
@@ -93,9 +100,10 @@ def interpolate(
     first: pair i is image first + i of the seed's sequence, whatever other pairs and w there are. steps: how many of
         the t + 1 timesteps that are to go, default as for `sample`. Others: as in `sample`.
     """
+    a, b = _checked_images("a", a), _checked_images("b", b)
     arguments = ChainArguments(schedule, prediction, sampler, steps, spacing, eta, variance, clip)
     resolved = resolve_for(model, arguments)
-    a, b = _checked_images("a", a, resolved), _checked_images("b", b, resolved)
+    check_image_shape("a", resolved.sized_network, a.shape[1:])
     if a.shape != b.shape or a.device != b.device:
         raise ValueError(
             f"b: got {list(b.shape)} on {b.device}; expected a's shape and device, {list(a.shape)} on {a.device}"
@@ -104,7 +112,7 @@ def interpolate(
     t = max(len(schedule) // 2 - 1, 0) if t is None else as_python_number(t)
     if not is_int(t) or not 0 <= t < len(schedule):
         raise ValueError(f"t: got {t!r}; expected an int in 0..{len(schedule) - 1}")
-    chain = plan(resolved, arguments, start=t)
+    plan = make_plan(resolved, arguments, start=t)
     seed, first, device = seed_of(seed), check_first(first), device_of(resolved.network, device)
     if first >= 1 << 54:
         raise ValueError(f"first: got {first}; expected less than 2^54 here, where each pair has two draws")
@@ -117,8 +125,11 @@ def interpolate(
 
     def drawn(w: float) -> torch.Tensor:
         x_t = (1 - w) * x_a + w * x_b
-        options = RunOptions(tuple(a.shape[1:]), labels, x_t, seed, first, batch_size, device, dtype, progress)
-        return run(chain, len(a), options)
+        options = RunOptions(
+            shape=tuple(a.shape[1:]), class_labels=labels, noise=x_t, seed=seed, first=first, batch_size=batch_size,
+            device=device, dtype=dtype, progress=progress,
+        )  # fmt: skip
+        return run(plan, len(a), options)
 
     with torch.inference_mode(False):
         return torch.stack([drawn(w) for w in weights])
@@ -144,12 +155,12 @@ def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = Non
     if options.get("callback") is not None:
         raise ValueError("callback: not here, where the frames are taken by one; give it to sample itself")
     arguments = ChainArguments(**{name: options.pop(name) for name in ChainArguments._fields if name in options})
-    chain = plan(resolve_for(model, arguments), arguments)
-    warn_signal_left(chain.model.network, chain.model.settings.schedule)
-    steps = len(chain.table.timesteps)
+    plan = make_plan(resolve_for(model, arguments), arguments)
+    warn_signal_left(plan.model.network, plan.model.settings.schedule)
+    steps = len(plan.table.timesteps)
     frames = min(10, steps) if frames is None else as_python_number(frames)
     recorder = FrameRecorder(steps, frames, lambda state: state.x0)
-    x = run(chain, n, RunOptions(**{**options, "callback": recorder}))
+    x = run(plan, n, RunOptions(**{**options, "callback": recorder}))
     with torch.inference_mode(False):
         if n == 0:
             return torch.empty(0, frames, *x.shape[1:], dtype=torch.float32, device=x.device)
@@ -174,11 +185,10 @@ class FrameRecorder:
         return [torch.cat(parts) for parts in self.by_step.values()]
 
 
-def _checked_images(name: str, images: torch.Tensor, model: ResolvedModel) -> torch.Tensor:
+def _checked_images(name: str, images: torch.Tensor) -> torch.Tensor:
     if not isinstance(images, torch.Tensor) or images.dim() != 4 or not images.is_floating_point():
         got = f"{images.dtype} {list(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"{name}: got {got}; expected floating-point images [N, C, H, W] in [-1, 1]")
     if images.numel() and not float(images.abs().max()) <= 1:
         raise ValueError(f"{name}: values reach {float(images.abs().max()):.4g}; expected images in [-1, 1]")
-    check_image_shape(name, model.sized, images.shape[1:])
     return images.detach().float()

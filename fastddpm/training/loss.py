@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..diffusion.bound import Bound, _like
+from ..diffusion.bound import Bound, broadcast_like
 from ..diffusion.coefficients import to_x0
 from ..diffusion.schedule import Schedule
-from ..inputs.adopt import output_tensor, sized_network
+from ..inputs.adopt import callee, output_tensor, sized_network
 from ..inputs.arguments import as_labels, check_image_shape, check_labels
 from ..inputs.resolve import num_classes_of, resolve_settings, warn_signal_left
 from ..ops.philox_normal import first_words
@@ -43,10 +43,9 @@ def target(
         return noise
     if prediction == "sample":
         return x0
-    shape = (-1, *[1] * (x0.dim() - 1))
 
     def at_t(values: torch.Tensor) -> torch.Tensor:
-        return values.to(x0.device)[t].to(x0.dtype).reshape(shape)
+        return broadcast_like(values.to(x0.device)[t], x0)
 
     if prediction == "v_prediction":
         return at_t(schedule.alphas_cumprod.sqrt()) * noise - at_t((1 - schedule.alphas_cumprod).sqrt()) * x0
@@ -112,7 +111,7 @@ def training_loss(
     if x0.device.type == "cpu" or _is_first_call(model):  # on a GPU, a check of values waits for the device
         check_range("x0", x0)
         if class_labels is not None:
-            check_labels(class_labels, num_classes_of(sized_network(model)))
+            check_labels(class_labels, num_classes_of(callee(model)))
     if t is None:
         t = draw_timesteps(n, len(schedule), seed=seed, first=first, device=x0.device)
     if noise is None:
@@ -145,7 +144,9 @@ def _mean_bound(
     """Return the mean of L_t. at_zero: where t is 0. expected: the right prediction. b: x0 = a x_t + b expected, [N]."""
     o = o.to(torch.promote_types(o.dtype, torch.float32))
     o, v = o.chunk(2, dim=1) if bound.log_variance is None else (o, None)
-    error = _like(b, o) * (expected.to(o.dtype) - o)  # x0 - x0_hat without the cancellation of two large numbers
+    error = broadcast_like(b, o) * (
+        expected.to(o.dtype) - o
+    )  # x0 - x0_hat without the cancellation of two large numbers
     terms = bound.kl(t, error, v)
     decoded = bound.decoder(x0[at_zero], error[at_zero], None if v is None else v[at_zero])
     return terms.index_copy(0, at_zero, decoded.to(terms.dtype)).mean()

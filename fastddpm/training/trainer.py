@@ -41,7 +41,7 @@ from .loss import training_loss
 from .recipe import Recipe, check_choice
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.csv"
-VARIANCES = ("fixed_large", "fixed_small")  # those that are not learned
+FIXED_VARIANCES = ("fixed_large", "fixed_small")  # those that are not learned
 GRID, MAX_CLASS_ROWS = (4, 4), 10  # rows and columns of a grid of samples; most rows if each row is a class
 COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds")
 
@@ -155,7 +155,7 @@ class Trainer:
         variance: str = "fixed_large",
     ) -> None:
         check_choice("prediction", prediction, PREDICTIONS)
-        check_choice("variance", variance, VARIANCES)
+        check_choice("variance", variance, FIXED_VARIANCES)
         self.dataset, self.out, self.recipe, self.device = _fitted(dataset, config), Path(out), recipe, device
         if recipe.dtype == "bfloat16" and (reason := backend.emulated_reason(device, torch.bfloat16)):
             warn_once(self, f"{reason}, so training is many times slower than with dtype float32")

@@ -6,11 +6,14 @@ import torch
 from torch import nn
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Return whether a call of the module runs hooks."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a call of the module, or its gradient, runs hooks."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return has_forward_hooks(module) or bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def has_own_forward(module: nn.Module) -> bool:
