@@ -17,6 +17,7 @@ from ..sampling.plan import resolve_for
 from ..utils.files import atomic_write
 from .features import Features, inception
 from .identity import to_json
+from .likelihood import LikelihoodOptions
 from .metrics import DistanceMetrics, LikelihoodMetric, Metric
 from .samples import Drawing, DrawingOptions, chain_arguments, checked_chain_options
 
@@ -103,27 +104,30 @@ def evaluate(
     if "bpd" in metrics:
         images = reference if held_out is None else held_out
         description = f"the {'training images' if held_out is None else 'x_test'} of {images.source}"
-        likelihood_options = {
-            "subsample": subsample,
-            "seed": seed,
-            "batch_size": batch_size,
-            "device": device,
-            "dtype": dtype,
-        }
+        likelihood_options = LikelihoodOptions(
+            subsample=subsample, seed=seed, batch_size=batch_size, device=device, dtype=dtype
+        )
         bits_per_dim = LikelihoodMetric(model, images, description, likelihood_images, folder, likelihood_options)
         settings["likelihood"] = {"n": bits_per_dim.n, **bits_per_dim.settings}
 
-    measured = []
-    if distances is not None:
-        distances.warn(metrics)
-    if bits_per_dim is not None:  # first, as `likelihood` checks the rest of its arguments when it begins
-        measured.append(bits_per_dim.measure(progress))
-    if distances is not None:
-        measured[:0] = distances.measure(metrics, progress)
+    measured = _measure(distances, bits_per_dim, metrics, progress)
     with atomic_write(folder / RESULT) as temporary:
         content = {"metrics": [dataclasses.asdict(metric) for metric in measured], **settings}
         temporary.write_text(to_json(content), encoding="utf-8")
     return Result(measured, settings)
+
+
+def _measure(
+    distances: DistanceMetrics | None, bits_per_dim: LikelihoodMetric | None, metrics: list[str], progress: bool | None
+) -> list[Metric]:
+    measured = []
+    if distances is not None:
+        distances.warn(metrics)
+    if bits_per_dim is not None:  # first, as the rest of its arguments is checked when it begins
+        measured.append(bits_per_dim.measure(progress))
+    if distances is not None:
+        measured[:0] = distances.measure(metrics, progress)
+    return measured
 
 
 def _checked_metrics(metrics: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from ..utils.validation import check_int, clip_bound
 from .distances import SUBSET_SIZE, SUBSETS, Statistics, frechet, kernel_distance, statistics
 from .features import Features
 from .identity import PROBE_IMAGES, Probe, model_identity, probe_outputs, sha256, to_digits, to_json
-from .likelihood import LikelihoodOptions, likelihood_of
+from .likelihood import likelihood_of
 from .samples import SAMPLES, Drawing, shard_size
 from .shards import Shards, load_arrays
 
@@ -189,7 +189,7 @@ class LikelihoodMetric:
         description: which images they are.
         limit: how many of the images are measured; None means all.
         folder: the evaluation's folder.
-        options: the arguments `subsample`, `seed`, `batch_size`, `device` and `dtype` of `likelihood`.
+        options: those that are the same for all images.
     """
 
     def __init__(
@@ -203,11 +203,11 @@ class LikelihoodMetric:
     ) -> None:
         if limit is not None:
             limit = check_int("likelihood_images", limit, 1)
-        if options["subsample"] is not None:
-            options = {**options, "subsample": check_int("subsample", options["subsample"], 1)}
+        if options.subsample is not None:
+            options = dataclasses.replace(options, subsample=check_int("subsample", options.subsample, 1))
         self.model, self.images, self.description, self.options = model, images, description, options
         self.n = min(limit or len(images), len(images))
-        device, dtype = options["device"], options["dtype"]
+        device, dtype = options.device, options.dtype
         self.shard = shard_size(device_of(model.network, device))
         schedule, prediction, variance, clip = model.settings
         self.settings = {
@@ -218,8 +218,8 @@ class LikelihoodMetric:
             "prediction": prediction,
             "variance": variance,
             "clip": clip_bound(clip),
-            "subsample": options["subsample"],
-            "seed": check_seed(options["seed"]),
+            "subsample": options.subsample,
+            "seed": check_seed(options.seed),
         }
         folder = folder / f"likelihood-{sha256(to_json(self.settings))[:12]}"
         outputs = probe_outputs(model, images.shape, device, dtype)
@@ -243,11 +243,11 @@ class LikelihoodMetric:
 
     def _bounds(self, span: range, progress: bool | None) -> np.ndarray:
         labels = self.images.labels
-        options = LikelihoodOptions(
+        options = dataclasses.replace(
+            self.options,
             class_labels=None if labels is None else labels[span.start : span.stop],
             first=span.start,
             progress=None if progress else progress,
-            **self.options,
         )
         bounds = likelihood_of(self.model, self.images.read(span), options).per_image.numpy()
         self.probe.save()  # only now, as `likelihood` checks its other arguments
