@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from fastddpm import Schedule, UNet, backend, ops
 from fastddpm.diffusion import coefficients
 from fastddpm.models import unet
-from fastddpm.ops.ddpm_step import Operands
+from fastddpm.ops._operands import Norm, StepOperands
 from fastddpm.ops.ddpm_step import _launch as _launch_step
-from fastddpm.ops.group_norm_silu import Norm, _launch_backward, _launch_forward
+from fastddpm.ops.group_norm_silu import _launch_backward, _launch_forward
 from fastddpm.ops.philox_normal import _launch as _launch_normal
 from fastddpm.ops.rng import Stream, as_int64_bits
 
@@ -324,7 +324,7 @@ def ddpm_step(shape: tuple[int, ...]) -> Case:
 
     def kernel(kind: str, x: torch.Tensor, o: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         state.copy_(start)
-        _launch_step(kind, Operands(x, out, o), (rows, timesteps, state), 1.0)
+        _launch_step(kind, StepOperands(x, out, o), (rows, timesteps, state), 1.0)
         return out
 
     def in_place(x: torch.Tensor, o: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

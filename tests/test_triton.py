@@ -348,8 +348,8 @@ def compile_only(self, *args, grid, warmup, **options):
 
 JITFunction.run = compile_only
 from fastddpm.ops._triton import ddpm_step, group_norm_silu, philox_normal, timestep_embedding
-from fastddpm.ops.ddpm_step import Operands
-from fastddpm.ops.group_norm_silu import Norm
+from fastddpm.ops._operands import StepOperands
+from fastddpm.ops._operands import Norm
 
 def registers(ptx):
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
@@ -393,7 +393,7 @@ def norm(case, shape, groups, dtype, channels_last, *names):
 def step(case, x, o, *, x0=None, noise=None, clip=1.0, host=False):
     rows, state = torch.zeros(9 if host else (5, 9)), index(1 << 40, 3, 0, -1)
     times = index(0) if host else torch.zeros(5, dtype=torch.int64)
-    operands = Operands(x, x, o, x0, x0, None if host else o[:, :x.shape[1]].clone(), noise)
+    operands = StepOperands(x, x, o, x0, x0, None if host else o[:, :x.shape[1]].clone(), noise)
     ddpm_step.ddpm_step(operands, (rows, times, state), clip, host)
     report(case)
 

@@ -13,30 +13,18 @@ is 0 are not read. z is the `noise` argument, or Philox stream 1 of (seed, times
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from .. import backend
 from ..utils.validation import dtype_name
+from ._operands import StepOperands
 from ._register import checked_layout, forward_mode, has_tangent, layout, register
 from .philox_normal import normals_float64
 from .rng import Stream, as_int64_bits, check_first, check_seed
 
 A, B, C0, C1, C2, D, SIGMA, LV_LO, LV_HI = range(9)
 O_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Operands(NamedTuple):
-    """The tensors that a step's kernel reads and writes: x, x_prev, x0_last, x0 and noise share one of the kernels' layouts."""
-
-    x: torch.Tensor
-    x_prev: torch.Tensor
-    o: torch.Tensor
-    x0_last: torch.Tensor | None = None
-    x0: torch.Tensor | None = None
-    next_input: torch.Tensor | None = None
-    noise: torch.Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------- reference
@@ -132,7 +120,7 @@ def _functional(x, o, row, noise, seed, t, first, x0_last, clip):
         result = torch.empty_like(x_in), torch.empty_like(x_in)
         host = torch.device("cpu")  # whatever the default device is
         table = row.float(), torch.tensor([t or 0], device=host), torch.tensor([seed or 0, first, 0, -1], device=host)
-        operands = Operands(
+        operands = StepOperands(
             x_in, result[0], _in_kernel_layout(o, "o"), _like(x0_last, x_in), result[1], noise=_like(noise, x_in)
         )
         _launch(kind, operands, table, clip, table_on_host=True)
@@ -161,7 +149,7 @@ def _in_place(x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=N
     if next_input is not None and kind == "cpu":  # which takes fewer dtypes
         kind = backend.select(x.device, next_input.dtype)
     if kind != "reference" and x.numel():
-        operands = Operands(x, x, _in_kernel_layout(o, "o"), x0, x0, next_input, _like(noise, x))
+        operands = StepOperands(x, x, _in_kernel_layout(o, "o"), x0, x0, next_input, _like(noise, x))
         _launch(kind, operands, (rows, timesteps, state), clip)
         return
     index, count = state[2:3], len(timesteps)

@@ -10,26 +10,13 @@ Statistics are taken about the group's first element and in two passes, never as
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
 from .. import backend
 from ..utils.validation import dtype_name
+from ._operands import Norm
 from ._register import checked_layout, forward_mode, register
-
-
-class Norm(NamedTuple):
-    """What a norm does with x. weight and bias are [C]; add, scale and shift [C], [N, C] or None."""
-
-    num_groups: int
-    weight: torch.Tensor
-    bias: torch.Tensor
-    add: torch.Tensor | None
-    scale: torch.Tensor | None
-    shift: torch.Tensor | None
-    silu: bool
-
 
 # ---------------------------------------------------------------------------------------------- reference
 

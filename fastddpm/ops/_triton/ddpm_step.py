@@ -21,18 +21,14 @@ the last number knows that all others have read: it stores the next index, with 
 Bytes: x and o are read once, x_prev (and x0, next_input) written once; drawn noise never leaves the registers.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
+from .._operands import StepOperands
 from .._register import layout
 from .launch import OPTIONS, cdiv, needs_int64, on, power_of_2
 from .philox import normals
-
-if TYPE_CHECKING:
-    from ..ddpm_step import Operands
 
 TILE = 1024  # elements, eight per thread
 
@@ -205,7 +201,7 @@ def ddpm_step_kernel(
 
 
 def ddpm_step(
-    operands: "Operands",
+    operands: StepOperands,
     table: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     clip: float | None,
     table_on_host: bool,

@@ -22,16 +22,13 @@ backward centres d anew, as the saved mean was rounded; in chunks only where tha
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+from .._operands import Norm
 from .launch import OPTIONS, cdiv, needs_int64, on, power_of_2
-
-if TYPE_CHECKING:
-    from ..group_norm_silu import Norm
 
 RESIDENT = 32768  # elements of a slice, in the forward
 RESIDENT_BACKWARD = 16384
@@ -488,7 +485,7 @@ class _Plan:
 _plan_of = functools.lru_cache(maxsize=1024)(_Plan)
 
 
-def _plan(x: torch.Tensor, channels_last: bool, norm: "Norm", limit: int) -> _Plan:
+def _plan(x: torch.Tensor, channels_last: bool, norm: Norm, limit: int) -> _Plan:
     n, channels, *spatial = x.shape
     shape, vectors = (n, channels, math.prod(spatial)), (norm.add, norm.scale, norm.shift)
     per_sample = tuple([v is not None and v.dim() == 2 for v in vectors])
@@ -500,7 +497,7 @@ def forward(
     y: torch.Tensor,
     channels_last: bool,
     statistics: tuple[torch.Tensor, torch.Tensor],
-    norm: "Norm",
+    norm: Norm,
     eps: float,
 ) -> None:
     """x, y: one of the kernels' layouts. statistics: mean and rstd, float32 [N, G], outputs as y."""
@@ -533,7 +530,7 @@ def backward(
     dx: torch.Tensor,
     channels_last: bool,
     statistics: tuple[torch.Tensor, torch.Tensor],
-    norm: "Norm",
+    norm: Norm,
     sums: Sequence[torch.Tensor],
 ) -> None:
     """dy, x, dx: one of the kernels' layouts. statistics: mean and rstd of the forward.
