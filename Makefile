@@ -20,7 +20,7 @@ NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' 
 export FASTDDPM_CUDA_ARCHS ?= auto
 
 # Every op has a file of tests by its name.
-OPS := $(patsubst fastddpm/ops/%.py,%,$(filter-out fastddpm/ops/_% fastddpm/ops/rng.py,$(wildcard fastddpm/ops/*.py)))
+OPS := $(patsubst fastddpm/ops/%.py,%,$(filter-out fastddpm/ops/_% fastddpm/ops/rng.py fastddpm/ops/winograd.py,$(wildcard fastddpm/ops/*.py)))
 PYTEST := $(BIN)/pytest -n auto --dist loadfile
 ONE_SHAPE := -m "not slow and not thorough"
 # Caps torch, oneDNN and our kernels on a processor that has more.
@@ -40,12 +40,12 @@ slow: $(VENV)/test
 
 # The fast tests: references, tables, the chain, the network, and one shape of each kernel.
 quick: $(VENV)/test
-	$(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS) schedule coefficients sampling unet)
+	$(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS) winograd schedule coefficients sampling unet)
 
 # The tests that depend on the processor, with everything capped to AVX2, then the ops' tests on the generic kernels.
 capped: $(VENV)/test
 	if $(BIN)/python -c "import torch; exit(not torch.cpu._is_avx2_supported())"; then \
-	$(AVX2) $(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS) engine sampling fuse_norms checkpoints); \
+	$(AVX2) $(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS) winograd engine sampling fuse_norms checkpoints); \
 	else echo "make capped: this processor has no AVX2"; fi
 	FASTDDPM_CPU_VARIANT=generic $(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS))
 

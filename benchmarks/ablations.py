@@ -46,9 +46,10 @@ from tqdm.auto import tqdm
 import fastddpm
 from fastddpm import Schedule, UNet, UNetConfig, errors
 from fastddpm.data import ArrayImages
+from fastddpm.diffusion import bound
 from fastddpm.evaluation.distances import Statistics, frechet, statistics
 from fastddpm.evaluation.likelihood import likelihood
-from fastddpm.models import unet
+from fastddpm.models import config, unet
 from fastddpm.training import loss
 from fastddpm.training.recipe import Recipe
 from fastddpm.training.trainer import CHECKPOINT, FIXED_VARIANCES, Trainer
@@ -166,7 +167,7 @@ def recipe(settings: argparse.Namespace, objective: str) -> Recipe:
 def folder(settings: argparse.Namespace, variant: Variant) -> Path:
     """Where the variant's run lies: another recipe, network, data set or objective's code asks for another one."""
     facts = (NETWORK, recipe(settings, variant.objective), settings.variance, checksum(settings.data))
-    code = "".join(map(inspect.getsource, (halved, loss, unet)))
+    code = "".join(map(inspect.getsource, (halved, bound, loss, config, unet)))
     return settings.cache / f"{variant.name}-{hashlib.sha256(f'{facts} {code}'.encode()).hexdigest()[:12]}"
 
 

@@ -1,5 +1,6 @@
 """fastddpm: denoising diffusion (Ho, Jain & Abbeel 2020), as fast as the hardware allows, exactly."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 from . import backend, ops
@@ -37,8 +38,11 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import Pillow when it is first needed: it takes a quarter of the time of `import fastddpm`."""
-    if name in ("to_pil", "to_uint8"):
-        from . import images
-
-        return getattr(images, name)
+    if name in ("images", "to_pil", "to_uint8"):
+        images = importlib.import_module(".images", __name__)
+        return images if name == "images" else getattr(images, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -24,7 +24,7 @@ import platform
 import warnings
 from pathlib import Path
 
-import torch
+import torch  # before _C: torch brings the OpenMP runtime that _C's threads run on
 
 from .errors import BackendError
 from .utils.validation import dtype_name

@@ -392,9 +392,8 @@ def convert_command(source, out, format, revision, flags) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         network = base.build_unet(checkpoint)
-        extra = (
-            {} if checkpoint.averaged is None else {"averaged": checkpoint.averaged}
-        )  # so that the new folder states it, too
+        # The new folder states it, too.
+        extra = {} if checkpoint.averaged is None else {"averaged": checkpoint.averaged}
         pretrained.FORMATS[format](network, temporary, extra=extra)
         if folder.is_dir():
             folder.rmdir()

@@ -1,4 +1,7 @@
-"""Exceptions of this package. An argument that does not fit raises ValueError or TypeError, as everywhere in Python."""
+"""Exceptions that reach a caller of this package.
+
+An argument that does not fit raises ValueError or TypeError, as everywhere in Python.
+"""
 
 from __future__ import annotations
 

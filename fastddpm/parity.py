@@ -143,7 +143,7 @@ def per_channel(v: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def arranged(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values in another memory layout; "permuted" is dense but native to no kernel."""
+    """The same values in another memory layout; "permuted" is dense, and in neither of the kernels' layouts."""
     if layout == "contiguous":
         return x.contiguous()
     where = -1 if layout == "channels_last" else 0

@@ -286,7 +286,16 @@ def test_class_folders_to_samples_of_a_class(tmp_path, capsys, monkeypatch):
 
 
 def test_a_number_is_no_name(model):
-    network = UNet(UNetConfig(sample_size=8, channels=8, multipliers=(1,), blocks=1, attention=(), groups=4, classes=2))
+    config = UNetConfig(
+        sample_size=8,
+        channels=8,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        norm_groups=4,
+        num_classes=2,
+    )
+    network = UNet(config)
     assert cli._class_number("1", network) == 1
     network.class_names = ["3", "7"]
     assert cli._class_number("7", network) == 1

@@ -55,7 +55,7 @@ def build_unet(checkpoint: Checkpoint) -> UNet:
             "prediction_type)"
         ) from error
     device = torch.empty(0).device
-    with ThreadPoolExecutor(1) as executor:
+    with ThreadPoolExecutor(1) as executor, garbage_collector_disabled():
         if checkpoint.read_tensors is None:
             state = {name: _own_copy(name, value, checkpoint.path) for name, value in checkpoint.state.items()}
         else:

@@ -29,8 +29,7 @@ UNSUPPORTED_FORMATS = {
 
 
 def load(name: str | Path, *, revision: str | None = None, flags: str | None = None) -> UNet:
-    # A tensor made in inference mode cannot be trained or changed.
-    with torch.inference_mode(False), garbage_collector_disabled():
+    with torch.inference_mode(False):  # a tensor made in inference mode cannot be trained or changed
         checkpoint = read_checkpoint(name, revision=revision, flags=flags)
         model = build_unet(checkpoint)
     for note in checkpoint.notes:
@@ -68,7 +67,8 @@ def read_checkpoint(name: str | Path, *, revision: str | None = None, flags: str
     else:
         path = Path(name) if Path(name).is_file() else fastddpm_folder.find_folder(name)
         name_hints = list(path.absolute().parts[-1 if path.is_dir() else -2 :])
-    checkpoint = _read_folder(path, flags) if path.is_dir() else _read_file(path, flags)
+    with garbage_collector_disabled():
+        checkpoint = _read_folder(path, flags) if path.is_dir() else _read_file(path, flags)
     if flags is not None and checkpoint.format != "openai":
         raise ValueError(f"flags: given, but {name} is no file of OpenAI's; expected None")
     if checkpoint.format != "fastddpm":

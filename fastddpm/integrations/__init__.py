@@ -1,1 +1,1 @@
-"""fastddpm inside other libraries. A submodule imports the library that it is for, so nothing is imported from here."""
+"""fastddpm inside other libraries. Nothing is imported from here: diffusers.py and diffusers_resnet.py import diffusers."""

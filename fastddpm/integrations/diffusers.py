@@ -105,9 +105,8 @@ def _init(parent: type) -> Callable:
         self.noise_first = 0
         self._chain = None
         self._check_options()
-        if (
-            noise_seed is not None
-        ):  # without a seed the config has the parent's options only, so that the parent can load it
+        # Without a seed the config has the parent's options only, so that the parent can load it.
+        if noise_seed is not None:
             self.register_to_config(noise_seed=noise_seed)
 
     theirs = inspect.signature(parent.__init__)
@@ -257,7 +256,7 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
         abar = chain.abar[t]
         prev = torch.where(before >= 0, chain.abar[before.clamp(min=0)], self.one.cpu())
         c0, c1, beta, _ = ddpm_coefficients(abar, prev)
-        posterior = ddim_variance(abar, prev).clamp(min=1e-20)
+        posterior = ddim_variance(abar, prev).clamp(min=1e-20)  # in diffusers' order of operations, to the bit
         lv_lo = lv_hi = None
         if self.config.variance_type == "learned_range":
             sigma, lv_lo, lv_hi = torch.ones_like(beta), posterior.log(), beta.log()
@@ -313,9 +312,8 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
             return Columns(a, b, c0, torch.zeros_like(c0), d=eps_scale, sigma=sigma).rows()
         if self.config.prediction_type == "v_prediction":  # eps = signal*o + noise*x
             return Columns(a, b, c0, eps_scale * noise, d=eps_scale * signal, sigma=sigma).rows()
-        return Columns(
-            a, b, c0, eps_scale / noise, d=-eps_scale * signal / noise, sigma=sigma
-        ).rows()  # eps = (x - signal*o) / noise
+        d = -eps_scale * signal / noise  # eps = (x - signal*o) / noise
+        return Columns(a, b, c0, eps_scale / noise, d=d, sigma=sigma).rows()
 
     def step(
         self,

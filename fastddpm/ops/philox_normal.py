@@ -5,8 +5,9 @@
     u_k     = (w_k + 1/2) 2^-32
     z       = (r01 cos 2 pi u1, r01 sin 2 pi u1, r23 cos 2 pi u3, r23 sin 2 pi u3),  r01 = sqrt(-2 ln u0), r23 = sqrt(-2 ln u2)
 
-e is the element's index in the sample's C*H*W order, whatever the memory layout. An element's noise depends on
-(seed, stream, t, sample, e) alone: not on the batch, the device, the process or the order of calls.
+e is the element's index in the sample's C*H*W order, whatever the memory layout, and t < 2^20: the bits above are
+reserved. An element's noise depends on (seed, stream, t, sample, e) alone: not on the batch, the device, the process or the order
+of calls.
 """
 
 from __future__ import annotations

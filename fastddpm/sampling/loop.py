@@ -24,9 +24,7 @@ from ..inputs.arguments import output_fault
 from ..ops.rng import Stream, as_int64_bits
 
 STEPS_PER_LOOK = 50  # between two looks at the device's state, when the bar moves and a bad output is noticed
-TIME_INPUTS = (
-    50  # steps whose time inputs are made together; those of all steps would be a seventh of the weights' size
-)
+TIME_INPUTS = 50  # steps whose time inputs are made together: those of all would be a seventh of the weights' size
 UNROLL = 10  # steps in one CUDA graph
 SEED, FIRST, STEP, FIRST_BAD = range(4)  # entries of the state that ops.ddpm_step_ reads and advances
 

@@ -6,13 +6,13 @@ import sys
 import warnings
 import weakref
 
-_given: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
+_warned: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
 
 
 def warn_once(model: object, message: str) -> None:
     """Warn once for each model and message, at the caller's line. Pass a class as model to warn once for each process."""
     try:
-        earlier = _given.setdefault(model, set())
+        earlier = _warned.setdefault(model, set())
     except TypeError:  # some callables take no weak reference
         earlier = set()
     if message not in earlier:
