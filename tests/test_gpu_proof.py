@@ -68,7 +68,7 @@ def test_check_runs_what_needs_a_gpu_and_nothing_else(results, tmp_path, monkeyp
     (tmp_path / "test_x.py").write_text(tests)
     chunks = {name: [str(tmp_path / "test_x.py"), "-c", "/dev/null", "-k", name] for name in ("right", "wrong", "slow")}
     skipped = {} if torch.cuda.is_available() else {name: gpu.CHUNKS[name] for name in ("test_ddpm_step", "memcheck")}
-    wrong, short = gpu.check(results, gpu.Clock(15), {**chunks, **skipped})
+    wrong, short = gpu.check(results, gpu.Clock(25), {**chunks, **skipped})
     found = json.loads(results.path.read_text())["results"]
     assert {line.partition(":")[0] for line in wrong} == {"wrong", *skipped} - {"memcheck"}
     assert set(short) == {"slow: out of time", *(f"{n}: skipped, as its log says" for n in {"memcheck"} & {*skipped})}
