@@ -196,8 +196,8 @@ def _batch_size(model: ResolvedModel, n: int, shape: tuple, device: torch.device
     batch_size = default_batch_size(n, shape, device)
     if batch_size < n and options.class_labels is None and model.is_function:
         model.warn(
-            f"batch_size: the {n} images are drawn {batch_size} at a time, as many as fit. If the function holds a condition "
-            f"for each image, pass class_labels=torch.arange({n}): it is then called as model(x, t, index), with the index "
+            f"batch_size: the {n} images are drawn {batch_size} at a time, as many as fit. If the function holds one "
+            f"condition per image, pass class_labels=torch.arange({n}): it is then called as model(x, t, index), with the index "
             "of each image in x"
         )
     return batch_size

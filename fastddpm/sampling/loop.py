@@ -23,12 +23,10 @@ from ..errors import SamplingError
 from ..inputs.arguments import output_fault
 from ..ops.rng import Stream, as_int64_bits
 
-STEPS_PER_LOOK = (
-    50  # steps per segment: after each, the host reads the state, moves the bar and checks for a bad output
-)
-TIME_INPUTS = (
-    50  # steps whose time inputs are computed together: those of all steps would take a seventh of the weights' size
-)
+# Steps per segment: after each, the host reads the state, moves the bar and checks for a bad output.
+STEPS_PER_LOOK = 50
+# Steps whose time inputs are computed together: those of all steps would take a seventh of the weights' size.
+TIME_INPUTS = 50
 UNROLL = 10  # steps in one CUDA graph
 SEED, FIRST, STEP, FIRST_BAD = range(4)  # entries of the state that ops.ddpm_step_ reads and advances
 
