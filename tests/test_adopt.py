@@ -284,7 +284,7 @@ def test_out_of_torch_s_wrappers():
 
 
 @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel])
-def test_somebody_s_own_in_a_wrapper_has_its_shape(wrap):
+def test_a_subclass_in_a_wrapper_has_its_shape(wrap):
     class Own(diffusers.UNet2DModel):
         def forward(self, *args):
             return super().forward(*args)

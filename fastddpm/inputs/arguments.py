@@ -103,7 +103,7 @@ def check_image_shape(name: str, network: nn.Module | None, shape: Sequence[int]
 
 
 def device_of(model: object, device: torch.device | str | None) -> torch.device:
-    """The device as passed, else that of the model's parameters, else the CPU."""
+    """Return the device passed, else that of the model's parameters, else the CPU."""
     if device is not None:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:

@@ -66,7 +66,7 @@ class ResolvedModel:
 
     @property
     def is_function(self) -> bool:
-        """Whether the network is a function rather than a module. A function may hold anything."""
+        """Return whether the network is a function rather than a module. A function may hold anything."""
         return not isinstance(callee(self.network), nn.Module)
 
     def warn(self, message: str) -> None:

@@ -89,7 +89,7 @@ class GroupNormSiLU(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of t, dense, SiLU, dense: [N] -> [N, 4 * channels]."""
+    """The embedding of timesteps: sinusoids, dense, SiLU, dense. [N] -> [N, 4 * channels]."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -111,9 +111,9 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv; a 1x1 shortcut where the width changes.
+    """A residual block: norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv. The shortcut is a 1x1 conv if the width changes.
 
-    resample: "up" or "down", applied before the first convolution and on the shortcut.
+    resample: "up" or "down", applied before the first convolution and to the shortcut.
     """
 
     def __init__(
