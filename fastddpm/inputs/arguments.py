@@ -35,7 +35,7 @@ def image_shape(model: ResolvedModel, shape: Sequence[int] | None) -> tuple[int,
             flat = shape[0], 1, math.prod(shape[1:])
             within = ", ".join(map(str, shape))
             message += (
-                f". Data of other dimensions can be drawn as images with as many elements: pass shape={flat} and "
+                f". Data of other dimensions can be drawn as images with as many elements: shape={flat} and "
                 f"lambda x, t: model(x.reshape(-1, {within}), t).reshape(x.shape)"
             )
         raise ValueError(message)

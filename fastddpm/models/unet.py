@@ -373,8 +373,8 @@ class UNet(nn.Module):
                 Only for OpenAI's files, which do not specify their architecture. OpenAI's published files do not require it.
 
         Returns:
-            The network in eval mode, with the schedule, prediction, variance and clip that it was trained with. The weights are
-            float32, whatever the file's dtype, on torch's default device.
+            The network in eval mode, with the schedule, prediction, variance and clip that it was trained for. The weights are
+                float32, whatever the file's dtype, on torch's default device.
 
         Raises:
             CheckpointError: The checkpoint cannot be loaded. The message names the file and the fault. It is a ValueError.
@@ -423,8 +423,8 @@ class UNet(nn.Module):
             class_labels: int64 [N] for a network with classes, otherwise None.
 
         Returns:
-            A list of tensors [N, width], one for each entry of `resblocks`. width is the number of the block's output channels,
-            or twice that if `config.scale_shift`.
+            A list of tensors [N, width], one for each block in `resblocks`. width is the number of the block's output channels, or
+                twice that if `config.scale_shift` is True.
 
         Raises:
             ValueError: class_labels are missing, or passed to a network without classes.
