@@ -65,7 +65,7 @@ def capture(step: Callable[[], None], counts: tuple[int, ...], device: torch.dev
 
 @contextlib.contextmanager
 def cudnn_for(device: torch.device) -> Iterator[None]:
-    """Make cuDNN deterministic and exact in float32 inside the block, and let it time its algorithms.
+    """Make cuDNN deterministic, without TF32, inside the block, and let it time its algorithms.
 
     FASTDDPM_AUTOTUNE=0 disables the timing. By default cuDNN adds with atomics in some convolutions, and rounds float32 inputs
     to TF32's 11 bits. These settings are global to the process: the last chain to end restores them.

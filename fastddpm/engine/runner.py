@@ -143,7 +143,7 @@ class EngineRunner(Runner):
         if reason := backend.emulated_reason(device, dtype):
             warnings.append(
                 f"{reason}, so the network runs in float32, with weights rounded to {dtype_name(dtype)}. "
-                "It is no faster than in float32"
+                "This is no faster than dtype=torch.float32"
             )
             _round(network, dtype, keep_dtype())
             dtype = torch.float32

@@ -423,7 +423,7 @@ class UNet(nn.Module):
             class_labels: int64 [N] for a network with classes, otherwise None.
 
         Returns:
-            A list of tensors [N, width], one for each block in `resblocks`. width is the number of the block's output channels, or
+            A list of tensors [N, width], one for each block in `resblocks`. width is the block's number of output channels, or
                 twice that if `config.scale_shift` is True.
 
         Raises:

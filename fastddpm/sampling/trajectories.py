@@ -213,7 +213,7 @@ def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = Non
     """
     if options.get("callback") is not None:
         raise ValueError(
-            "callback: expected None, as progressive needs it to record the frames; pass yours to fastddpm.sample"
+            "callback: expected None, as progressive records the frames with its callback; pass yours to fastddpm.sample"
         )
     arguments = ChainArguments(**{name: options.pop(name) for name in ChainArguments._fields if name in options})
     plan = make_plan(resolve_for(model, arguments), arguments)
