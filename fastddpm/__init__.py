@@ -1,4 +1,4 @@
-"""fastddpm: denoising diffusion (Ho, Jain & Abbeel 2020), as fast as the hardware allows, exactly."""
+"""fastddpm: exact denoising diffusion (Ho, Jain & Abbeel 2020), as fast as the hardware allows."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import Pillow when it is first needed: it takes a quarter of the time of `import fastddpm`."""
+    """Import Pillow on first use: it would take a quarter of the time of `import fastddpm`."""
     if name in ("images", "to_pil", "to_uint8"):
         images = importlib.import_module(".images", __name__)
         return images if name == "images" else getattr(images, name)

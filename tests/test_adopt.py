@@ -115,7 +115,7 @@ def test_what_its_owner_changed_runs_as_it_is(change):
     before = fastddpm.sample(model, 2, schedule=scheduler, seed=1)
     change(model)
     assert adopt.as_unet(model)[0] is model
-    with pytest.warns(UserWarning, match="is not as diffusers makes it"):
+    with pytest.warns(UserWarning, match="differs from diffusers' own"):
         got = fastddpm.sample(model, 2, schedule=scheduler, seed=1)
     assert torch.equal(
         got, fastddpm.sample(wrapped(model), 2, shape=(3, 8, 8), schedule=scheduler, seed=1)
@@ -141,7 +141,7 @@ def test_what_changes_nothing_is_overlooked():
 
 def test_what_has_no_unet_of_its_kind_runs_as_it_is():
     model = unet2d(act_fn="gelu")
-    with pytest.warns(UserWarning, match="act_fn.*gelu.*runs as it is"):
+    with pytest.warns(UserWarning, match="act_fn.*gelu.*runs unmodified"):
         got = fastddpm.sample(model, 2, schedule=diffusers.DDPMScheduler(**SHORT), seed=1)
     expected = fastddpm.sample(wrapped(model), 2, shape=(3, 8, 8), schedule=diffusers.DDPMScheduler(**SHORT), seed=1)
     assert torch.equal(got, expected)
@@ -209,7 +209,7 @@ def test_attributes_of_another_meaning():
             return x / 2
 
     given = {"schedule": Schedule.linear(3, 0.1, 0.999), "seed": 0, "shape": (3, 8, 8)}
-    with pytest.warns(UserWarning, match="runs as it is"):
+    with pytest.warns(UserWarning, match="runs unmodified"):
         got = fastddpm.sample(Network(), 1, **given)
     assert torch.equal(got, fastddpm.sample(lambda x, t: x / 2, 1, **given))
     fastddpm.training_loss(Network(), torch.zeros(1, 3, 8, 8))
@@ -284,13 +284,13 @@ def test_out_of_torch_s_wrappers():
 
 
 @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel])
-def test_somebody_s_own_in_a_wrapper_has_its_shape(wrap):
+def test_a_subclass_in_a_wrapper_has_its_shape(wrap):
     class Own(diffusers.UNet2DModel):
         def forward(self, *args):
             return super().forward(*args)
 
     model = Own(**TINY).eval()
-    with pytest.warns(UserWarning, match="the Own is not one that fastddpm has a network for"):
+    with pytest.warns(UserWarning, match="cannot represent this Own"):
         got = fastddpm.sample(wrap(model), 1, schedule=diffusers.DDPMScheduler(**SHORT), seed=0)
     assert got.shape == (1, 3, 8, 8)
 

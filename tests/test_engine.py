@@ -1,4 +1,4 @@
-"""The engine's copy of a network against the network: fused layers are the same function, changed layers stay as they are.
+"""The engine's copy of a network against the network: fused layers are the same function, changed layers stay unmodified.
 
 And from call to call: kept while the model is what it was, never stale, and gone with it.
 """
@@ -194,7 +194,7 @@ def test_a_dtype_without_products_is_float32_on_rounded_weights(float32_alone, n
     embedding = {p for layer in rounded.embedding_layers() for p in layer.parameters()}
     with torch.no_grad():
         for p in rounded.parameters():
-            if p not in embedding:  # which is computed once for a chain, and stays as it is
+            if p not in embedding:  # computed once for a chain, with unchanged weights
                 p.copy_(p.to(dtype))
     options = {"schedule": Schedule.linear(3, 0.5, 0.99), "class_labels": 1 if name == "classes" else None}
     got, expected = draw(model, dtype=dtype, **options), draw(rounded, **options)
@@ -626,7 +626,7 @@ def test_an_unchanged_model_keeps_its_engine():
     assert torch.equal(draw(model), first)
     assert kept(model) is engine
     assert all(a is b for a, b in zip(packed(engine), before, strict=True))
-    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})  # the same values, written anew
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})  # the same values, written again
     assert torch.equal(draw(model), first) and kept(model) is not engine
     engine = kept(model)
     model.conv_in.bias.data = model.conv_in.bias.data.clone()  # and elsewhere
@@ -900,7 +900,7 @@ def test_a_foreign_layer_that_changes_its_mind():
     model = small()
     model.conv_in = Scaled(3, model.conv_in.out_channels, 3, padding=1)
     model.conv_in.scale = torch.ones(())
-    with pytest.warns(UserWarning, match="the network's conv_in: not as fastddpm"):
+    with pytest.warns(UserWarning, match="the network's conv_in: not fastddpm's own layers"):
         before = draw(model)
     model.conv_in.scale *= 2
     with pytest.warns(UserWarning, match="conv_in"):  # of the copy
@@ -1163,8 +1163,8 @@ class Foreign(nn.Module):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (Foreign(), "fastddpm: Foreign is not a fastddpm.UNet, so it runs as it is, without the engine"),
-        (Doubled(CONFIGS["two levels"]), "the Doubled has hooks or functions put into it, or a forward of its own"),
+        (Foreign(), "fastddpm: Foreign is not a fastddpm.UNet, so it runs unmodified, without the engine"),
+        (Doubled(CONFIGS["two levels"]), "the Doubled has hooks, functions set on it, or overridden methods"),
     ],
 )
 def test_models_that_run_as_they_are_say_so_once(model, says):
@@ -1181,8 +1181,8 @@ def test_layers_that_run_as_they_are_are_named():
     model = small()
     no_bias(model)
     assert notices(lambda: draw(model)) == [
-        "fastddpm: the network's mid_block.resnets.0, mid_block.attentions.0: not as fastddpm makes such layers, so they "
-        "run as they are. Results are the same, only slower"
+        "fastddpm: the network's mid_block.resnets.0, mid_block.attentions.0: not fastddpm's own layers, so they "
+        "run unmodified. Results are the same, only slower"
     ]
     model = small()
     tile(model)

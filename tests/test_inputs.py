@@ -49,8 +49,8 @@ def theirs(**options):
     ).eval()  # fmt: skip
 
 
-def told(call, *, only="fastddpm: "):
-    """(What the call gives, what it warns of.)"""
+def warned(call, *, only="fastddpm: "):
+    """Return (the call's result, the messages of its warnings)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()
@@ -155,19 +155,19 @@ def test_an_evaluation_draws_through_one(tmp_path):
 
 def test_what_is_taken_from_inside_is_said_once_where_it_is_not_the_papers():
     model = Average(unet())
-    said = "schedule, prediction, variance, clip: the Average is taken to answer as the UNet in it does, with schedule="
+    said = "schedule, prediction, variance, clip: the Average is treated as the UNet inside it, with schedule="
     for calls in (2, 0):
-        _, messages = told(lambda calls=calls: [fastddpm.sample(model, 1, seed=i) for i in range(calls)])
-        assert [said in message for message in messages if "taken" in message] == [True] * (calls > 0)
+        _, messages = warned(lambda calls=calls: [fastddpm.sample(model, 1, seed=i) for i in range(calls)])
+        assert [said in message for message in messages if "treated" in message] == [True] * (calls > 0)
         assert not any("same, only slower" in message for message in messages)
     for quiet in (Average(unet()), Average(unet(schedule=Schedule.linear(), prediction="epsilon"))):
         options = COSINE if quiet.ema_model.prediction == "v_prediction" else {"variance": "fixed_small", "clip": 0.5}
-        _, messages = told(
+        _, messages = warned(
             lambda quiet=quiet, o=options: fastddpm.sample(quiet, 1, steps=2, **{**o, "sampler": "ddpm"})
         )
-        assert messages == ["fastddpm: Average is not a fastddpm.UNet, so it runs as it is, without the engine"]
+        assert messages == ["fastddpm: Average is not a fastddpm.UNet, so it runs unmodified, without the engine"]
     for same in (functools.partial(unet()), unet().forward):  # which can answer only as the module does
-        assert told(lambda same=same: fastddpm.sample(same, 1, seed=0))[1] == []
+        assert warned(lambda same=same: fastddpm.sample(same, 1, seed=0))[1] == []
 
 
 def test_a_wrappers_own_attributes_win():
@@ -189,15 +189,13 @@ def test_a_wrappers_own_attributes_win():
 def test_models_that_disagree_are_refused(name):
     other = {"schedule": SHORT, "prediction": "epsilon", "variance": "fixed_large", "clip": True}[name]
     pair = Pair(unet(), unet(**{name: other}))
-    with pytest.raises(
-        ValueError, match=f"{name}: the Pair holds models that were trained for different ones .*pass {name}="
-    ):
+    with pytest.raises(ValueError, match=f"{name}: the Pair holds models with different settings .*pass {name}="):
         fastddpm.sample(pair, 1)
-    got, _ = told(lambda: fastddpm.sample(pair, 1, seed=0, **{name: COSINE[name]}))
+    got, _ = warned(lambda: fastddpm.sample(pair, 1, seed=0, **{name: COSINE[name]}))
     assert got.shape == (1, 1, 8, 8)
     if name == "variance":  # which ddim and L_simple don't take
-        told(lambda: fastddpm.sample(pair, 1, sampler="ddim", steps=2))
-        told(lambda: fastddpm.training_loss(pair, PICTURES))
+        warned(lambda: fastddpm.sample(pair, 1, sampler="ddim", steps=2))
+        warned(lambda: fastddpm.training_loss(pair, PICTURES))
     else:
         with pytest.raises(ValueError, match=f"{name}: the Pair"):
             fastddpm.interpolate(pair, PICTURES, PICTURES)
@@ -206,15 +204,13 @@ def test_models_that_disagree_are_refused(name):
 def test_models_of_different_shapes():
     other = unet({"sample_size": 16})
     with pytest.raises(
-        ValueError, match=r"shape: missing; the Pair holds models of different ones \(\(1, 8, 8\), \(1, 16, 16\)\)"
+        ValueError, match=r"shape: missing; the Pair holds models of different shapes \(\(1, 8, 8\), \(1, 16, 16\)\)"
     ):
         fastddpm.sample(Pair(unet(), other), 1)
     wants = Average(unet({"in_channels": 3, "out_channels": 1}))
-    with pytest.raises(
-        ValueError, match="shape: missing; the network in the Average takes 3 channels and answers with 1"
-    ):
+    with pytest.raises(ValueError, match="shape: missing; the network in the Average takes 3 channels and returns 1"):
         fastddpm.sample(wants, 1)
-    got, _ = told(lambda: fastddpm.sample(Average(theirs()), 1, schedule=SHORT, seed=0))
+    got, _ = warned(lambda: fastddpm.sample(Average(theirs()), 1, schedule=SHORT, seed=0))
     assert got.shape == (1, 3, 8, 8)
 
 
@@ -226,14 +222,19 @@ class Silent(nn.Module):
         return x / 2
 
 
-ASSUMED = "doesn't say what it was trained for; assumed the paper's linear schedule of 1000 steps, prediction='epsilon'"
+ASSUMED = (
+    "does not specify what it was trained for; assumed the paper's linear schedule of 1000 steps, prediction='epsilon'"
+)
 
 
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (lambda x, t: x / 2, "a function doesn't say what its network was trained for; assumed the paper's linear"),
-        (functools.partial(lambda a, x, t: a * x, 0.5), "a function doesn't say what its network was"),
+        (
+            lambda x, t: x / 2,
+            "a function does not specify what its network was trained for; assumed the paper's linear",
+        ),
+        (functools.partial(lambda a, x, t: a * x, 0.5), "a function does not specify what its network was"),
         (Silent(), f"the Silent {ASSUMED}"),
         (Average(Silent()), f"the Average {ASSUMED}"),
         (Owner(Silent()).predict, f"the method Owner.predict {ASSUMED}"),
@@ -241,25 +242,25 @@ ASSUMED = "doesn't say what it was trained for; assumed the paper's linear sched
 )
 def test_what_is_assumed_is_said_once(model, says):
     options = {"shape": (1, 4, 4), "steps": 2, "seed": 0}
-    got, messages = told(lambda: [fastddpm.sample(model, 1, **options) for _ in range(2)])
+    got, messages = warned(lambda: [fastddpm.sample(model, 1, **options) for _ in range(2)])
     assert sum(says in m and "variance='fixed_large', clip=True; pass schedule=" in m for m in messages) == 1
     assert not any("only slower" in m for m in messages)
     for passed in (
         {"schedule": Schedule.linear(), "prediction": "epsilon"},
         {"schedule": DDPMScheduler(variance_type="fixed_large")},
     ):
-        same, messages = told(lambda o=passed: fastddpm.sample(model, 1, **o, **options))
+        same, messages = warned(lambda o=passed: fastddpm.sample(model, 1, **o, **options))
         assert torch.equal(same, got[0]) and not any("assumed" in m for m in messages)
 
 
 def test_a_prediction_that_is_assumed_is_said_also_beside_a_schedule():
     model = lambda x, t: x / 2  # noqa: E731
-    _, messages = told(
+    _, messages = warned(
         lambda: [fastddpm.training_loss(model, PICTURES, schedule=Schedule.cosine(50)) for _ in range(2)]
     )
     [said] = [m for m in messages if "assumed" in m]
     assert (
-        "prediction: a function doesn't say what its network was trained for; assumed prediction='epsilon'; pass"
+        "prediction: a function does not specify what its network was trained for; assumed prediction='epsilon'; pass"
         in said
     )
 
@@ -293,7 +294,7 @@ def test_a_prediction_that_is_assumed_is_said_also_beside_a_schedule():
     ],
 )
 def test_only_what_was_not_passed_and_matters_is_named(call, listed):
-    _, messages = told(lambda: call(lambda x, t: x / 2), only="fastddpm: schedule")
+    _, messages = warned(lambda: call(lambda x, t: x / 2), only="fastddpm: schedule")
     assert [f"assumed the paper's linear schedule of 1000 steps, {listed}; pass" in m for m in messages] == [True]
 
 
@@ -319,11 +320,11 @@ def test_what_x_T_keeps_is_not_said_of_a_chain_that_begins_with_a_picture():
         (lambda: fastddpm.encode(model, PICTURES, steps=2), False),
         (lambda: fastddpm.sample(model, 1), True),
     ):
-        assert any("x_T keeps" in m for m in told(call)[1]) == said
+        assert any("x_T keeps" in m for m in warned(call)[1]) == said
 
 
 def test_drawing_for_an_evaluation_says_it_once(tmp_path):
-    _, messages = told(lambda: samples.draw(lambda x, t: x / 2, tmp_path / "e", 5, shape=(1, 4, 4), steps=2, shard=2))
+    _, messages = warned(lambda: samples.draw(lambda x, t: x / 2, tmp_path / "e", 5, shape=(1, 4, 4), steps=2, shard=2))
     assert sum("assumed" in m for m in messages) == 1
 
 
@@ -341,7 +342,7 @@ def test_images_split_unasked_are_told_of():
         return conditions[index][:, None, None, None].expand(x.shape).contiguous()
 
     def draw(n, **given):
-        return told(lambda: fastddpm.sample(answer, n, prediction="sample", **options, **given))
+        return warned(lambda: fastddpm.sample(answer, n, prediction="sample", **options, **given))
 
     _, messages = draw(fit + 1)
     said = f"batch_size: the {fit + 1} images are drawn {fit} at a time, .* class_labels=torch.arange\\({fit + 1}\\)"
@@ -576,14 +577,14 @@ def test_a_forward_that_pads_is_not_asked():
 
     torch.manual_seed(0)
     model = Padded(UNetConfig(**{**TINY, "in_channels": 1, "channel_mult": (1, 1)}), schedule=SHORT)
-    assert told(lambda: fastddpm.sample(model, 1, shape=(1, 7, 5)))[0].shape == (1, 1, 7, 5)
+    assert warned(lambda: fastddpm.sample(model, 1, shape=(1, 7, 5)))[0].shape == (1, 1, 7, 5)
 
 
 def test_a_picture_of_other_channels():
     with pytest.raises(ValueError, match="x0: 2 channels; the network takes 1"):
         fastddpm.training_loss(unet(), torch.zeros(1, 2, 8, 8))
     with pytest.raises(ValueError, match="shape: 1 channels; the network takes 3"):
-        fastddpm.sample(theirs(act_fn="gelu"), 1, shape=(1, 8, 8), schedule=SHORT)  # which runs as it is
+        fastddpm.sample(theirs(act_fn="gelu"), 1, shape=(1, 8, 8), schedule=SHORT)  # which runs unmodified
 
 
 @pytest.mark.parametrize(
@@ -605,7 +606,7 @@ def test_a_network_that_wants_a_condition(model, call):
         lambda: fastddpm.likelihood(model, x, quantize=True, **given_),
     ):
         with pytest.raises(
-            ValueError, match="model: the network takes 6 channels and answers with 3: it wants a condition"
+            ValueError, match="model: the network takes 6 channels and returns 3: it requires a condition"
         ) as error:
             refused()
         assert f"lambda x, t: {call}, with shape=(3, 8, 8)" in str(error.value)

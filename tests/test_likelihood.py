@@ -395,7 +395,7 @@ def test_a_unet_goes_through_its_engine():
     assert torch.equal(again.terms, result.terms) and not again.terms.is_inference()
     hooked = unet()
     hooked.register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="hooks .* so it runs as it is. Results are the same, only slower"):
+    with pytest.warns(UserWarning, match="hooks.* so it runs unmodified. Results are the same, only slower"):
         slow = likelihood(hooked, images, seed=1)
     torch.testing.assert_close(slow.terms, plain.terms, rtol=1e-4, atol=0)
 

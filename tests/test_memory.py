@@ -1,4 +1,4 @@
-"""Freed memory: kept inside the block, given back behind it, and no business of ours where the user has tuned malloc."""
+"""Freed memory is retained inside the block and released after it. A malloc that the user has tuned is not changed."""
 
 import itertools
 import os
@@ -43,7 +43,7 @@ def test_freed_memory_is_kept_and_given_back():
     assert held - resident() >= SIZE // 2
 
 
-def test_malloc_is_as_usual_behind_the_last_block(monkeypatch):
+def test_malloc_is_as_usual_after_the_last_block(monkeypatch):
     seen = []
     monkeypatch.setattr(memory, "_adjust", seen.append)
     with pytest.raises(RuntimeError), memory.retain_freed_memory(CPU):

@@ -170,8 +170,8 @@ def test_differentiated_forwards(model):
 
     got, exact, h = along(model, torch.float32), along(double, torch.float64), 1e-5
     with torch.no_grad():
-        ahead, behind = (double(x.double() + s * v, t + 0.1 * s, *rest) for s in (h, -h))
-    torch.testing.assert_close(exact, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-7)
+        plus, minus = (double(x.double() + s * v, t + 0.1 * s, *rest) for s in (h, -h))
+    torch.testing.assert_close(exact, (plus - minus) / (2 * h), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-4 * float(exact.abs().max()))
 
 

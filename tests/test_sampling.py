@@ -485,11 +485,11 @@ def test_what_is_captured_serves_later_calls(by_hand):
         options = {"seed": 1, "class_labels": 1, **options}
         assert torch.equal(fastddpm.sample(model, 2, **options), eager(model, 2, **options))
     assert len(by_hand.captures) == 1
-    anew = [
+    recaptured = [
         {"clip": False}, {"schedule": Schedule.cosine(7)}, {"steps": 9, "sampler": "ddim"}, {"sampler": "dpm++2m"},
         {"dtype": torch.bfloat16}, {"batch_size": 1},
     ]  # fmt: skip
-    for count, options in enumerate(anew, 2):
+    for count, options in enumerate(recaptured, 2):
         options = {"seed": 1, "class_labels": 1, **options}
         assert torch.equal(fastddpm.sample(model, 2, **options), eager(model, 2, **options))
         assert len(by_hand.captures) == count, options

@@ -1,1 +1,1 @@
-"""The network for inference: its layers fused, its steps captured, kept from call to call."""
+"""The inference engine: fused layers, captured steps, and a cache of both between calls."""

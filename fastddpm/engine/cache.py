@@ -1,4 +1,4 @@
-"""One engine per model, kept between calls for as long as nothing that it was made from has changed."""
+"""A cache of one engine per model, valid until anything that the engine was made from changes."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class CacheEntry:
 
 
 class _ModelCache:
-    """A model's lock, for a whole chain at a time, and its latest entry."""
+    """A model's latest entry, and its lock, which a thread holds for a whole chain."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # again from the same thread: a callback that samples
+        self.lock = threading.RLock()  # reentrant, as a callback may sample with the same model
         self.in_use = False
         self.key: tuple | None = None
         self.entry: CacheEntry | None = None
@@ -53,15 +53,15 @@ _caches_lock = threading.Lock()
 def acquire_runner(
     model: ResolvedModel, device: torch.device, dtype: torch.dtype | None, shape: tuple[int, ...]
 ) -> Iterator[CacheEntry]:
-    """A runner for a loop over x of `shape` [N, C, H, W] on `device`, in `dtype`; default the model's own.
+    """Yield an entry with a runner for x of `shape` [N, C, H, W] on `device`, in `dtype` (default: the model's own).
 
-    The caller's module is never changed, its mode restored. Threads that use the same module take turns.
+    The caller's module is unchanged on exit, and its mode restored. Threads that use the same module run one after another.
     """
     network = model.network
     if not isinstance(network, nn.Module):
         if dtype is not None:
             raise ValueError(
-                f"dtype: {dtype} was asked for, but a bare callable cannot be cast; cast it yourself and leave dtype"
+                f"dtype: got {dtype}; expected None for a bare callable, which cannot be cast: cast its network yourself"
             )
         yield CacheEntry(Runner(network, device, torch.float32))
         return
@@ -82,7 +82,7 @@ def acquire_runner(
             except CopyError as error:
                 if moves:
                     raise ValueError(f"model: for {dtype} on {device} it must be copied, but {error}") from error
-                unsupported = f"the model cannot be copied ({error}), so it runs as it is. {SAME_RESULTS}"
+                unsupported = f"the model cannot be copied ({error}), so it runs unmodified. {SAME_RESULTS}"
             else:
                 yield entry
                 return
@@ -108,11 +108,11 @@ def _in_eval_mode(module: nn.Module) -> Iterator[nn.Module]:
 def _engine_entry(
     cache: _ModelCache, model: UNet, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> Iterator[CacheEntry]:
-    """The cached engine if the model is unchanged; otherwise a new one, cached if later changes can be detected.
+    """Yield the cached engine if the model is unchanged, otherwise a new one, cached if later changes can be detected.
 
-    Neither an engine of a model in training, which changes before the next call, nor that of a call that failed is kept.
+    The engine of a model in training mode is not cached, as the model changes before the next call. Nor is that of a failed call.
     """
-    # By all names that they have: which tensors are tied belongs to what a model is.
+    # With all names of each tensor, as the key must contain which tensors are tied.
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     tensors = list({id(v): v for _, v in named}.values())
     reason = _uncacheable_reason(tensors, device)
@@ -141,7 +141,7 @@ def _engine_entry(
 
 
 def _uncacheable_reason(tensors: list[torch.Tensor], device: torch.device) -> str | None:
-    """Why changes of these tensors cannot be detected, or None."""
+    """Return why changes of these tensors cannot be detected, or None."""
     if torch.is_autocast_enabled(device.type):
         return "torch.autocast is on"
     if any(type(v) not in (nn.Parameter, torch.Tensor) or v.device != tensors[0].device for v in tensors):
@@ -151,13 +151,13 @@ def _uncacheable_reason(tensors: list[torch.Tensor], device: torch.device) -> st
     return None
 
 
-# ------------------------------------------------------------------------------- what an engine was made from
+# ------------------------------------------------------------------------------- the cache's key
 
 SCALARS = (bool, int, float, str, tuple, types.NoneType, UNetConfig)
 
 
 def structure_key(model: UNet) -> list[tuple]:
-    """What a UNet of unchanged layers is besides its tensors."""
+    """Return the types and scalar attributes of a UNet's modules, as the part of the key that is not tensors."""
     return [
         (
             name,
@@ -169,23 +169,25 @@ def structure_key(model: UNet) -> list[tuple]:
 
 
 def weights_key(tensors: list[torch.Tensor]) -> tuple:
-    """Equal for equal tensors in the same place, and only for these: the last part is a checksum of all values.
+    """Return a key that is the same only for tensors with the same values at the same addresses.
 
-    `_version` alone misses what is written through .data, NumPy or a fused optimiser.
+    It contains a checksum of all values.
+
+    `_version` alone misses writes through .data, NumPy or a fused optimiser.
     """
     places = [
         (v.data_ptr(), None if v.is_inference() else v._version, v.dtype, v.shape, v.stride(), v.device)
         for v in tensors
     ]
     on_host = [v for v in tensors if v.device.type == "cpu"]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the interpreter
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the interpreter's lock
         digests = list(pool.map(_host_checksum, on_host))
     sums = [_device_checksum(v) for v in tensors if v.device.type != "cpu"]
-    return places, digests, torch.stack(sums).tolist() if sums else []  # one wait for the device
+    return places, digests, torch.stack(sums).tolist() if sums else []  # a single synchronisation
 
 
 def _as_integers(v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The elements of v [...] in the order of memory, as integers of `dtype`; a copy only where v has gaps."""
+    """Return the elements of v [...] in memory order, as integers of `dtype`. This copies v only if it has gaps."""
     by_stride = sorted(range(v.dim()), key=lambda d: -v.stride(d))
     return v.detach().permute(by_stride).contiguous().flatten().view(dtype)
 
@@ -195,14 +197,14 @@ def _host_checksum(v: torch.Tensor) -> bytes:
 
 
 def _device_checksum(v: torch.Tensor) -> torch.Tensor:
-    """A checksum where v is, int64 []: the sum of all elements' bits, each mixed with its index one to one (as splitmix64 does).
+    """Return a checksum on v's device, int64 []: the sum over all elements of a bijective mix of bits and index (splitmix64).
 
-    So a change of one element always shows; any other one, such as two that change places, but for 1 in 2^64.
+    It detects every change of a single element. It misses any other change, such as a swap, with a probability of 2^-64.
     """
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[v.element_size()]
 
     def folded(w: torch.Tensor, shift: int) -> torch.Tensor:
-        # The mask makes it a shift of unsigned numbers: w and ~w must not become the same.
+        # The mask makes the shift unsigned, so that w and ~w do not collide.
         return w.bitwise_xor_((w >> shift).bitwise_and_((1 << 64 - shift) - 1))
 
     w = torch.arange(1, v.numel() + 1, device=v.device).mul_(-0x61C8864680B583EB).add_(_as_integers(v, integer))
@@ -212,7 +214,7 @@ def _device_checksum(v: torch.Tensor) -> torch.Tensor:
 
 
 def settings_key(device: torch.device, dtype: torch.dtype) -> tuple:
-    """What else packed weights and captured kernels depend on."""
+    """Return the global settings that packed weights and captured kernels depend on."""
     cuda, matmul = torch.backends.cuda, torch.backends.cuda.matmul
     return (
         torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""Convolutions with constant weights: oneDNN's packed weights, Winograd's method, upsampling as one product."""
+"""Convolutions with constant weights: oneDNN's packed weights, Winograd's method, fused upsampling."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ ONEDNN = (
 )
 
 
-# Winograd's method is the faster one for batches of at least so many pixels, even if each call transforms the weights.
+# From this number of pixels in a batch on, Winograd's method is faster even if each call transforms the weights.
 MIN_REPACKED_PIXELS = 256
 
 
 def _onednn_accepts(x: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies x by weights in its own layout, through torch's private operators."""
+    """Return whether oneDNN can convolve x with weights in its own layout, through torch's private operators."""
     return (
         x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled("cpu")  # which these operators would not heed
+        and not torch.is_autocast_enabled("cpu")  # these operators ignore autocast
         and x.shape[2:].numel() > 1  # torch 2.6 cannot add a residual to a single pixel
         and all(hasattr(torch.ops.mkldnn, name) for name in ONEDNN)
         and x.dtype in (torch.float32, torch.bfloat16)
@@ -39,12 +39,12 @@ def _onednn_accepts(x: torch.Tensor) -> bool:
 
 
 class Convolution(nn.Module):
-    """conv(x), or residual + conv(x), with constant weights [O, I, K, K]; with upsample, conv of x with doubled sides.
+    """conv(x) or residual + conv(x), with constant weights [O, I, K, K]. With upsample, the sides of x are doubled first.
 
-    On a CPU the first call puts the weights into the layout that oneDNN wants, which would otherwise happen in every
-    call, and keeps no others: x must then keep its height and width. There a residual is added before the one
-    rounding, without a pass of its own. 3x3 convolutions use Winograd's method: their transformed weights are cached
-    where `assign_winograd` allows it, and otherwise each call transforms them, if x is large enough for that to pay.
+    On a CPU the first call converts the weights to oneDNN's layout, which would otherwise happen in every call, and frees the
+    original ones: all later x must have the same height and width. The residual is then added before the only rounding, and
+    without a pass of its own. 3x3 convolutions use Winograd's method. Their transformed weights are cached if `assign_winograd`
+    allows it. Otherwise each call transforms them, if x is large enough for this to be faster.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Convolution(nn.Module):
         return cls(conv.weight.detach(), conv.bias.detach(), stride=1, padding=1, upsample=True)
 
     def to_device(self, device: torch.device, dtype: torch.dtype) -> None:
-        """As module.to, for a network in this dtype."""
+        """Move and cast the weights, in place, for a network in this dtype."""
         self.dtype = dtype
         cpu = device.type == "cpu"
-        if cpu and self.may_cache_winograd:  # Winograd's weights are rounded once, behind their transformation
+        if cpu and self.may_cache_winograd:  # Winograd's weights are rounded once, after their transformation
             self.weight, self.bias = self.weight.to(device), None if self.bias is None else self.bias.to(device)
             return
         if self.upsample:
@@ -79,7 +79,7 @@ class Convolution(nn.Module):
         self.bias = None if self.bias is None else self.bias.to(device, dtype).contiguous()
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, inplace: bool = False) -> torch.Tensor:
-        """inplace: the result may take the residual's memory."""
+        """Return the convolution. inplace: the result may overwrite the residual."""
         self._prepare(x)
         if self.uses_winograd:
             out = residual if inplace else None
@@ -110,9 +110,9 @@ class Convolution(nn.Module):
         keep_float32: bool = False,
         **conditions: torch.Tensor,
     ) -> torch.Tensor:
-        """self(norm(x, **conditions), residual, inplace).
+        """Return self(norm(x, **conditions), residual, inplace).
 
-        keep_float32: the result may be float32 in a network of another dtype.
+        keep_float32: whether the result may be float32 in a network of another dtype.
         """
         self._prepare(x)
         if not (self.uses_winograd and x.is_contiguous(memory_format=torch.channels_last)):
@@ -129,7 +129,7 @@ class Convolution(nn.Module):
         )
 
     def _prepare(self, x: torch.Tensor) -> None:
-        """Choose the method by the first x. Another batch size works too, but may be slower than with a choice of its own."""
+        """Choose the method for the first x. Another batch size also works, but its fastest method may differ."""
         if self.is_prepared:
             return
         self.is_prepared = True
@@ -157,11 +157,11 @@ class Convolution(nn.Module):
 
 
 def upsampling_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Nearest upsampling and a 3x3 convolution behind it as one transposed convolution, stride 2, padding 1: 4 products
-    for each output pixel instead of 9. [O, I, 3, 3] -> [I, O, 4, 4].
+    """Return the weights [I, O, 4, 4] that fuse nearest-neighbour upsampling and a 3x3 convolution [O, I, 3, 3].
 
-    Nearest upsampling is a transposed convolution with a 2x2 block of ones, stride 2; a 3x3 convolution behind it makes
-    the 4x4 kernel that is the sum of the 3x3 one (mirrored, as transposed convolutions have it) at the block's 4 places.
+    The result is a transposed convolution with stride 2 and padding 1, with 4 products per output pixel instead of 9.
+    Nearest-neighbour upsampling is itself a transposed convolution of stride 2 with a 2x2 kernel of ones. A 3x3 convolution after
+    it yields a 4x4 kernel: the sum of the 3x3 kernel, mirrored for the transposed convolution, at the 4 positions of the ones.
     """
     taps = weight.double().flip(2, 3).transpose(0, 1)
     return sum(F.pad(taps, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1))

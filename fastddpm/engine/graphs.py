@@ -1,6 +1,6 @@
-"""Steps of a chain as CUDA graphs, and what cuDNN is told while a chain runs.
+"""A chain's steps as CUDA graphs, and cuDNN's settings while a chain runs.
 
-One launch of a graph stands for hundreds of kernels, which the host would be too slow to launch one by one.
+One launch of a graph runs hundreds of kernels, which the host could not launch one by one fast enough.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 _capturing = threading.Lock()  # one capture at a time in the process
-_failed: list[object] = []  # not to be destroyed: torch's allocator may still refer to them
+_failed: list[object] = []  # never destroyed, as torch's allocator may still refer to them
 _cudnn = threading.Lock()
 _users = 0
 _undo: Callable[[], None]
 
 
 class CaptureError(RuntimeError):
-    """The steps cannot be captured; the message says why."""
+    """The steps cannot be captured. The message gives the reason."""
 
 
 def usable(device: torch.device) -> bool:
@@ -28,14 +28,14 @@ def usable(device: torch.device) -> bool:
 
 
 def capture(step: Callable[[], None], counts: tuple[int, ...], device: torch.device) -> dict[int, torch.cuda.CUDAGraph]:
-    """For each count a graph of so many calls of `step`, all in one memory pool.
+    """Capture `step` as CUDA graphs: for each count, a graph of that number of calls. All share one memory pool.
 
-    `step` must find everything in memory that stays where it is. It is called once without a capture, to load kernels and
-    let cuDNN choose its algorithms; what that raises is the step's own error. Raises CaptureError where the capture fails.
+    `step` may only use memory with fixed addresses. It is first called once without a capture, which loads the kernels and lets
+    cuDNN choose its algorithms. An error of this call is raised unchanged. Raises CaptureError if the capture fails.
     """
     with _capturing:
-        # Streams of the device's own: the one that torch.cuda.graph makes belongs to whichever device came first. And of each
-        # capture's own, as torch gives cuBLAS a workspace for each stream, and graphs that share one can't be replayed at once.
+        # A new stream on this device: torch.cuda.graph's default stream belongs to the first device that captured. A new one per
+        # capture: torch gives cuBLAS one workspace per stream, and graphs that share one cannot be replayed concurrently.
         here = torch.cuda.current_stream(device)
         warm, stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         graphs, pool = {}, torch.cuda.graph_pool_handle()
@@ -46,15 +46,15 @@ def capture(step: Callable[[], None], counts: tuple[int, ...], device: torch.dev
         finally:
             here.wait_stream(warm)
         stream.wait_stream(warm)
-        with torch.cuda.stream(stream):  # around the captures too: a failed one leaves its stream the current one
+        with torch.cuda.stream(stream):  # set around the captures too, as a failed one leaves its own stream current
             try:
                 for count in counts:
                     graphs[count] = torch.cuda.CUDAGraph()
-                    # Other threads may allocate memory meanwhile, so errors are this thread's alone.
+                    # thread_local, so that other threads may allocate memory during the capture.
                     with torch.cuda.graph(graphs[count], pool=pool, stream=stream, capture_error_mode="thread_local"):
                         for _ in range(count):
                             step()
-            except BaseException as error:  # also what is no RuntimeError, such as Triton's errors
+            except BaseException as error:  # also errors of other types, such as Triton's
                 _failed.append(graphs)
                 if not isinstance(error, RuntimeError):
                     raise
@@ -65,11 +65,10 @@ def capture(step: Callable[[], None], counts: tuple[int, ...], device: torch.dev
 
 @contextlib.contextmanager
 def cudnn_for(device: torch.device) -> Iterator[None]:
-    """Inside the block cuDNN times its algorithms (unless FASTDDPM_AUTOTUNE=0), takes only those that give the same bits each
-    time, and multiplies float32 as float32.
+    """Make cuDNN deterministic, without TF32, inside the block, and let it time its algorithms.
 
-    By itself it would add with atomics in some convolutions, and round inputs to TF32's 11 bits. These settings are the
-    process's: the last chain to end undoes them.
+    FASTDDPM_AUTOTUNE=0 disables the timing. By default cuDNN adds with atomics in some convolutions, and rounds float32 inputs
+    to TF32's 11 bits. These settings are global to the process: the last chain to end restores them.
     """
     global _users, _undo
     if device.type != "cuda":
@@ -89,7 +88,7 @@ def cudnn_for(device: torch.device) -> Iterator[None]:
 
 
 def _set() -> Callable[[], None]:
-    """Make the settings above; what is returned undoes them."""
+    """Apply the settings of `cudnn_for`. Return a function that restores the previous ones."""
     cudnn, changed = torch.backends.cudnn, []
 
     def change(owner: object, name: str, value: object) -> None:
@@ -100,7 +99,7 @@ def _set() -> Callable[[], None]:
 
     try:
         change(cudnn, "allow_tf32", False)
-    except RuntimeError:  # somebody has used the switches that torch has since 2.9, and the two kinds don't mix
+    except RuntimeError:  # user code has set torch 2.9's new switches, which exclude the old ones
         change(cudnn.conv, "fp32_precision", "ieee")
     change(cudnn, "deterministic", True)
     change(cudnn, "benchmark", os.environ.get("FASTDDPM_AUTOTUNE", "1") != "0")

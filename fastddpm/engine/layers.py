@@ -1,4 +1,4 @@
-"""A UNet's layers as the engine runs them: the same functions of x with constant weights, in fewer products and passes."""
+"""Fused forms of a UNet's layers: the same functions of x, with constant weights and in fewer products and passes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from .convolution import Convolution
 
 
 class FusedResBlock(nn.Module):
-    """`ResBlock` with the first convolution's bias in what is added behind it, and the last adding to the shortcut.
+    """`ResBlock` with fused biases and residual.
 
-    So on a GPU, where a bias is a pass of its own, it is none in most places.
+    The second norm adds the first convolution's bias, with the embedding. The second convolution adds the shortcut. If the
+    shortcut is a convolution, its bias contains that of the second one. This removes most bias kernels on a GPU.
     """
 
     def __init__(self, block: ResBlock) -> None:
@@ -55,7 +56,7 @@ class FusedResBlock(nn.Module):
             self.conv_shortcut.bias, self.conv2.bias = self.conv_shortcut.bias + self.conv2.bias, None
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        # What lies between the convolutions needn't be rounded where both take float32 as it is.
+        # The tensor between the convolutions is not rounded if both accept float32.
         keep_float32 = self.conv2.may_cache_winograd
         if self.resample == "down":
             h = self.conv1(resampled(self.norm1(x), self.resample))
@@ -73,10 +74,10 @@ class FusedResBlock(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """`Attention` of one head with two projections instead of four.
+    """`Attention` with one head, in two projections instead of four.
 
-    With one head as wide as x, and h the normalised x:
-      q_i . k_j = (Wk^T Wq h_i + Wk^T bq) . h_j + what is the same for all j, and leaves the softmax alone
+    The head is as wide as x. With h, the normalised x:
+      q_i . k_j = (Wk^T Wq h_i + Wk^T bq) . h_j + terms equal for all j, which do not affect the softmax
       Wo sum_j p_ij (Wv h_j + bv) + bo = sum_j p_ij (Wo Wv h_j + Wo bv + bo), as the p_ij sum to 1
     """
 
@@ -94,11 +95,11 @@ class FusedAttention(nn.Module):
         c = x.shape[1]
         h = x if self.group_norm is None else self.group_norm(x)
         q, v = self.projections(h).flatten(2).transpose(1, 2).split(c, dim=-1)  # [N, H*W, C] each, views
-        # Allocated as an image: torch.cat would not take the reshaped result of a single image for channels_last.
+        # Allocated as an image: torch.cat would not detect the reshaped result of a single image as channels_last.
         y = torch.empty_like(x, memory_format=torch.channels_last)
         k, residual, out = (image.flatten(2).transpose(1, 2) for image in (h, x, y))  # [N, H*W, C]; out is a view
         if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            # torch's flash attention on a CPU takes 1.7 times as long as the products written out, at 256 channels
+            # At 256 channels, torch's flash attention on a CPU takes 1.7 times as long as these explicit products.
             scores = torch.baddbmm(x.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=c**-0.5)
             torch.baddbmm(residual, scores.softmax(-1), v, out=out)
         else:
@@ -108,7 +109,10 @@ class FusedAttention(nn.Module):
 
 
 class FusedHeads(nn.Module):
-    """`Attention` of several heads with its first three projections in one. Fused as above, each head's would be as wide as x."""
+    """`Attention` with several heads, its first three projections in one.
+
+    The fusion of `FusedAttention` would make each head's projection as wide as x.
+    """
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -167,20 +171,20 @@ def _has_supported_shape(part: nn.Module) -> bool:
 
 
 def _is_supported(layer: nn.Module) -> bool:
-    """Whether a layer, with all its parts, computes what its class says, in the sizes that its fused form assumes."""
+    """Return whether a layer and all its parts are unmodified, and have the sizes that the fused form assumes."""
     known = (*FUSED_LAYERS, GroupNormSiLU, nn.Linear, nn.Dropout, nn.ModuleList)
     parts = list(layer.modules())
     return all(type(part) in known and is_unmodified(part) for part in parts) and all(map(_has_supported_shape, parts))
 
 
-# Layers that have no fused form; TimestepEmbedding stays out of the loop.
+# Layers without a fused form. TimestepEmbedding runs outside the loop.
 UNFUSED_LAYERS = (GroupNormSiLU, TimestepEmbedding, nn.Linear, nn.Embedding)
 
 
 def fuse_layers(network: nn.Module, prefix: str = "") -> list[str]:
-    """Replace, in place, the layers that have a fused form and are as this package made them; names of those left alone.
+    """Replace, in place, all unmodified layers that have a fused form. Return the names of modified layers, left unfused.
 
-    What others have put in or hooked is not looked into: it may read its convolutions' weights, which fused ones don't keep.
+    The parts of a modified layer are not fused either: it may read their weights, which fused layers free after packing.
     """
     unfused = []
     for name, layer in network.named_children():
@@ -194,8 +198,10 @@ def fuse_layers(network: nn.Module, prefix: str = "") -> list[str]:
 
 
 def assign_winograd(network: UNet, dtype: torch.dtype, byte_budget: float) -> None:
-    """Let convolutions keep weights transformed for Winograd's method, those on the largest images first, while all weights
-    together stay below `byte_budget` bytes: transformed ones are larger."""
+    """Let convolutions cache their weights as transformed for Winograd's method, those on the largest images first.
+
+    Transformed weights are larger. All weights together stay below `byte_budget` bytes.
+    """
     last = len(network.down_blocks) - 1
     levels = [*enumerate(network.down_blocks), (last, network.mid_block)]
     levels += [(last - i, level) for i, level in enumerate(network.up_blocks)]

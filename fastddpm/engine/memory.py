@@ -1,8 +1,8 @@
-"""Freed memory stays with the process while a chain runs on a CPU, in the main thread.
+"""Retain freed memory in the process while a chain runs on a CPU, in the main thread.
 
-Every step allocates and frees the same tensors. By itself glibc hands freed memory back to the system, and the next step
-pays a page fault for each 4 KiB of it again: an eighth of a float32 step of the CIFAR-10 network at batch 16. (Other threads
-allocate from heaps of at most 64 MiB, which these settings don't reach.)
+Every step allocates and frees the same tensors. By default glibc returns freed memory to the system, and the next step incurs a
+page fault for each 4 KiB: an eighth of a float32 step of the CIFAR-10 network at batch size 16. Other threads allocate from heaps
+of at most 64 MiB, which these settings do not affect.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
-RETAIN = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}  # all from the heap, which never shrinks
-# Both thresholds adapt until somebody sets one, and never again; these are the values that they adapt to at most.
+RETAIN = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}  # allocate everything from the heap, and never shrink it
+# glibc adapts both thresholds only until either is set. These are the largest values that it adapts them to.
 GLIBC_DEFAULTS = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 
 _lock = threading.Lock()
@@ -26,7 +26,7 @@ _users = 0
 
 
 def _adjustable() -> bool:
-    """Whether this is glibc's malloc, and nobody has adjusted it by its environment variables."""
+    """Return whether malloc is glibc's, and not tuned by environment variables."""
     tuned = [name for name in os.environ if name.startswith("MALLOC_")]
     return platform.libc_ver()[0] == "glibc" and not tuned and "malloc" not in os.environ.get("GLIBC_TUNABLES", "")
 
@@ -38,9 +38,9 @@ def _adjust(settings: dict[int, int]) -> None:
 
 @contextlib.contextmanager
 def retain_freed_memory(device: torch.device) -> Iterator[None]:
-    """Keep freed memory in the process inside the block if `device` is a CPU, and release it on exit.
+    """Retain freed memory in the process inside the block if `device` is a CPU, and release it on exit.
 
-    Does nothing unless malloc is glibc's, and nobody has tuned it.
+    This does nothing in other threads than the main one, and unless malloc is an untuned glibc's.
     """
     global _users
     main = threading.current_thread() is threading.main_thread()

@@ -1,6 +1,6 @@
-"""A model ready for a loop: called as it is (`Runner`), or as a UNet's engine (`EngineRunner`).
+"""Runners of a model in a loop: `Runner` calls it unmodified, `EngineRunner` runs a UNet's engine.
 
-The engine has the same weights in a faster layout and dtype, fused layers, and the timestep's part computed outside the loop.
+The engine has the same weights in a faster layout and dtype, and fused layers. It embeds the timesteps outside the loop.
 """
 
 from __future__ import annotations
@@ -33,20 +33,22 @@ from . import graphs
 from .convolution import Convolution
 from .layers import assign_winograd, fuse_layers
 
-# On a CPU an engine's weights take at most so many times the memory of the model's, both in the wider of the model's dtype and
-# that of the products. With all its buffers the engine then stays below 1.2.
+# Upper bound on the memory of an engine's weights on a CPU, as a multiple of the model's. Both are counted in the wider of the
+# model's dtype and that of the products. With all its buffers the engine then stays below 1.2 times the model's memory.
 WEIGHT_GROWTH = 1.12
 SAME_RESULTS = "Results are the same, only slower"
 
 
 class Runner:
-    """Any model, called as model(x, t) or model(x, t, class_labels).
+    """A runner of any model, called as model(x, t) or model(x, t, class_labels).
 
     Attributes:
-        model: the callable.
-        device, dtype, memory_format: of x.
-        warnings: what the user should know about how the model runs, a sentence each.
-        capturable: whether its steps may become a CUDA graph.
+        model: The callable.
+        device: Device of x.
+        dtype: dtype of x.
+        memory_format: Memory format of x.
+        warnings: Sentences for the caller on how the model runs.
+        capturable: Whether steps may be captured as a CUDA graph.
     """
 
     memory_format = torch.contiguous_format
@@ -61,13 +63,13 @@ class Runner:
         lock: threading.RLock | None = None,
         capturable: bool = False,
     ) -> None:
-        """lock: held by the thread that runs the model."""
+        """Set the attributes. lock: the model's lock, which the running thread holds."""
         self.model, self.device, self.dtype = model, device, dtype
         self.warnings, self.capturable = tuple(warnings), capturable
         self._lock = lock
 
     def execution_context(self) -> contextlib.AbstractContextManager:
-        """What must hold while the model is captured or runs. A model that isn't the engine's runs with the caller's settings."""
+        """Return the context in which the model is captured and runs. Only an engine changes the caller's settings."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -83,29 +85,29 @@ class Runner:
             self._lock.acquire()
 
     def time_inputs(self, timesteps: torch.Tensor, n: int) -> torch.Tensor:
-        """What `predict` takes for each of timesteps [S] and n images: here t itself, int64 [S, n]."""
+        """Return the time input of `predict` for each of timesteps [S], for n images: here t itself, int64 [S, n]."""
         return timesteps[:, None].expand(-1, n).contiguous()
 
     def time_inputs_per_image(self, t: torch.Tensor) -> torch.Tensor:
-        """What `predict` takes for images with a timestep each, t int64 [N]: here t itself."""
+        """Return the time input of `predict` if each image has its own timestep, t int64 [N]: here t itself."""
         return t
 
     def predict(self, x: torch.Tensor, time_input: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        """The network's output for x. time_input: an entry of `time_inputs`, or `time_inputs_per_image`."""
+        """Return the network's output for x. time_input: an entry of `time_inputs`, or `time_inputs_per_image`."""
         arguments = (x, time_input) if class_labels is None else (x, time_input, class_labels)
         return output_tensor(self.model(*arguments))
 
 
 class CopyError(RuntimeError):
-    """The model cannot be copied; the message says why."""
+    """The model cannot be copied. The message gives the reason."""
 
 
 class EngineRunner(Runner):
-    """A copy of a UNet with fused layers and channels_last weights, its timestep embedding computed outside the loop.
+    """A runner of a UNet's copy with fused layers and channels_last weights, which embeds timesteps outside the loop.
 
-    Where all layers are this package's own, tensors that need no other layout, dtype or device are the model's own memory.
-    No module of the model is referred to. On a device that does not multiply `dtype` in hardware, the weights are rounded to
-    `dtype` and the network runs in float32.
+    If all layers are unmodified, the copy shares the model's tensors that need no conversion. It never references the model's
+    modules. On a device that does not multiply `dtype` in hardware, the weights are rounded to `dtype` and the network runs in
+    float32.
     """
 
     memory_format = torch.channels_last
@@ -120,17 +122,17 @@ class EngineRunner(Runner):
         lock: threading.RLock | None = None,
         capturable: bool = True,
     ) -> None:
-        """Raises CopyError where the model cannot be copied. capturable: unless the model has changed layers."""
+        """Make the copy. Raise CopyError if that fails. capturable: ignored if the model has changed layers."""
         changed = changed_layers(model)
-        # Layers that are not this package's own may write into their tensors, so that they get copies.
+        # Layers of user code may write into their tensors, and therefore receive copies.
         shared = () if changed else (*model.parameters(), *model.buffers())
         try:
             # deepcopy and not state_dict: the module may carry hooks or replaced layers.
             network = copy.deepcopy(model, {id(v): v for v in shared}).eval()
         except RuntimeError as error:
-            # Of a layer that holds a tensor computed from others, as torch's old weight_norm leaves it.
+            # A layer may hold a tensor computed from others, as torch's old weight_norm does.
             raise CopyError(str(error).partition("\n")[0]) from error
-        # A body that is not the package's may read what fused layers don't keep, so that nothing is fused for it.
+        # A body of user code may read weights that fused layers free, so that no layer is fused for it.
         self.runs_body = "" not in changed
         self.embeds_outside_loop = self.runs_body and model.config.num_classes is None
         unfused, warnings = [], list(warnings)
@@ -141,7 +143,7 @@ class EngineRunner(Runner):
         if reason := backend.emulated_reason(device, dtype):
             warnings.append(
                 f"{reason}, so the network runs in float32, with weights rounded to {dtype_name(dtype)}. "
-                "It is as fast as in float32, and not faster"
+                "This is no faster than dtype=torch.float32"
             )
             _round(network, dtype, keep_dtype())
             dtype = torch.float32
@@ -158,7 +160,7 @@ class EngineRunner(Runner):
         return graphs.cudnn_for(self.device)
 
     def time_inputs(self, timesteps: torch.Tensor, n: int) -> torch.Tensor:
-        """What all residual blocks add, float32 [S, their widths together], where that depends on t alone."""
+        """Return the embeddings of all residual blocks, float32 [S, total width], unless they also depend on class labels."""
         if not self.embeds_outside_loop:
             return super().time_inputs(timesteps, n)
         parts = self.model.embed(timesteps)
@@ -166,7 +168,7 @@ class EngineRunner(Runner):
         return torch.cat(parts, dim=1).float()
 
     def time_inputs_per_image(self, t: torch.Tensor) -> torch.Tensor:
-        """Likewise, float32 [N, their widths together]."""
+        """Return the embeddings of all residual blocks, float32 [N, total width], or t as in `time_inputs`."""
         return self.time_inputs(t, 1) if self.embeds_outside_loop else t
 
     def predict(self, x: torch.Tensor, time_input: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
@@ -178,9 +180,9 @@ class EngineRunner(Runner):
 
 
 def _replace(module: nn.Module, converted: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Put converted(v) in place of each parameter and buffer v of the module itself.
+    """Replace each parameter and buffer v of the module itself by converted(v).
 
-    module.to would write into parameters that are the caller's.
+    module.to would write into the caller's parameters.
     """
     for name, v in module._parameters.items():
         if v is not None:
@@ -195,7 +197,7 @@ def _parts(modules: Iterable[nn.Module]) -> set[nn.Module]:
 
 
 def _round(network: nn.Module, dtype: torch.dtype, keep_dtype: Iterable[nn.Module]) -> None:
-    """Round the weights to `dtype`, and store them in float32. keep_dtype: modules whose weights keep all of their bits."""
+    """Round the weights to `dtype`, and store them in float32. keep_dtype: modules whose weights are not rounded."""
 
     def rounded(v: torch.Tensor, keeps: bool) -> torch.Tensor:
         if not v.is_floating_point():
@@ -211,7 +213,7 @@ def _round(network: nn.Module, dtype: torch.dtype, keep_dtype: Iterable[nn.Modul
 def _to_device(network: nn.Module, device: torch.device, dtype: torch.dtype, keep_dtype: Iterable[nn.Module]) -> None:
     """Move and cast the weights, and make them channels_last.
 
-    keep_dtype: modules whose dtype stays as it is; what they compute is needed once for a whole chain.
+    keep_dtype: modules whose dtype does not change, as they run only once for a whole chain.
     """
 
     def moved(v: torch.Tensor, keeps: bool) -> torch.Tensor:
@@ -222,13 +224,13 @@ def _to_device(network: nn.Module, device: torch.device, dtype: torch.dtype, kee
 
     kept = _parts(keep_dtype)
     for module in network.modules():
-        if isinstance(module, Convolution):  # which knows when its weight is best rounded
+        if isinstance(module, Convolution):  # which chooses when to round its weight
             module.to_device(device, dtype)
         else:
             _replace(module, partial(moved, keeps=module in kept))
 
 
-# ------------------------------------------------------------------------------- what an engine is made from
+# ------------------------------------------------------------------------------- modified layers
 
 KNOWN_LAYERS = {
     Attention, Downsample, GroupNormSiLU, Level, Middle, ResBlock, TimestepEmbedding, Upsample,
@@ -238,7 +240,7 @@ METHODS = ("forward", "body", "embed", "embedding_layers", "resblocks")  # of a 
 
 
 def changed_layers(model: UNet) -> list[str]:
-    """The names of modules whose code is not this package's own; "" is the model itself."""
+    """Return the names of modules that user code has modified or replaced. "" is the model itself."""
 
     def is_known(module: nn.Module) -> bool:
         if module is model:
@@ -249,12 +251,12 @@ def changed_layers(model: UNet) -> list[str]:
 
 
 def _change_warnings(model: UNet, layers: list[str]) -> list[str]:
-    """A warning for layers that run unfused; "" is the model itself."""
+    """Return the warnings for layers that run unfused. "" is the model itself."""
     if not layers:
         return []
     if "" in layers:
         name = type(model).__name__
-        why = "has hooks or functions put into it, or a forward of its own"
-        return [f"the {name} {why}, so it runs as it is. {SAME_RESULTS}"]
+        why = "has hooks, functions set on it, or overridden methods"
+        return [f"the {name} {why}, so it runs unmodified. {SAME_RESULTS}"]
     names = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
-    return [f"the network's {names}: not as fastddpm makes such layers, so they run as they are. {SAME_RESULTS}"]
+    return [f"the network's {names}: not fastddpm's own layers, so they run unmodified. {SAME_RESULTS}"]

@@ -1,1 +1,1 @@
-"""What a caller passes: the model in this package's terms, what it was trained for, and the arguments of a call."""
+"""A caller's input: the model, what it was trained for, and the arguments that several functions share."""

@@ -1,6 +1,6 @@
-"""Adapters for a caller's model: diffusers' UNet2DModel as a `UNet` with the same parameters, wrappers taken off.
+"""Adapters for a caller's model: remove wrappers, and convert diffusers' UNet2DModel to a `UNet` with the same parameters.
 
-diffusers is never imported: holding an instance implies that the caller did.
+This module never imports diffusers: a caller that has an instance has imported it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..checkpoints.base import set_parameters
 from ..models.unet import UNet
 from ..utils.modules import has_forward_hooks, has_hooks, has_own_forward
 
-# Attributes of a layer that have no part in what it computes at inference.
+# Attributes of a layer that do not affect its output at inference.
 IGNORED_ATTRIBUTES = frozenset(
     {"training", "gradient_checkpointing", "_gradient_checkpointing_func", "_internal_dict", "_compiled_call_impl"}
 )
@@ -28,7 +28,7 @@ WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.sw
 
 
 class _Conversion(NamedTuple):
-    """A UNet2DModel's `UNet`, and what it was made for."""
+    """The `UNet` converted from a UNet2DModel, and what the conversion assumed."""
 
     config: dict  # of the UNet2DModel
     layers: dict[str, tuple]  # signatures of the layers that diffusers makes for that config
@@ -39,18 +39,18 @@ _conversions: weakref.WeakKeyDictionary[nn.Module, _Conversion] = weakref.WeakKe
 
 
 class UnsupportedError(ValueError):
-    """A UNet2DModel has no equal `UNet`. The message says why."""
+    """No `UNet` is equivalent to the UNet2DModel. The message gives the reason."""
 
 
 def is_diffusers(value: object, name: str) -> bool:
-    """Whether the value is an instance of diffusers' class of this name, or of a subclass."""
+    """Return whether the value is an instance of the diffusers class with this name, or of a subclass."""
     return any(c.__name__ == name and c.__module__.partition(".")[0] == "diffusers" for c in type(value).__mro__)
 
 
 def unwrap(model: object) -> object:
-    """The module in torch's wrappers: `torch.compile`, data parallelism, averages of weights.
+    """Return the module inside torch's wrappers: torch.compile, data parallelism, averages of weights.
 
-    A wrapper with hooks, or with a forward of its own, is more than a wrapper and stays.
+    A wrapper with hooks or an overridden forward is not removed, as it may change the output.
     """
     while isinstance(model, nn.Module) and not has_forward_hooks(model):
         if type(model) in WRAPPERS and not has_own_forward(model):
@@ -63,7 +63,7 @@ def unwrap(model: object) -> object:
 
 
 def callee(model: object) -> object:
-    """What a call of the model reaches: the module of a functools.partial, of a bound `forward`, of torch's wrappers."""
+    """Return the object that a call of the model reaches, through functools.partial, bound `forward`s and torch's wrappers."""
     while True:
         model = unwrap(model)
         if isinstance(model, functools.partial):
@@ -75,10 +75,10 @@ def callee(model: object) -> object:
 
 
 def find_inside(model: object, wanted: Callable[[object], bool]) -> list[object]:
-    """The objects in a callable that are `wanted`, each once, and none that another of them holds.
+    """Return the objects inside a callable for which `wanted` is true, each once. The search does not continue inside these.
 
-    Looks into modules, attributes of modules and objects (also in lists and dicts), the arguments of a functools.partial, and
-    the owner of a bound method. A function cannot be looked into.
+    It covers submodules, attributes of modules and objects (also in lists and dicts), the arguments of a functools.partial, and
+    the owner of a bound method. It cannot inspect functions.
     """
     found, seen = [], set()
 
@@ -107,7 +107,7 @@ def find_inside(model: object, wanted: Callable[[object], bool]) -> list[object]
 
 
 def sized_network(model: object) -> nn.Module | None:
-    """The UNet or UNet2DModel that a call reaches, whose channels and levels restrict x; None where something else computes."""
+    """Return the UNet or UNet2DModel that a call reaches, whose channels and levels restrict x. None if other code runs."""
     network = callee(model)
     for kind in type(network).__mro__:
         if kind is UNet or (kind.__name__ == "UNet2DModel" and kind.__module__.partition(".")[0] == "diffusers"):
@@ -117,10 +117,10 @@ def sized_network(model: object) -> nn.Module | None:
 
 
 def as_unet(model: object) -> tuple[object, str | None]:
-    """(`UNet` or the model itself, why the engine cannot run it or None).
+    """Return (the model as a `UNet`, None), or (the model, why the engine cannot run it).
 
-    A UNet2DModel whose layers are as diffusers makes them becomes a `UNet` with its parameters, not copies, and without a
-    schedule, as it does not say for which one it was trained. torch's wrappers are taken off either.
+    A UNet2DModel with unmodified layers becomes a `UNet` that shares its parameters. This `UNet` has no schedule, as a
+    UNet2DModel does not specify the one that it was trained with. torch's wrappers are removed from a supported network.
 
     Raises:
         ValueError: the model is a diffusers pipeline.
@@ -138,9 +138,9 @@ def as_unet(model: object) -> tuple[object, str | None]:
         try:
             return _converted(network), None
         except UnsupportedError as error:
-            reason = f"the {kind} is not one that fastddpm has a network for ({error})"
-            return model, f"{reason}, so it runs as it is. Results are the same, only slower"
-    return model, f"{kind} is not a fastddpm.UNet, so it runs as it is, without the engine"
+            reason = f"fastddpm.UNet cannot represent this {kind} ({error})"
+            return model, f"{reason}, so it runs unmodified. Results are the same, only slower"
+    return model, f"{kind} is not a fastddpm.UNet, so it runs unmodified, without the engine"
 
 
 def _converted(model: nn.Module) -> UNet:
@@ -163,14 +163,14 @@ def _converted(model: nn.Module) -> UNet:
 
 
 def _check_layers(expected: dict[str, tuple], model: nn.Module) -> None:
-    """Raise UnsupportedError, naming the layer and the attribute, unless the model's layers are as diffusers makes them."""
+    """Raise UnsupportedError, naming the layer and the attribute, if a layer differs from the one that diffusers makes."""
     layers, signatures = dict(model.named_modules()), _signatures(model)
     for name in expected | signatures:
         (wanted_kind, wanted_attributes), (kind, attributes) = (
             expected.get(name, (None, {})),
             signatures.get(name, (None, {})),
         )
-        differs = f"{name or 'it'} is not as diffusers makes it"
+        differs = f"{name or 'the model'} differs from diffusers' own"
         if wanted_kind is not kind:
             raise UnsupportedError(differs)
         if kind.forward.__module__.partition(".")[0] not in ("torch", "diffusers", "fastddpm"):
@@ -185,9 +185,9 @@ def _check_layers(expected: dict[str, tuple], model: nn.Module) -> None:
 
 
 def _signatures(model: nn.Module) -> dict[str, tuple]:
-    """(class, attributes) of each layer by its name; of tensors the shapes, of other objects the classes."""
+    """Return {name: (class, attributes)} of the layers, with tensors as shapes and other objects as classes."""
 
-    def is_hooks(attribute: str) -> bool:  # `_check_layers` looks at those that run with a call; others may be there
+    def is_hooks(attribute: str) -> bool:  # `_check_layers` checks the hooks that run in a call; others are allowed
         return attribute.startswith("_") and "_hooks" in attribute
 
     def attributes(layer: nn.Module) -> dict[str, object]:
@@ -197,7 +197,7 @@ def _signatures(model: nn.Module) -> dict[str, tuple]:
 
 
 def _unfused_class(kind: type) -> type:
-    """A layer's class before `fuse_norms`."""
+    """Return the class that a layer had before `fuse_norms`."""
     return kind.__base__ if kind.__module__.startswith("fastddpm.") else kind
 
 
@@ -210,6 +210,6 @@ def _summary(attribute: str, value: object) -> object:
 
 
 def output_tensor(output: object) -> object:
-    """A model's output; of diffusers' output classes, the tensor in it."""
+    """Return a model's output; for diffusers' output classes, the tensor inside."""
     inside = None if isinstance(output, torch.Tensor) else getattr(output, "sample", None)
     return inside if isinstance(inside, torch.Tensor) else output

@@ -1,4 +1,4 @@
-"""Arguments that `sample`, `likelihood` and the other entry points share: defaults and checks."""
+"""Defaults and checks of the arguments that `sample`, `likelihood` and the other public functions share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANY_SHAPE = "expected (C, H, W), each an int >= 1"
 
 
 def image_shape(model: ResolvedModel, shape: Sequence[int] | None) -> tuple[int, int, int]:
-    """The shape as passed, else the model's own, else that of the model inside of it. Raise ValueError where it does not fit."""
+    """Return the shape passed, else the model's own, else that of the model inside it. Raise ValueError if it is invalid."""
     if shape is None:
         shape = _found_shape(model.network)
         check_image_shape("shape", model.sized_network, shape)
@@ -35,7 +35,7 @@ def image_shape(model: ResolvedModel, shape: Sequence[int] | None) -> tuple[int,
             flat = shape[0], 1, math.prod(shape[1:])
             within = ", ".join(map(str, shape))
             message += (
-                f". Data of other dimensions can be drawn as images of as many elements: shape={flat} and "
+                f". Data of other dimensions can be drawn as images with as many elements: shape={flat} and "
                 f"lambda x, t: model(x.reshape(-1, {within}), t).reshape(x.shape)"
             )
         raise ValueError(message)
@@ -62,29 +62,27 @@ def _found_shape(model: object) -> tuple[int, int, int]:
     shapes = list(dict.fromkeys(_own_shape(v) for v in inner))
     why = "a model that is not a fastddpm.UNet needs shape=(C, H, W)"
     if len(shapes) > 1:
-        why = (
-            f"the {name_of(bare)} holds models of different ones ({', '.join(map(str, shapes))}): pass shape=(C, H, W)"
-        )
+        why = f"the {name_of(bare)} holds models of different shapes ({', '.join(map(str, shapes))}): pass shape=(C, H, W)"
     elif shapes and shapes[0] is not None:
         conditioned = [v.config for v in inner if sized_network(v) and v.config.in_channels > v.config.out_channels]
         if not conditioned:
             return shapes[0]
         why = (
-            f"the network in the {name_of(bare)} takes {conditioned[0].in_channels} channels and answers with "
-            f"{conditioned[0].out_channels}, so that not all of them are x: pass shape=(C, H, W) of x"
+            f"the network in the {name_of(bare)} takes {conditioned[0].in_channels} channels and returns "
+            f"{conditioned[0].out_channels}, so that only some of them are x: pass shape=(C, H, W) of x"
         )
     raise ValueError(f"shape: missing; {why}")
 
 
 def check_image_shape(name: str, network: nn.Module | None, shape: Sequence[int]) -> None:
-    """Raise ValueError, naming the argument, where a UNet or UNet2DModel does not take images of `shape` (C, H, W)."""
+    """Raise ValueError, naming the argument, if a UNet or UNet2DModel does not accept images of `shape` (C, H, W)."""
     if network is None:
         return
     config, (channels, height, width) = network.config, shape
     if config.in_channels > config.out_channels:
         sample = ".sample" if not isinstance(network, UNet) or network.schedule is None else ""
         raise ValueError(
-            f"model: the network takes {config.in_channels} channels and answers with {config.out_channels}: it wants a "
+            f"model: the network takes {config.in_channels} channels and returns {config.out_channels}: it requires a "
             f"condition of {config.in_channels - config.out_channels} channels beside x. Pass a callable that appends it, e.g. "
             f"lambda x, t: unet(torch.cat((x, condition), 1), t){sample}, with shape=({config.out_channels}, {height}, {width})"
         )
@@ -105,7 +103,7 @@ def check_image_shape(name: str, network: nn.Module | None, shape: Sequence[int]
 
 
 def device_of(model: object, device: torch.device | str | None) -> torch.device:
-    """The device as passed, else that of the model's parameters, else the CPU."""
+    """Return the device passed, else that of the model's parameters, else the CPU."""
     if device is not None:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
@@ -116,7 +114,7 @@ def device_of(model: object, device: torch.device | str | None) -> torch.device:
 
 
 def class_labels_of(model: ResolvedModel, labels: Any, n: int) -> torch.Tensor | None:
-    """int64 [n], or None for a model without classes. Raise ValueError where labels and model do not fit."""
+    """Return the labels, int64 [n], or None for a model without classes. Raise ValueError if the model does not fit them."""
     classes = model.num_classes
     if labels is None:
         if classes is not None:
@@ -137,7 +135,7 @@ def check_labels(labels: torch.Tensor, classes: int | None) -> None:
 
 
 def as_labels(labels: Any, n: int) -> torch.Tensor:
-    """int64 [n] of an int, or of n integers of any kind: a list, an array, a tensor."""
+    """Return the labels, int64 [n], from an int or n integers (a list, an array or a tensor)."""
     labels = as_python_number(labels)
     if is_int(labels):
         return torch.full((n,), labels)
@@ -154,7 +152,10 @@ def as_labels(labels: Any, n: int) -> torch.Tensor:
 
 
 def default_batch_size(n: int, shape: tuple[int, int, int], device: torch.device) -> int:
-    """min(n, what fits): a quarter of the device's memory at 4 KiB a pixel, about what the paper's networks take in float32."""
+    """Return min(n, the number of images that fit in a quarter of the device's memory).
+
+    The estimate is 4 KiB per pixel, about the use of the paper's networks in float32.
+    """
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -163,9 +164,9 @@ def default_batch_size(n: int, shape: tuple[int, int, int], device: torch.device
 
 
 def output_fault(o: object, shape: list[int], learned: bool) -> str | None:
-    """What is wrong with a model's output for x of `shape` [N, C, ...]; None: nothing.
+    """Return what is wrong with a model's output for x of `shape` [N, C, ...], or None.
 
-    learned: whether it must hold a variance, as it may in any case.
+    learned: whether 2C channels, with a learned variance, are required. They are always allowed.
     """
     if not isinstance(o, torch.Tensor):
         return f"it returned {type(o).__name__}; expected a tensor. Wrap it, e.g. lambda x, t: model(x, t).sample"
@@ -177,7 +178,7 @@ def output_fault(o: object, shape: list[int], learned: bool) -> str | None:
     fault = f"its output has shape {list(o.shape)}; expected {expected}"
     if list(o.shape[1:]) in (shape[1:], doubled[1:]):
         fault += (
-            f". It was called with {n} images; if it holds a condition for each image, pass class_labels=torch.arange(n): it is "
+            f". It was called with {n} images; if it holds one condition per image, pass class_labels=torch.arange(n): it is "
             "then called as model(x, t, index), with the index of each image in x"
         )
     return fault

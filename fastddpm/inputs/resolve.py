@@ -1,4 +1,4 @@
-"""A call's model, resolved once: what runs, whether the engine can run it, its sizes, and what it was trained for."""
+"""Resolve a caller's model: what runs, whether the engine can run it, its sizes, and what it was trained for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .adopt import as_unet, callee, find_inside, is_diffusers, sized_network
 
 
 class TrainingSettings(NamedTuple):
-    """What a network was trained for, as far as a chain needs it."""
+    """The settings of a network's training that a chain uses."""
 
     schedule: Schedule
     prediction: str
@@ -28,7 +28,7 @@ class TrainingSettings(NamedTuple):
     clip: bool | float
 
 
-# Of an attribute of this name: the accepted type, the paper's value, and what is expected, in words.
+# Name of a model's attribute -> (accepted type, default from the paper, description of what is expected).
 SETTINGS = {
     "schedule": (Schedule, Schedule.linear(), "a fastddpm.Schedule"),
     "prediction": (str, "epsilon", f"one of {', '.join(PREDICTIONS)}"),
@@ -36,20 +36,19 @@ SETTINGS = {
     "clip": ((bool, int, float), True, "True, False or a positive bound"),
 }
 
-MAX_SIGNAL_LEFT = (
-    0.01  # of an image's variance in x_T; the paper's schedule leaves 4e-5, diffusers' scaled_linear 0.005
-)
+# Fraction of an image's variance left in x_T. The paper's schedule leaves 4e-5, diffusers' scaled_linear 0.005.
+MAX_SIGNAL_LEFT = 0.01
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ResolvedModel:
-    """A model as the samplers, the engine and the likelihood take it.
+    """A caller's model in the form that the samplers, the engine and the likelihood use.
 
     Attributes:
-        network: what runs, a `UNet` or any callable.
-        unsupported_reason: why the engine cannot run the network, a sentence; None where it can.
-        sized_network: the UNet or UNet2DModel whose channels and levels restrict x, or None.
-        settings: what it was trained for.
+        network: The `UNet` or callable that runs.
+        unsupported_reason: A sentence on why the engine cannot run the network, or None.
+        sized_network: The UNet or UNet2DModel whose channels and levels restrict x, or None.
+        settings: What the network was trained for.
     """
 
     network: Callable
@@ -67,11 +66,11 @@ class ResolvedModel:
 
     @property
     def is_function(self) -> bool:
-        """Whether no module is known to run: a function, which may hold anything."""
+        """Return whether the network is a function rather than a module. A function may hold anything."""
         return not isinstance(callee(self.network), nn.Module)
 
     def warn(self, message: str) -> None:
-        """Warn at the caller's line, once for each model and message."""
+        """Warn at the caller's line, once per model and message."""
         warn_once(self.network, message)
 
 
@@ -84,14 +83,14 @@ def resolve(
     *,
     needs: Sequence[str] = TrainingSettings._fields,
 ) -> ResolvedModel:
-    """Resolve a caller's model with the settings that the caller passed. See `resolve_settings`."""
+    """Resolve the caller's model and the settings passed with it. See `resolve_settings`."""
     network, unsupported = as_unet(model)
     settings = resolve_settings(network, schedule, prediction, variance, clip, needs=needs)
     return ResolvedModel(network, unsupported, sized_network(network), settings)
 
 
 def num_classes_of(network: object) -> int | None:
-    """The number of a UNet's classes; None without classes, and for any other network."""
+    """Return the number of a UNet's classes. None for a UNet without classes, and for any other network."""
     return network.config.num_classes if isinstance(network, UNet) else None
 
 
@@ -109,12 +108,21 @@ def resolve_settings(
     *,
     needs: Sequence[str] = TrainingSettings._fields,
 ) -> TrainingSettings:
-    """What the model was trained for. Warn where it is assumed.
+    """Return what the model was trained for. Warn about settings that are assumed.
 
-    Each setting is the argument's; else that of a diffusers scheduler passed as the schedule; else the model's own; else that
-    of the model inside of it; else the paper's.
+    The first of these that specifies a setting has precedence: the argument; a diffusers scheduler passed as the schedule; the
+    model itself; the model inside it; the paper.
 
-    needs: the settings that the caller uses. Only these are looked for inside the model, and warned of.
+    Args:
+        model: The caller's model.
+        schedule: A `Schedule`, a diffusers scheduler, or None.
+        prediction: As passed by the caller.
+        variance: As passed by the caller.
+        clip: As passed by the caller.
+        needs: The settings that the caller uses. Only these are searched for inside the model, and warned about.
+
+    Raises:
+        ValueError: A setting is invalid, or the models inside disagree about it.
     """
     check_callable(model)
     bare = callee(model)
@@ -131,7 +139,7 @@ def resolve_settings(
     inner = find_inside(bare, lambda v: v is not bare and has_settings(v)) if missing else []
     inherited = _agreed(bare, inner, missing)
     values |= inherited
-    # A UNet2DModel, and the UNet made of one, has no settings of its own: beside a schedule these are defaults.
+    # A UNet2DModel, and a UNet converted from one, has no settings of its own. Unless a scheduler is passed, they are assumed.
     unspecific = is_diffusers(bare, "UNet2DModel") or (isinstance(bare, UNet) and bare.schedule is None)
     unspecified = [n for n in needs if values[n] is None or (unspecific and not scheduled and passed[n] is None)]
     settings = TrainingSettings(
@@ -142,14 +150,14 @@ def resolve_settings(
         check_prediction(settings.schedule, settings.prediction)
     _warn_inherited(model, bare, inner, inherited)
     if "schedule" in unspecified or "prediction" in unspecified:
-        # Beside a schedule the prediction alone, so that calls that differ in the rest don't warn once more.
+        # With a schedule passed, name only the prediction, so that calls with other arguments do not warn again.
         assumed = unspecified if "schedule" in unspecified else ["prediction"]
         _warn_assumed(model, bare, unspecific, {name: getattr(settings, name) for name in assumed})
     return settings
 
 
 def _attribute(owner: object, name: str) -> object:
-    """The owner's setting of this name; None where it has none, or where the attribute means something else."""
+    """Return the owner's setting of this name. None if it has none, or if the attribute has another type."""
     value = as_python_number(getattr(owner, name, None))
     accepted, _, expected = SETTINGS[name]
     if isinstance(owner, UNet) and value is not None and not isinstance(value, accepted):
@@ -158,12 +166,12 @@ def _attribute(owner: object, name: str) -> object:
 
 
 def has_settings(owner: object) -> bool:
-    """Whether it specifies what it was trained for. `variance` and `clip` alone don't: other layers have such attributes."""
+    """Return whether the owner has a schedule or a prediction. Layers may have a `variance` or `clip` of another meaning."""
     return _attribute(owner, "schedule") is not None or _attribute(owner, "prediction") in PREDICTIONS
 
 
 def name_of(model: object) -> str:
-    """The model in a message: a function's or method's name, an object's class."""
+    """Return the model's name for messages: that of a function or method, otherwise that of the class."""
     if isinstance(model, (types.FunctionType, types.MethodType)):
         kind = "method" if isinstance(model, types.MethodType) else "function"
         return f"{kind} {model.__qualname__}"
@@ -171,7 +179,7 @@ def name_of(model: object) -> str:
 
 
 def _agreed(bare: object, inner: list[object], names: list[str]) -> dict[str, object]:
-    """The settings of these names that the models inside have. Raise ValueError where two of them differ."""
+    """Return the settings with these names of the models inside. Raise ValueError if two models differ in one."""
     agreed, differing = {}, {}
     for name in names:
         values = []
@@ -184,7 +192,7 @@ def _agreed(bare: object, inner: list[object], names: list[str]) -> dict[str, ob
             agreed[name] = values[0]
     if differing:
         raise ValueError(
-            f"{', '.join(differing)}: the {name_of(bare)} holds models that were trained for different ones "
+            f"{', '.join(differing)}: the {name_of(bare)} holds models with different settings "
             f"({'; '.join(f'{name} {values}' for name, values in differing.items())}); "
             f"pass {', '.join(f'{name}=' for name in differing)}"
         )
@@ -197,26 +205,26 @@ def _scheduler_settings(schedule: Any) -> TrainingSettings:
         *scheduler.settings_from_config({**schedule.config, "_class_name": kind}, f"schedule: the {kind}'s")
     )
     betas = getattr(schedule, "betas", own.schedule.betas)
-    rounding = 1e-5 if schedule.config.get("rescale_betas_zero_snr") else 1e-8  # differences, taken in float32
+    rounding = 1e-5 if schedule.config.get("rescale_betas_zero_snr") else 1e-8  # of differences computed in float32
     if betas.shape != own.schedule.betas.shape or not torch.allclose(
         betas.double().cpu(), own.schedule.betas, rtol=1e-3, atol=rounding
     ):
         raise ValueError(
-            f"schedule: the {kind}'s betas are not those of its config; pass schedule=fastddpm.Schedule(betas) and what else "
-            "it was trained for"
+            f"schedule: the {kind}'s betas are not those of its config; pass schedule=fastddpm.Schedule(betas) and the other "
+            "settings that the model was trained for"
         )
     return own
 
 
 def warn_signal_left(model: object, schedule: Schedule) -> None:
-    """Warn once where x_T is not noise alone: there a chain from noise, and its training, begin in different places."""
+    """Warn once if the schedule leaves signal in x_T: a chain starts with noise alone, which training has not seen there."""
     left = float(schedule.alphas_cumprod[-1])
     if left > MAX_SIGNAL_LEFT:
         warn_once(
             model,
-            f"schedule: {schedule!r} ends at alphas_cumprod {left:.2g}, so that x_T keeps {left**0.5:.0%} of the picture, "
-            f"and chains begin with noise alone: expect images that are off in brightness and contrast. Up to {MAX_SIGNAL_LEFT} "
-            "is little enough; Schedule.linear(T) without start and end has betas for its T",
+            f"schedule: {schedule!r} ends at alphas_cumprod {left:.2g}, so that x_T keeps {left**0.5:.0%} of the image, "
+            "but sampling starts with noise alone: expect wrong brightness and contrast. Use a schedule that ends at "
+            f"{MAX_SIGNAL_LEFT} or less; Schedule.linear(T) without start and end scales its betas to T",
         )
 
 
@@ -225,31 +233,34 @@ def _listed(values: dict[str, object]) -> str:
 
 
 def _warn_inherited(model: object, bare: object, inner: list[object], inherited: dict[str, object]) -> None:
-    """Name the settings that are not the paper's: a wrapper may answer otherwise than the model in it."""
+    """Warn about inherited settings that are not the paper's: a wrapper's output may differ from that of the model in it."""
     differing = {name: value for name, value in inherited.items() if value != SETTINGS[name][1]}
     if differing:
         names = ", ".join(dict.fromkeys(map(name_of, inner)))
         warn_once(
             model,
-            f"{', '.join(differing)}: the {name_of(bare)} is taken to answer as the {names} in it does, with "
-            f"{_listed(differing)}; where it answers otherwise, pass {', '.join(f'{name}=' for name in differing)}",
+            f"{', '.join(differing)}: the {name_of(bare)} is treated as the {names} inside it, with "
+            f"{_listed(differing)}; if its output differs, pass {', '.join(f'{name}=' for name in differing)}",
         )
 
 
 def _warn_assumed(model: object, bare: object, unspecific: bool, assumed: dict[str, object]) -> None:
     if unspecific:
-        who, way = "a UNet2DModel doesn't say what it was", "its scheduler, e.g. schedule=pipeline.scheduler"
+        who, way = "a UNet2DModel does not specify what it was", "its scheduler, e.g. schedule=pipeline.scheduler"
     elif isinstance(bare, (types.FunctionType, types.BuiltinFunctionType)):
-        who = "a function doesn't say what its network was"
-        way = "schedule= and what else differs, e.g. schedule=model.schedule, prediction=model.prediction"
+        who = "a function does not specify what its network was"
+        way = (
+            "schedule= and every other setting that differs, e.g. schedule=model.schedule, prediction=model.prediction"
+        )
     else:
-        who = f"the {name_of(bare)} doesn't say what it was"
-        way = "schedule= and what else differs, or give it attributes of these names"
+        who = f"the {name_of(bare)} does not specify what it was"
+        way = "schedule= and every other setting that differs, or give it attributes of these names"
     linear = ["the paper's linear schedule of 1000 steps"] if "schedule" in assumed else []
     rest = {name: value for name, value in assumed.items() if name != "schedule"}
     listed = ", ".join([*linear, *([_listed(rest)] if rest else [])])
     first = next(iter(assumed))
     warn_once(
         model,
-        f"{first}: {who} trained for; assumed {listed}; pass {way if linear else f'{first}= and what else differs'}",
+        f"{first}: {who} trained for; assumed {listed}; "
+        f"pass {way if linear else f'{first}= and every other setting that differs'}",
     )

@@ -1,1 +1,1 @@
-"""The network."""
+"""The U-Net and its options."""

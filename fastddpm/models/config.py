@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 
-# Fields by the names that they had before, which are read from existing files and still accepted as keywords.
+# Previous name of a field -> its current name. Previous names are read from files, and accepted as keywords.
 OLD_NAMES = {
     "multipliers": "channel_mult", "blocks": "num_res_blocks", "attention": "attention_resolutions",
     "groups": "norm_groups", "classes": "num_classes", "eps": "norm_eps", "attention_up": "up_attention_resolutions",
@@ -18,15 +18,15 @@ OLD_NAMES = {
 
 def with_current_names(options: Mapping) -> dict:
     """Return the options with each old name replaced by the field's name."""
-    # An old name counts where both are given: dataclasses.replace(config, classes=3) adds num_classes from `config`.
+    # An old name has precedence over the current one: dataclasses.replace(config, classes=3) adds num_classes from `config`.
     current = {name: value for name, value in {**options}.items() if name not in OLD_NAMES}
     return current | {OLD_NAMES[name]: options[name] for name in options if name in OLD_NAMES}
 
 
 def _accept_old_names(cls: type) -> type:
-    """Make the class accept the keywords and attributes of OLD_NAMES too, with a warning.
+    """Make the class also accept the keywords and attributes of OLD_NAMES, with a warning.
 
-    Its signature stays that of its fields.
+    The class's signature remains that of its fields.
     """
     init = cls.__init__
 
@@ -34,7 +34,7 @@ def _accept_old_names(cls: type) -> type:
     def __init__(self, *values: object, **options: object) -> None:
         renamed = [f"{name} is now {OLD_NAMES[name]}" for name in options if name in OLD_NAMES]
         if renamed:
-            # Of dataclasses.replace, the caller's line is one further up.
+            # dataclasses.replace adds one frame between the caller and this function.
             level = 3 if sys._getframe(1).f_globals.get("__name__") == "dataclasses" else 2
             warnings.warn(f"fastddpm: UNetConfig: {', '.join(renamed)}", DeprecationWarning, stacklevel=level)
             options = with_current_names(options)
@@ -54,25 +54,44 @@ def _accept_old_names(cls: type) -> type:
 @_accept_old_names
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """The network's architecture.
+    """The architecture of a `UNet`.
 
-    sample_size: side of the image, divisible by 2^(levels - 1). channels: width that the timestep's embedding starts with, and
-    that of the first level in most networks; channel_mult: widths of the levels, as multiples of it. num_res_blocks: residual
-    blocks per level going down (one more going up). attention_resolutions: sides at which every block is followed by
-    self-attention (the middle always has it). out_channels: default in_channels; twice that for a learned variance.
-    norm_groups: groups of every GroupNorm. num_classes: number of class labels, None for an unconditional network.
+    The defaults are the paper's CIFAR-10 network without dropout. In the paper's networks the options from `norm_eps` on have
+    their default values; other libraries' networks differ in them.
 
-    What the paper's network doesn't change:
-    norm_eps: eps of every GroupNorm. up_attention_resolutions: the sides with attention going up, default as going down.
-    stem_channels: width of the first convolution, default `channels`. num_heads, num_head_channels: number of attention's
-    heads, or width of each; at most one of them, default one head. scale_shift: the timestep scales and shifts the second
-    norm's output instead of being added to its input. resample: "conv", a strided convolution down and nearest upsampling with
-    a convolution up, or "resnet", a residual block that averages 2x2 pixels or repeats them between its first norm and
-    convolution. downsample_padding: the zeros around the input of a strided convolution, "end", one row and column at the
-    bottom and right, or "both", one on every side. flip_sin_to_cos, freq_shift: the timestep embedding's order and spacing
-    (`ops.timestep_embedding`). time_scale: factor by which t is multiplied before it is embedded. center_input: the network is
-    given 2x - 1. middle_attention: whether the middle has attention. middle_groups: groups of its norm, default `norm_groups`;
-    0 for no norm. middle_scale: number by which every layer of the middle divides its output.
+    Attributes:
+        sample_size: Side of a square image in pixels, divisible by 2^(levels - 1).
+        in_channels: Channels of an image.
+        out_channels: Channels of the prediction. Default: in_channels. A learned variance requires 2 * in_channels.
+        channels: Width of the timestep's sinusoids, and base width of the levels.
+        channel_mult: Width of each level, as a multiple of `channels`. Its length is the number of levels.
+        num_res_blocks: Residual blocks per level of the encoder. The decoder has one more.
+        attention_resolutions: Sides in pixels of the levels in which self-attention follows every residual block.
+        dropout: Dropout probability of the residual blocks in training, in [0, 1).
+        norm_groups: Groups of every GroupNorm. They must divide the channels of every level.
+        num_classes: Number of class labels. None for an unconditional network.
+        norm_eps: eps of every GroupNorm, positive.
+        up_attention_resolutions: Like `attention_resolutions`, for the decoder. Default: the same.
+        stem_channels: Width of the first convolution. Default: `channels`.
+        num_heads: Number of attention heads. Default: 1, unless `num_head_channels` is passed.
+        num_head_channels: Channels of each attention head. At most one of `num_heads` and `num_head_channels` may be passed.
+        scale_shift: If True, the timestep embedding scales and shifts the output of a block's second norm. If False, it is
+            added to the input of that norm.
+        resample: "conv" downsamples by a strided convolution, and upsamples by nearest-neighbour interpolation and a
+            convolution. "resnet" uses a residual block for either, which averages or repeats 2x2 pixels between its first norm
+            and its first convolution.
+        downsample_padding: Zero padding of a strided convolution: "end" pads one row at the bottom and one column at the
+            right; "both" pads one pixel on every side.
+        flip_sin_to_cos: Order of the timestep's sinusoids, as in `ops.timestep_embedding`.
+        freq_shift: Spacing of their frequencies, as in `ops.timestep_embedding`.
+        time_scale: Factor by which t is multiplied before it is embedded, positive.
+        center_input: If True, the network computes with 2x - 1 in place of x.
+        middle_attention: Whether the middle block, between encoder and decoder, has attention.
+        middle_groups: Groups of the norm in the middle block's attention, 0 for no norm. Default: `norm_groups`.
+        middle_scale: Number by which every layer of the middle block divides its output, positive.
+
+    Raises:
+        ValueError: An option is invalid. The message names it.
     """
 
     sample_size: int = 32
@@ -116,7 +135,7 @@ class UNetConfig:
         if not isinstance(self.sample_size, int):
             raise ValueError(
                 f"sample_size: got {self.sample_size!r}; expected an int, the side of a square image. The same network draws "
-                "other ones, of sides that its levels can halve, with sample(model, n, shape=(C, H, W))"
+                "images of other sides that its levels can halve with sample(model, n, shape=(C, H, W))"
             )
         for name in ("sample_size", "in_channels", "out_channels", "channels", "num_res_blocks", "norm_groups"):
             _check_int(name, getattr(self, name), 1)
@@ -128,8 +147,8 @@ class UNetConfig:
         """Check the number of levels and the channels of each."""
         if not self.channel_mult or any(not _is_whole(self.channels * m) for m in self.channel_mult):
             raise ValueError(
-                f"channel_mult: got {self.channel_mult}; expected for each level a positive number that makes a whole "
-                f"number of {self.channels} channels"
+                f"channel_mult: got {self.channel_mult}; expected a positive number for each level, whose product with "
+                f"the {self.channels} channels is an integer"
             )
         if self.sample_size % (1 << (len(self.channel_mult) - 1)):
             raise ValueError(
@@ -186,12 +205,12 @@ class UNetConfig:
 
     @property
     def up_attention(self) -> tuple[int, ...]:
-        """Sides with attention going up."""
+        """Sides of the decoder's levels with attention."""
         return self.attention_resolutions if self.up_attention_resolutions is None else self.up_attention_resolutions
 
     @property
     def attention_channels(self) -> list[int]:
-        """Channels of each level that has attention, and of the middle where it has it."""
+        """Channels of each level with attention, and of the middle block if it has attention."""
         everywhere = {*self.attention_resolutions, *self.up_attention}
         levels = [width for width, side in zip(self.widths, self.resolutions, strict=True) if side in everywhere]
         return [*levels, self.widths[-1]] if self.middle_attention else levels
@@ -203,7 +222,7 @@ def _check_int(name: str, value: object, least: int) -> None:
 
 
 def _is_whole(width: float) -> bool:
-    """Return whether a level can have this many channels; a third of them is not exact in floating point."""
+    """Return whether a width is a positive integer, up to rounding: a multiple such as 1/3 is not exact."""
     return width > 0.5 and abs(width - round(width)) < 1e-6
 
 

@@ -1,10 +1,10 @@
 """The U-Net of Ho et al. 2020 (appendix B), written as body(x, embed(t)).
 
-`embed` yields what each residual block needs of the timestep (and class); `body` is everything that depends on x. Parameters
-carry the names that diffusers' UNet2DModel gives them, so that a state dict goes both ways unchanged.
+`embed` computes what each residual block receives of the timestep (and class); `body` computes everything that depends on x.
+Parameters have the same names as in diffusers' UNet2DModel, so that either network loads the other's state dict unchanged.
 
-The defaults are the paper's network. The options after `num_classes` are what its descendants changed (Nichol & Dhariwal
-2021, Dhariwal & Nichol 2021, diffusers), so that their checkpoints are this network too.
+The defaults are the paper's network. The options after `num_classes` are the changes of its descendants (Nichol & Dhariwal
+2021, Dhariwal & Nichol 2021, diffusers), so that this network loads their checkpoints too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["UNet", "UNetConfig"]
 
 
 class _SkipInit:
-    """Leave a layer's weights uninitialized: torch would draw values that ours replace."""
+    """A layer with uninitialized weights: `_initialize` would replace the values that torch draws."""
 
     def reset_parameters(self) -> None:
         pass
@@ -45,7 +45,7 @@ class _SkipInitEmbedding(_SkipInit, nn.Embedding):
 
 def _initialize(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Linear | nn.Conv2d:
     """Draw weights by variance scaling (fan_avg, uniform); biases are 0. A gain of 1e-5 is the paper's scale of 1e-10."""
-    layer.__class__ = type(layer).__bases__[1]  # torch's own class, by which quantisers and the like find layers
+    layer.__class__ = type(layer).__bases__[1]  # torch's own class, by which quantisers and similar tools find layers
     if not layer.weight.is_meta:
         nn.init.xavier_uniform_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
@@ -81,7 +81,7 @@ class GroupNormSiLU(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
-        """conditions: add, scale and shift of `ops.group_norm_silu`."""
+        """Return the normalised x, same shape. conditions: add, scale and shift of `ops.group_norm_silu`."""
         return ops.group_norm_silu(x, self.groups, self.weight, self.bias, self.eps, silu=self.silu, **conditions)
 
     def extra_repr(self) -> str:
@@ -89,7 +89,7 @@ class GroupNormSiLU(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of t, dense, SiLU, dense: [N] -> [N, 4 * channels]."""
+    """The embedding of timesteps: sinusoids, dense, SiLU, dense. [N] -> [N, 4 * channels]."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -111,9 +111,9 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv; a 1x1 shortcut where the width changes.
+    """A residual block: norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv. The shortcut is a 1x1 conv if the width changes.
 
-    resample: "up" or "down", applied before the first convolution and on the shortcut.
+    resample: "up" or "down", applied before the first convolution and to the shortcut.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class ResBlock(nn.Module):
         self.conv_shortcut = _conv(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """embedding: this block's projection of the timestep's, [N, width] or [width]."""
+        """Return the block's output. embedding: its projection of the timestep embedding, [N, width] or [width]."""
         h = self.conv1(resampled(self.norm1(x), self.resample))
         h = self.conv2(self.dropout(self.norm2(h, **conditions(embedding, self.scale_shift))))
         x = resampled(x, self.resample)
@@ -139,14 +139,14 @@ class ResBlock(nn.Module):
 
 
 def resampled(x: torch.Tensor, resample: str | None) -> torch.Tensor:
-    """x; or with sides doubled ("up", each pixel repeated) or halved ("down", means of 2x2 pixels)."""
+    """Return x, or x with sides doubled ("up", each pixel repeated) or halved ("down", means of 2x2 pixels)."""
     if resample is None:
         return x
     return F.interpolate(x, scale_factor=2.0, mode="nearest") if resample == "up" else F.avg_pool2d(x, 2)
 
 
 def conditions(embedding: torch.Tensor, scale_shift: bool) -> dict[str, torch.Tensor]:
-    """What the second norm of a block takes: add [..., C]; or of [..., 2C], scale and shift [..., C]."""
+    """Return the conditions of a block's second norm: add [..., C], or scale and shift [..., C] from [..., 2C]."""
     if not scale_shift:
         return {"add": embedding}
     return dict(zip(("scale", "shift"), embedding.chunk(2, dim=-1), strict=True))
@@ -156,7 +156,7 @@ class Attention(nn.Module):
     """Self-attention over all pixels, scaled by (C / heads)^-0.5, with a residual."""
 
     def __init__(self, channels: int, config: UNetConfig, *, groups: int, divisor: float = 1.0) -> None:
-        """groups: of the norm; 0 for none."""
+        """Make the layers. groups: groups of the norm, 0 for no norm."""
         super().__init__()
         self.heads = config.num_heads or (
             1 if config.num_head_channels is None else channels // config.num_head_channels
@@ -195,8 +195,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention if the level has it, and then the layer that changes
-    the resolution."""
+    """The residual blocks of one resolution, each followed by attention if the level has it, and the resampling layer."""
 
     def __init__(self, widths: list[tuple[int, int]], attention: bool, config: UNetConfig) -> None:
         super().__init__()
@@ -223,12 +222,12 @@ class Level(nn.Module):
         return resampler(x, next(embedding)) if _takes_embedding(resampler) else resampler(x)
 
     def resblocks(self) -> list[ResBlock]:
-        """In the order in which `UNet.body` meets them."""
+        """Return the residual blocks in the order of `UNet.body`."""
         return [*self.resnets, *([self.resampler()] if _takes_embedding(self.resampler()) else [])]
 
 
 def _takes_embedding(layer: nn.Module | None) -> bool:
-    """Return whether the layer is a residual block, the model's or the engine's, which takes a part of the embedding."""
+    """Return whether the layer is a residual block (the model's or the engine's), which takes a part of the embedding."""
     return hasattr(layer, "time_emb_proj")
 
 
@@ -261,7 +260,7 @@ def _resampler(channels: int, config: UNetConfig, direction: str) -> nn.Module:
 
 
 def _down_levels(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
-    """Return the levels going down, and the channels of the skip connections in the order in which `UNet.body` makes them."""
+    """Return the encoder's levels, and the channels of the skip connections in the order in which `UNet.body` makes them."""
     levels, channels = nn.ModuleList(), config.stem_width
     skip_channels = [channels]
     for width, resolution in zip(config.widths, config.resolutions, strict=True):
@@ -277,7 +276,7 @@ def _down_levels(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
 
 
 def _up_levels(config: UNetConfig, skip_channels: list[int]) -> nn.ModuleList:
-    """Return the levels going up, each block of which takes the last of the remaining skip connections."""
+    """Return the decoder's levels. Each block takes the last of the remaining skip connections."""
     levels, channels, skips = nn.ModuleList(), config.widths[-1], list(skip_channels)
     for width, resolution in reversed(list(zip(config.widths, config.resolutions, strict=True))):
         pairs = []
@@ -292,11 +291,21 @@ def _up_levels(config: UNetConfig, skip_channels: list[int]) -> nn.ModuleList:
 
 
 class UNet(nn.Module):
-    """Ho et al.'s network: x_t [N, C, H, W] and t int64 [N] -> prediction [N, out_channels, H, W].
+    """The U-Net of Ho et al. 2020 (appendix B): x_t and t -> prediction.
 
-    schedule, prediction, variance, clip: what the network was trained for, and so the defaults of `fastddpm.sample`; by
-    default the paper's linear schedule, "epsilon", "fixed_large" and True.
-    class_names: the names of the classes 0..K-1 of a network with classes, or None where they have none.
+    Each argument is also an attribute. schedule, prediction, variance and clip specify what the network was trained for, and
+    are the defaults of `fastddpm.sample`.
+
+    Args:
+        config: The architecture.
+        schedule: The `Schedule` that the network was trained with. Default: the paper's linear schedule.
+        prediction: What the network predicts: "epsilon", "sample" (x0), "v_prediction" or "mean" (of x_{t-1}).
+        variance: Variance of the reverse process: "fixed_large", "fixed_small", "learned_range" or "none".
+        clip: Bound on |x0| in each step of sampling: a positive number, True for 1.0 or False for no bound.
+        class_names: Names of the classes 0..K-1 of a network with K classes. None for classes without names.
+
+    Raises:
+        ValueError: The number of names is not that of the classes.
     """
 
     def __init__(
@@ -332,36 +341,60 @@ class UNet(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str) -> UNet:
-        """A fresh network: "cifar10" (35,746,307 parameters), "lsun256" (113,673,219) or "digits"."""
+        """Return an untrained network of a preset architecture.
+
+        Args:
+            name: "cifar10" (35,746,307 parameters), "lsun256" (113,673,219) or "digits".
+
+        Returns:
+            A network with random weights, in training mode.
+
+        Raises:
+            ValueError: No preset has this name.
+        """
         if name not in PRESETS:
             raise ValueError(f"preset: unknown name {name!r}; expected one of {', '.join(PRESETS)}")
         return cls(PRESETS[name])
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None, flags: str | None = None) -> UNet:
-        """A trained network, in eval mode, with the schedule, prediction, variance and clip that it was trained for.
+        """Load a trained network.
 
-        name: a bundled model's name ("digits"); a folder that `save_pretrained` wrote; a diffusers DDPM folder; a checkpoint
-            file of pesser's conversions of the paper's weights, or of OpenAI's improved-diffusion and guided-diffusion, or a
-            folder of OpenAI's; or the id of a diffusers or fastddpm model on the Hugging Face Hub ("google/ddpm-cifar10-32").
-        revision: branch, tag or commit, of a Hub id alone.
-        flags: of OpenAI's files alone, which don't say how their network was made: what the publisher passes to
-            the sampling script ("--image_size 64 --num_channels 192 ..."). For the published files it may be left out.
+        A pickle is read with weights_only, so that it cannot run code. A warning is issued if neither the file nor its name
+        specifies that the weights are averaged (EMA) ones.
 
-        Weights are float32, whatever the file's are, on torch's default device. Pickles are read with weights_only, so that they
-        cannot run code. Raises CheckpointError, a ValueError, naming the file and what is wrong with it. Warns where nothing
-        says that the weights are averaged (EMA) ones.
+        Args:
+            name: One of: the name of a bundled model ("digits"); a folder written by `save_pretrained`; a diffusers DDPM folder;
+                a checkpoint file of pesser's pytorch_diffusion (conversions of the paper's weights); a checkpoint file or folder
+                of OpenAI's improved-diffusion or guided-diffusion; the id of a diffusers or fastddpm model on the Hugging Face
+                Hub ("google/ddpm-cifar10-32").
+            revision: Branch, tag or commit. Only for the id of a Hub model.
+            flags: The options that the publisher passes to the sampling script ("--image_size 64 --num_channels 192 ...").
+                Only for OpenAI's files, which do not specify their architecture. OpenAI's published files do not require it.
+
+        Returns:
+            The network in eval mode, with the schedule, prediction, variance and clip that it was trained for. The weights are
+                float32, whatever the file's dtype, on torch's default device.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be loaded. The message names the file and the fault. It is a ValueError.
         """
         from ..checkpoints import pretrained
 
         return pretrained.load(name, revision=revision, flags=flags)
 
     def save_pretrained(self, folder: str | Path, *, format: str = "fastddpm") -> None:
-        """Write the network into `folder`, made if missing; each file appears whole or not at all.
+        """Save the network to a folder.
 
-        format: "fastddpm" (config.json and model.safetensors), or "diffusers": a folder for DDPMPipeline.from_pretrained.
-        Raises ValueError where diffusers' UNet2DModel has no such network, naming the option. DDPMPipeline opens a network
-        with classes, too, but passes no labels to it.
+        Each file is written completely or not at all.
+
+        Args:
+            folder: Path of the folder, created if missing.
+            format: "fastddpm" (config.json and model.safetensors), or "diffusers", a folder for DDPMPipeline.from_pretrained.
+                DDPMPipeline also opens a network with classes, but passes no labels to it.
+
+        Raises:
+            ValueError: diffusers' UNet2DModel cannot represent the network. The message names the option.
         """
         from ..checkpoints import pretrained
 
@@ -373,17 +406,29 @@ class UNet(nn.Module):
         return self.config.in_channels, self.config.sample_size, self.config.sample_size
 
     def resblocks(self) -> list[ResBlock]:
-        """All residual blocks in the order `body` meets them."""
+        """Return all residual blocks, in the order in which `body` runs them."""
         levels = [*self.down_blocks, self.mid_block, *self.up_blocks]
         return [block for level in levels for block in level.resblocks()]
 
     def embedding_layers(self) -> list[nn.Module]:
-        """All that `embed` calls and `body` doesn't."""
+        """Return the layers that `embed` calls, none of which `body` calls."""
         classes = [self.class_embedding] if self.config.num_classes is not None else []
         return [self.time_embedding, *classes, *(block.time_emb_proj for block in self.resblocks())]
 
     def embed(self, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """What each residual block takes for timesteps t [N] (and class labels int64 [N]): a list of [N, width]."""
+        """Return the timestep (and class) embedding, projected for each residual block.
+
+        Args:
+            t: Timesteps, [N].
+            class_labels: int64 [N] for a network with classes, otherwise None.
+
+        Returns:
+            A list of tensors [N, width], one for each block in `resblocks`. width is the block's number of output channels, or
+                twice that if `config.scale_shift` is True.
+
+        Raises:
+            ValueError: class_labels are missing, or passed to a network without classes.
+        """
         if (class_labels is None) != (self.config.num_classes is None):
             wanted = "int64 [N]" if self.config.num_classes is not None else "none, as this network has no classes"
             raise ValueError(f"class_labels: got {class_labels!r}; expected {wanted}")
@@ -394,7 +439,15 @@ class UNet(nn.Module):
         return [block.time_emb_proj(temb) for block in self.resblocks()]
 
     def body(self, x: torch.Tensor, embedding: list[torch.Tensor]) -> torch.Tensor:
-        """Everything that depends on x. embedding: a list as `embed` gives it, each entry [N, width] or [width]."""
+        """Return the prediction for x, with the embedding already computed: `forward` is body(x, embed(t)).
+
+        Args:
+            x: x_t, [N, C, H, W].
+            embedding: The list that `embed` returns. Each entry is [N, width], or [width] if all images share a timestep.
+
+        Returns:
+            The prediction, [N, out_channels, H, W].
+        """
         parts = iter(embedding)
         h = self.conv_in(2 * x - 1 if self.config.center_input else x)
         skips = [h]
@@ -413,6 +466,19 @@ class UNet(nn.Module):
         return self.conv_out(self.conv_norm_out(h))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the prediction for x_t.
+
+        Args:
+            x: x_t, [N, C, H, W]. H and W must be divisible by 2^(levels - 1).
+            t: Timesteps in 0..T-1, int64 [N].
+            class_labels: int64 [N] for a network with classes, otherwise None.
+
+        Returns:
+            The prediction, [N, out_channels, H, W].
+
+        Raises:
+            ValueError: The shape of x is wrong, or class_labels are missing or not supported.
+        """
         if x.dim() != 4 or x.shape[1] != self.config.in_channels:
             raise ValueError(f"x: got shape {list(x.shape)}; expected [N, {self.config.in_channels}, H, W]")
         return self.body(x, self.embed(t, class_labels))

@@ -1,4 +1,4 @@
-"""`sample` and what else a chain can do."""
+"""Sampling, and other uses of a chain: encoding, interpolation and progressive generation."""
 
 from ..errors import SamplingError
 from .api import sample

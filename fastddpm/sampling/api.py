@@ -1,4 +1,4 @@
-"""`sample`: images by the reverse process, and `run`, which draws them by any plan."""
+"""`sample` draws images with the reverse process; `run` executes any plan."""
 
 from __future__ import annotations
 
@@ -46,38 +46,60 @@ def sample(
     progress: bool | None = None,
     callback: Callable[[StepState], None] | None = None,
 ) -> torch.Tensor:
-    """Draw n images: float32 [n, C, H, W] on the model's device, in [-1, 1] where clipped.
+    """Draw n images with the reverse process (Ho et al. 2020, algorithm 2).
 
-    model: a `UNet`; a diffusers UNet2DModel, which runs as the `UNet` with its parameters; or any callable
-        model(x, t) -> prediction with x [B, C, H, W] and t int64 [B] in 0..T-1. A bare callable needs `shape` and gets
-        float32 x; a module gets x in its parameters' dtype. A wrapper without attributes of these names (a module, an object, a
-        functools.partial, a bound method) is taken to be trained for what the model in it is.
-    shape: (C, H, W); default the model's own.
-    schedule: a `Schedule`, or a diffusers scheduler, whose betas, prediction_type, variance_type and clip range are then
-        the defaults; default the model's own, else the paper's linear one. prediction: "epsilon", "sample",
-        "v_prediction" or "mean"; default the model's own, else "epsilon".
-    sampler: "ddpm", the paper's, "ddim" (Song et al. 2021) or "dpm++2m" (DPM-Solver++, Lu et al. 2022).
-    steps: calls of the network for each image, 1..T; default T for ddpm, 50 for ddim, 20 for dpm++2m (T where T is less).
-    spacing: which of the T timesteps they are: "trailing" (the default), "linspace", "leading", or "logsnr" (dpm++2m's default).
-    eta: ddim's noise, from 0 (none) to 1 (as much as ddpm's "fixed_small").
-    variance: ddpm's noise: "fixed_large" (sigma^2 = beta), "fixed_small" (the posterior variance), "learned_range" (in between,
-        as the second half of an output with 2C channels says) or "none" (an ablation). Default the model's own, else
-        "fixed_large"; where steps are left out "fixed_small" takes the place of a default "fixed_large", which would ruin images.
-    clip: bound on each step's x0; True is 1.0, False none; default the model's own, else True. A predicted mean is taken as it
-        is, unless steps are left out: then it goes through x0, which costs precision, so that the network should answer in
-        float32.
-    class_labels: an int, or n integers (a tensor, a list, an array), for a network with classes. A callable gets each image's as
-        model(x, t, class_labels), int64 [B]: torch.arange(n) tells one that holds a condition for each image which these are.
-    noise: x_T, float32 [n, C, H, W], in place of the seed's.
-    seed: an int in [0, 2^64), a torch.Generator, or None: 64 bits from torch's default generator. Image i is image
-        first + i of the seed's endless sequence: its noise depends on (seed, first + i, timestep) alone.
-    batch_size: images per forward; default what fits. A short last batch is padded and cut.
-    device: default the model's; otherwise a copy is moved. dtype: arithmetic of the network (float32, bfloat16 or float16),
-        through a cast copy; the chain's state is float32 always.
-    progress: True or False; None shows a bar on a terminal. callback: called with a `StepState` after every step.
+    The chain starts at x_T ~ N(0, I). Each step converts the network's output for (x_t, t) to x0, clips x0, and draws
 
-    Raises ValueError naming the argument that does not fit, before anything is drawn, and SamplingError where the
-    model's output has the wrong shape or is not finite, naming the step.
+        x_{t-1} = c0 x0 + c1 x_t + sigma_t z,    z ~ N(0, I)
+
+    with the coefficients of the posterior mean (equation 7) for `sampler="ddpm"`. The last step adds no noise.
+
+    Args:
+        model: A `UNet`; a diffusers UNet2DModel, which runs as the `UNet` with the same parameters; or any callable
+            model(x, t) -> prediction, with x [B, C, H, W] and t int64 [B] in 0..T-1. A bare callable requires `shape` and
+            receives x in float32. A module receives x in the dtype of its parameters. Shape, schedule, prediction, variance
+            and clip default to the model's attributes of these names. A wrapper (a module, an object, a functools.partial or
+            a bound method) without such attributes has those of the model inside it.
+        n: Number of images, an int >= 0.
+        shape: (C, H, W) of one image. Default: the model's own.
+        schedule: A `Schedule`, or a diffusers scheduler, whose betas, prediction_type, variance_type and clip range then
+            become the defaults. Default: the model's own, else the paper's linear schedule.
+        prediction: What the network predicts: "epsilon", "sample" (x0), "v_prediction" or "mean" (of x_{t-1}). Default: the
+            model's own, else "epsilon".
+        sampler: "ddpm" (the paper's), "ddim" (Song et al. 2021) or "dpm++2m" (DPM-Solver++, Lu et al. 2022).
+        steps: Network calls per image, in 1..T. Default: T for ddpm; min(50, T) for ddim; min(20, T) for dpm++2m.
+        spacing: How the steps are selected from the T timesteps: "trailing", "linspace", "leading" or "logsnr". Default:
+            "logsnr" for dpm++2m, else "trailing".
+        eta: Noise of ddim, in [0, 1]: sigma_t as a multiple of that of ddpm with "fixed_small". 0 is deterministic.
+        variance: Noise of ddpm, sigma_t^2: "fixed_large" (beta_t), "fixed_small" (the posterior variance), "learned_range"
+            (between the two, predicted by the second half of an output with 2C channels) or "none" (0, an ablation).
+            Default: the model's own, else "fixed_large". If steps < T, "fixed_small" replaces a default of "fixed_large",
+            which would ruin the images.
+        clip: Bound on |x0| in each step: a positive number, True for 1.0 or False for no bound. Default: the model's own,
+            else True. With `prediction="mean"` and steps = T the output is used unmodified. With fewer steps it is converted
+            to x0, which loses precision, so that the network should then return float32.
+        class_labels: An int, or n integers (a tensor, list or array), for a network with classes. A callable is then called
+            as model(x, t, class_labels), with int64 [B]. With torch.arange(n), a callable that holds one condition per image
+            receives the index of each image in x.
+        noise: x_T, float32 [n, C, H, W]. Default: drawn from the seed.
+        seed: An int in [0, 2^64), or a torch.Generator. None draws 64 bits from torch's default generator. Each seed has an
+            endless sequence of images.
+        first: Number of the first image in the seed's sequence, an int in [0, 2^56). The noise of image i depends only on
+            (seed, first + i, timestep).
+        batch_size: Images per network call. Default: as many as fit in a quarter of the device's memory, at 4 KiB per pixel.
+            The last batch is padded to this size, and the padding is discarded.
+        device: Device to run on. Default: the model's. On any other device a copy of the model runs.
+        dtype: Arithmetic of the network: float32, bfloat16 or float16. Default: the model's own. In any other dtype a copy of
+            the model runs. The chain's state is always float32.
+        progress: True or False shows or hides a progress bar. None shows one on a terminal.
+        callback: Called with a `StepState` after every step.
+
+    Returns:
+        The images x_0, float32 [n, C, H, W] on the model's device (or `device`), in [-1, 1] if `clip` is True.
+
+    Raises:
+        ValueError: An argument is invalid. The message names the argument, and nothing has been drawn.
+        SamplingError: The model's output has the wrong shape, or holds a NaN or an infinity. The message names the step.
     """
     arguments = ChainArguments(
         schedule=schedule,
@@ -108,7 +130,7 @@ def sample(
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Those of `sample`'s arguments that do not change the chain."""
+    """The arguments of `sample` that do not change the chain."""
 
     shape: tuple[int, int, int] | None = None
     class_labels: torch.Tensor | Sequence[int] | int | None = None
@@ -123,7 +145,7 @@ class RunOptions:
 
 
 def run(plan: Plan, n: int, options: RunOptions) -> torch.Tensor:
-    """Run the plan's chain for n images: float32 [n, C, H, W]."""
+    """Run the plan's chain and return n images, float32 [n, C, H, W]."""
     model, table = plan.model, plan.table
     n = check_int("n", n, 0)
     shape = image_shape(model, options.shape)
@@ -140,7 +162,7 @@ def run(plan: Plan, n: int, options: RunOptions) -> torch.Tensor:
     x_shape = (batch_size, *shape)
     chain_shape = ChainShape.of(table, x_shape, clip, has_labels=labels is not None, has_callback=callback is not None)
     with (
-        torch.inference_mode(False),  # the result is an ordinary tensor even where the caller is in inference mode
+        torch.inference_mode(False),  # the result is an ordinary tensor even if the caller is in inference mode
         torch.no_grad(),
         memory.retain_freed_memory(device),
         acquire_runner(model, device, options.dtype, x_shape) as entry,
@@ -174,13 +196,13 @@ def _batch_size(model: ResolvedModel, n: int, shape: tuple, device: torch.device
     batch_size = default_batch_size(n, shape, device)
     if batch_size < n and options.class_labels is None and model.is_function:
         model.warn(
-            f"batch_size: the {n} images are drawn {batch_size} at a time, as many as fit. If the function holds a condition "
-            f"for each image, pass class_labels=torch.arange({n}): it is then called as model(x, t, index), with the index "
+            f"batch_size: the {n} images are drawn {batch_size} at a time, as many as fit. If the function holds one "
+            f"condition per image, pass class_labels=torch.arange({n}): it is then called as model(x, t, index), with the index "
             "of each image in x"
         )
     return batch_size
 
 
 def _padded(v: torch.Tensor, size: int) -> torch.Tensor:
-    """v [n, ...] with its last entry repeated, [size, ...]: a batch of another size would be packed and tuned for anew."""
+    """Return v [n, ...] with its last entry repeated, [size, ...]: a new batch size would need packing and tuning again."""
     return v if len(v) == size else torch.cat((v, v[-1:].expand(size - len(v), *v.shape[1:])))

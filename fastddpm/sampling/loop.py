@@ -1,7 +1,7 @@
-"""The reverse process (Ho et al. 2020, algorithm 2): as a reference, and as the loop that `sample` runs.
+"""The reverse process (Ho et al. 2020, algorithm 2): the reference, and the loop that `sample` runs.
 
-`sample_ref` is the algorithm. `Chain` does the same in place: steps read and write fixed buffers, so that on a GPU they are a
-CUDA graph, and the host looks at the device once a segment.
+`sample_ref` is the algorithm. `Chain` computes the same in place: its steps read and write fixed buffers, so that a GPU can run
+them as a CUDA graph. The host reads the device's state once per segment.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from ..errors import SamplingError
 from ..inputs.arguments import output_fault
 from ..ops.rng import Stream, as_int64_bits
 
-STEPS_PER_LOOK = 50  # between two looks at the device's state, when the bar moves and a bad output is noticed
-TIME_INPUTS = 50  # steps whose time inputs are made together: those of all would be a seventh of the weights' size
+# Steps per segment: after each, the host reads the state, moves the bar and checks for a bad output.
+STEPS_PER_LOOK = 50
+# Steps whose time inputs are computed together: those of all steps would take a seventh of the weights' size.
+TIME_INPUTS = 50
 UNROLL = 10  # steps in one CUDA graph
 SEED, FIRST, STEP, FIRST_BAD = range(4)  # entries of the state that ops.ddpm_step_ reads and advances
 
@@ -38,15 +40,18 @@ def sample_ref(
     first: int = 0,
     clip: float | None = 1.0,
 ) -> torch.Tensor:
-    """Draw x_0, float32 of `shape` [N, C, H, W], in plain PyTorch: what `sample` computes, and is tested against.
+    """Draw images in plain PyTorch. This is the reference that `sample` is tested against.
 
     Args:
         model: model(x_t, t) -> prediction, with t int64 [N].
-        table: timesteps [S] and the coefficients of a step at each [S, 9], from `diffusion.coefficients.table`.
+        table: Timesteps [S] and the step coefficients at each, [S, 9], from `diffusion.coefficients.table`.
         shape: (N, C, H, W).
-        seed: in [0, 2^64). Image i has the noise of image first + i of the seed's sequence.
-        first: the number of the first image.
-        clip: bound on each step's x_0, or None.
+        seed: An int in [0, 2^64). Image i has the noise of image first + i of the seed's sequence.
+        first: Number of the first image.
+        clip: Bound on |x_0| in each step, or None.
+
+    Returns:
+        x_0, float32 [N, C, H, W].
     """
     x = ops.philox_normal_ref(shape, seed=seed, t=0, stream=Stream.X_T, first=first)  # x_T ~ N(0, 1)
     x0 = torch.zeros_like(x)
@@ -59,27 +64,43 @@ def sample_ref(
 
 @dataclasses.dataclass(frozen=True)
 class StepState:
-    """What a callback sees after a step. x, x0: clones, float32 [B, C, H, W]; indices: the images' numbers in the sequence."""
+    """The state of a chain after a step, passed to a callback.
 
-    step: int  # 0-based; S steps in all
-    timestep: int  # t of the step just taken
-    x: torch.Tensor  # x_{t-1}
-    x0: torch.Tensor  # the step's prediction of x_0, clipped
+    Attributes:
+        step: Number of the step, from 0.
+        timestep: Timestep t of the step.
+        x: A copy of x_{t-1}, float32 [B, C, H, W].
+        x0: A copy of the step's prediction of x_0, clipped, float32 [B, C, H, W].
+        indices: Numbers of the B images in the seed's sequence.
+    """
+
+    step: int
+    timestep: int
+    x: torch.Tensor
+    x0: torch.Tensor
     indices: range
 
 
 class Batch(NamedTuple):
-    """The images of one run of a chain. Their number may be less than the chain's batch size."""
+    """The images of one run of a chain, at most as many as the chain's batch size B.
 
-    out: torch.Tensor  # float32 [n, C, H, W], where they go
+    Attributes:
+        out: The output, float32 [n, C, H, W] with n <= B.
+        seed: An int in [0, 2^64).
+        first: Number of the first image in the seed's sequence.
+        x_T: Initial noise, float32 [B, C, H, W]. None draws it from the seed.
+        class_labels: int64 [B], or None.
+    """
+
+    out: torch.Tensor
     seed: int
-    first: int  # number of the first image in the seed's sequence
-    x_T: torch.Tensor | None  # in place of the seed's, of the chain's batch size
-    class_labels: torch.Tensor | None  # of the chain's batch size
+    first: int
+    x_T: torch.Tensor | None
+    class_labels: torch.Tensor | None
 
 
 class ChainShape(NamedTuple):
-    """What a chain's buffers and graphs depend on; a chain serves every table, seed and batch of its shape."""
+    """Everything that a chain's buffers and graphs depend on. A chain runs every table, seed and batch of its shape."""
 
     steps: int
     x: tuple[int, int, int, int]
@@ -105,7 +126,7 @@ class ChainShape(NamedTuple):
 
 
 def chain_for(entry: CacheEntry, table: Table, shape: ChainShape) -> Chain:
-    """The captured chain in the cache entry if it has this shape; else a new one, captured as a CUDA graph where possible."""
+    """Return the cached captured chain if it has this shape, else a new one, captured as a CUDA graph if possible."""
     chain, runner = entry.chain, entry.runner
     if chain is not None and chain.shape == shape:
         chain.load(table)
@@ -119,21 +140,23 @@ def chain_for(entry: CacheEntry, table: Table, shape: ChainShape) -> Chain:
     except graphs.CaptureError as error:
         reason = f"steps are launched kernel by kernel, as they could not be captured as a CUDA graph ({error})"
         chain.warning = f"{reason}. {SAME_RESULTS}"
-        if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):  # another time there may be more memory
+        if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):  # the next call may have more memory
             return chain
-    entry.chain = chain  # also after a failure: the next call needn't fail again
+    entry.chain = chain  # also after a failure, so that the next call does not repeat it
     return chain
 
 
 class Chain:
     """The loop over one batch, with its buffers.
 
-    A step reads and writes nothing but these buffers and the network, so that as a CUDA graph it serves every seed and table.
-    warning: why the steps are not captured, for the caller; None if there is nothing to say.
+    A step accesses only these buffers and the network, so that one CUDA graph runs every seed and table.
+
+    Attributes:
+        warning: A sentence on why the steps are not captured, for the caller to issue; None if there is none.
     """
 
     def __init__(self, runner: Runner, table: Table, shape: ChainShape, *, for_capture: bool = False) -> None:
-        """for_capture: keep the time inputs of all steps on the device, which captured steps need."""
+        """Allocate the buffers. for_capture: store the time inputs of all steps, which captured steps need."""
         self.runner, self.shape, self.steps = runner, shape, shape.steps
         self.device = device = runner.device
         self.warning: str | None = None
@@ -145,7 +168,7 @@ class Chain:
         self.timesteps = torch.zeros(shape.steps, dtype=torch.int64, device=device)
         self.rows = torch.zeros(shape.steps, table.rows.shape[1], dtype=torch.float32, device=device)
         self.state = torch.zeros(4, dtype=torch.int64, device=device)
-        # Two segments are in flight, so that a GPU never waits for the host.
+        # Two segments are in flight so that a GPU never waits for the host.
         on_gpu = device.type == "cuda"
         self.max_in_flight = 2 if on_gpu and not shape.has_callback else 1
         self.host_states = torch.empty(2, 4, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
@@ -155,7 +178,7 @@ class Chain:
             self.all_time_inputs = self._all_time_inputs()
 
     def load(self, table: Table) -> None:
-        """Take another table of as many steps."""
+        """Replace the table by another one with the same number of steps."""
         self.host_timesteps = table.timesteps.tolist()
         self.timesteps.copy_(table.timesteps)
         self.rows.copy_(table.rows.float())
@@ -164,13 +187,13 @@ class Chain:
             self.all_time_inputs.copy_(self._all_time_inputs())
 
     def capture(self) -> None:
-        """Make graphs of the step. Raise graphs.CaptureError where that fails; `run` then launches the kernels one by one."""
+        """Capture the step as graphs. Raise graphs.CaptureError on failure; `run` then launches the kernels one by one."""
         unroll = 1 if self.shape.has_callback else UNROLL
         with self.runner.execution_context():
             self.graphs = graphs.capture(self.captured_step, tuple(dict.fromkeys((unroll, 1))), self.device)
 
     def run(self, batch: Batch, bar: tqdm, callback: Callable[[StepState], None] | None) -> None:
-        """The whole chain for one batch."""
+        """Run the whole chain for one batch."""
         self._begin(batch)
         segment = STEPS_PER_LOOK if callback is None else 1
         in_flight = deque()
@@ -193,7 +216,7 @@ class Chain:
                 torch.cuda.current_stream(self.device).synchronize()
 
     def _begin(self, batch: Batch) -> None:
-        """Draw x_T, and point the state at the first step."""
+        """Draw x_T and reset the state to the first step."""
         x_T = batch.x_T
         if x_T is None:
             x_T = ops.philox_normal(
@@ -206,7 +229,7 @@ class Chain:
             self.labels.copy_(batch.class_labels)
 
     def _launch(self, start: int, count: int) -> None:
-        """Steps start..start + count - 1."""
+        """Launch the steps start..start + count - 1."""
         if not self.graphs:
             for step in range(start, start + count):
                 self.step(step)
@@ -217,11 +240,11 @@ class Chain:
             self.graphs[steps].replay()
 
     def step(self, step: int) -> None:
-        """The step of this number."""
+        """Run the step with this number."""
         self._advance(self.predict(step))
 
     def captured_step(self) -> None:
-        """The step that `state` points at, whose number the host needn't know."""
+        """Run the step whose number is in `state`, on the device."""
         self._advance(self._predict(self.all_time_inputs.index_select(0, self.state[STEP : STEP + 1])[0], 0))
 
     def _advance(self, o: torch.Tensor) -> None:
@@ -230,7 +253,7 @@ class Chain:
         )
 
     def predict(self, step: int) -> torch.Tensor:
-        """The network's output for `input` at the step of this number."""
+        """Return the network's output for `input` at the step with this number."""
         start = step - step % TIME_INPUTS
         if self.some_time_inputs is None or self.some_time_inputs[0] != start:
             self.some_time_inputs = start, self._time_inputs(start)
@@ -250,11 +273,11 @@ class Chain:
         return torch.cat([self._time_inputs(start) for start in range(0, self.steps, TIME_INPUTS)])
 
     def _copy_state_async(self, segment: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """(the device's state on its way to the host, the event of its arrival)."""
+        """Start copying the state to the host. Return the host's tensor and, on a GPU, the event of the copy's end."""
         host_state, arrival = self.host_states[segment % 2], None
         host_state.copy_(self.state, non_blocking=True)
         if self.device.type == "cuda":
-            arrival = torch.cuda.Event(blocking=True)  # the host's core is free meanwhile
+            arrival = torch.cuda.Event(blocking=True)  # waiting leaves the host's core free
             arrival.record(torch.cuda.current_stream(self.device))
         return host_state, arrival
 

@@ -1,4 +1,4 @@
-"""The chain that the arguments of `sample` describe, with defaults filled in."""
+"""The plan of a chain: the arguments of `sample` with their defaults filled in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SAMPLERS = tuple(coefficients.DEFAULT_STEPS)
 
 
 class ChainArguments(NamedTuple):
-    """Those of `sample`'s arguments that describe the chain; None for the default."""
+    """The arguments of `sample` that define the chain. None selects the default."""
 
     schedule: Any = None
     prediction: str | None = None
@@ -25,7 +25,16 @@ class ChainArguments(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A chain: the model, and its table of step coefficients. variance: ddpm's, else None."""
+    """A chain: the model and its table of step coefficients.
+
+    Attributes:
+        model: The resolved model.
+        table: Timesteps and step coefficients.
+        sampler: "ddpm", "ddim" or "dpm++2m".
+        spacing: How the timesteps were selected.
+        eta: Noise of ddim.
+        variance: Noise of ddpm; None for the other samplers.
+    """
 
     model: ResolvedModel
     table: coefficients.Table
@@ -36,7 +45,7 @@ class Plan(NamedTuple):
 
 
 def resolve_for(model: object, arguments: ChainArguments) -> ResolvedModel:
-    """The model with what it was trained for, as far as the sampler uses it."""
+    """Resolve the model and the training settings that the sampler uses."""
     check_choice("sampler", arguments.sampler, SAMPLERS)
     needs = [name for name in TrainingSettings._fields if name != "variance" or arguments.sampler == "ddpm"]
     settings = {name: getattr(arguments, name) for name in TrainingSettings._fields}
@@ -44,7 +53,7 @@ def resolve_for(model: object, arguments: ChainArguments) -> ResolvedModel:
 
 
 def make_plan(model: ResolvedModel, arguments: ChainArguments, start: int | None = None) -> Plan:
-    """Check the arguments and make the chain's table. start: the timestep of the noise that it begins with, default T - 1."""
+    """Check the arguments and return the chain's plan. start: the timestep at which the chain starts, default T - 1."""
     sampler, eta = check_choice("sampler", arguments.sampler, SAMPLERS), as_python_number(arguments.eta)
     schedule, prediction, variance, _ = model.settings
     check_choice("variance", variance, coefficients.VARIANCES)
@@ -70,8 +79,8 @@ def make_plan(model: ResolvedModel, arguments: ChainArguments, start: int | None
         if arguments.variance is None:
             variance = "fixed_small"
             advice = "fixed_small in place of the default fixed_large"
-            way_out = " (passing fixed_large keeps it)"
-        model.warn(f"variance: {advice}, which ruins images where steps are left out{way_out}")
+            way_out = "; pass variance='fixed_large' to keep it"
+        model.warn(f"variance: {advice}, which ruins images if steps are skipped{way_out}")
     timesteps = coefficients.select_timesteps(schedule, steps, spacing, start)
     table = coefficients.table(
         schedule, sampler=sampler, prediction=prediction, variance=variance, eta=eta, timesteps=timesteps

@@ -1,4 +1,4 @@
-"""Other uses of a chain: from an image to its noise, from one image to another, and what it predicts on its way."""
+"""Other uses of a chain: encoding images as noise, interpolating between images, and recording predictions of x0."""
 
 from __future__ import annotations
 
@@ -37,14 +37,34 @@ def encode(
     dtype: torch.dtype | None = None,
     progress: bool | None = None,
 ) -> torch.Tensor:
-    """The x_T, float32 [N, C, H, W], from which ddim comes back to `images`: its deterministic chain run backwards
-    (Song et al. 2021, section 4.3), unclipped, from abar = 1.
+    """Encode images as the noise x_T from which ddim reconstructs them (Song et al. 2021, section 4.3).
 
-    images: floating point [N, C, H, W] in [-1, 1]. steps: default 50, as for ddim. The others are `sample`'s; the way back is
+    This runs ddim's deterministic chain from x_0 (abar = 1) up to x_T, without clipping. The inverse is
 
         sample(model, len(images), sampler="ddim", steps=steps, spacing=spacing, clip=False, noise=x_T)
 
-    Both ways are first-order solutions of one differential equation, so that the round trip's error falls as steps grow.
+    Both directions are first-order solutions of the same differential equation, so the round-trip error falls as the number of
+    steps grows.
+
+    Args:
+        model: The network, as in `sample`.
+        images: Floating point [N, C, H, W], in [-1, 1].
+        schedule: As in `sample`.
+        prediction: As in `sample`.
+        steps: Network calls per image, in 1..T. Default: min(50, T).
+        spacing: As in `sample`. Default: "trailing".
+        class_labels: As in `sample`.
+        batch_size: As in `sample`.
+        device: As in `sample`.
+        dtype: As in `sample`.
+        progress: As in `sample`.
+
+    Returns:
+        x_T, float32 [N, C, H, W] on the model's device (or `device`).
+
+    Raises:
+        ValueError: An argument is invalid. The message names the argument.
+        SamplingError: The model's output has the wrong shape, or holds a NaN or an infinity.
     """
     images = _checked_images("images", images)
     arguments = ChainArguments(schedule, prediction, sampler="ddim", steps=steps, spacing=spacing, clip=False)
@@ -52,7 +72,7 @@ def encode(
     check_image_shape("images", resolved.sized_network, images.shape[1:])
     plan = make_plan(resolved, arguments)
     settings = resolved.settings
-    # The chain's timesteps, upwards, are the ones to visit.
+    # The encoder visits the chain's timesteps in ascending order.
     table = coefficients.inversion(settings.schedule, prediction=settings.prediction, timesteps=plan.table.timesteps)
     options = RunOptions(
         shape=tuple(images.shape[1:]),
@@ -90,15 +110,44 @@ def interpolate(
     dtype: torch.dtype | None = None,
     progress: bool | None = None,
 ) -> torch.Tensor:
-    """Images between a and b, float32 [W, N, C, H, W] (Ho et al. 2020, section 4.4 and figures 8 and 9).
+    """Interpolate between the images a and b (Ho et al. 2020, section 4.4, figures 8 and 9).
 
-    x_t ~ q(x_t | a) and x'_t ~ q(x_t | b) are drawn once; (1 - w) x_t + w x'_t goes through the reverse process for each w,
-    with the same noise. The w are taken one after another, the pairs in batches.
+    x_t ~ q(x_t | a) and x'_t ~ q(x_t | b) are drawn once. For each weight w, the reverse process starts at
 
-    a, b: floating point [N, C, H, W] in [-1, 1]. t: in 0..T-1, how far up; default T // 2 - 1, the paper's 500 of 1000. The
-        larger, the less of a's and b's detail survives. weights: the w, or how many, evenly inside (0, 1), as there.
-    first: pair i is image first + i of the seed's sequence, whatever other pairs and w there are. steps: how many of
-        the t + 1 timesteps that are to go, default as for `sample`. Others: as in `sample`.
+        (1 - w) x_t + w x'_t
+
+    and adds the same noise. The weights are processed one after another, and the pairs in batches.
+
+    Args:
+        model: The network, as in `sample`.
+        a: Floating point [N, C, H, W], in [-1, 1].
+        b: Like `a`, with the same shape and device.
+        t: Timestep in 0..T-1 to which a and b are diffused. A larger t preserves less of their detail. Default: T // 2 - 1,
+            the paper's 500 of 1000 steps.
+        weights: The weights w, finite numbers, or their number W, spaced evenly inside (0, 1) as in the paper.
+        schedule: As in `sample`.
+        prediction: As in `sample`.
+        sampler: As in `sample`.
+        steps: Network calls per image and weight, in 1..t+1. Default: as in `sample`, with t + 1 in place of T.
+        spacing: As in `sample`.
+        eta: As in `sample`.
+        variance: As in `sample`. If steps < t + 1, "fixed_small" replaces a default of "fixed_large".
+        clip: As in `sample`.
+        class_labels: As in `sample`, one for each pair.
+        seed: As in `sample`.
+        first: Number of the first pair in the seed's sequence, an int in [0, 2^54). The noise of pair i depends only on
+            (seed, first + i, timestep), and not on the other pairs and weights.
+        batch_size: As in `sample`.
+        device: As in `sample`.
+        dtype: As in `sample`.
+        progress: As in `sample`.
+
+    Returns:
+        The images, float32 [W, N, C, H, W], with the weights in the order of `weights`.
+
+    Raises:
+        ValueError: An argument is invalid. The message names the argument.
+        SamplingError: The model's output has the wrong shape, or holds a NaN or an infinity.
     """
     a, b = _checked_images("a", a), _checked_images("b", b)
     arguments = ChainArguments(schedule, prediction, sampler, steps, spacing, eta, variance, clip)
@@ -115,7 +164,7 @@ def interpolate(
     plan = make_plan(resolved, arguments, start=t)
     seed, first, device = seed_of(seed), check_first(first), device_of(resolved.network, device)
     if first >= 1 << 54:
-        raise ValueError(f"first: got {first}; expected less than 2^54 here, where each pair has two draws")
+        raise ValueError(f"first: got {first}; expected less than 2^54, as each pair has two draws")
     labels = class_labels_of(resolved, class_labels, len(a))
 
     a, b = a.to(device), b.to(device)
@@ -142,18 +191,30 @@ def _checked_weights(weights: int | Sequence[float]) -> list[float]:
         weights = [(i + 1) / (weights + 1) for i in range(weights)]
     weights = [as_python_number(w) for w in weights]
     if not weights or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
-        raise ValueError(f"weights: got {weights}; expected a number of them, or finite numbers")
+        raise ValueError(f"weights: got {weights}; expected the number of weights, or a sequence of finite numbers")
     return weights
 
 
 def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = None, **options: object) -> torch.Tensor:
-    """What the chain takes x_0 to be on its way, float32 [n, frames, C, H, W], evenly over its steps and the last one being
-    the images themselves (Ho et al. 2020, section 4.3 and figure 6).
+    """Draw n images and return the chain's predictions of x_0 along the way (Ho et al. 2020, section 4.3, figure 6).
 
-    frames: default 10, or as many as there are steps. options: `sample`'s, but callback.
+    Args:
+        model: The network, as in `sample`.
+        n: Number of images, an int >= 0.
+        frames: Number of frames, in 1..steps, spaced evenly over the steps. Default: min(10, steps).
+        **options: The keyword arguments of `sample`, except `callback`.
+
+    Returns:
+        The predictions, float32 [n, frames, C, H, W]. The last frame holds the images that `sample` returns.
+
+    Raises:
+        ValueError: An argument is invalid. The message names the argument.
+        SamplingError: The model's output has the wrong shape, or holds a NaN or an infinity.
     """
     if options.get("callback") is not None:
-        raise ValueError("callback: not here, where the frames are taken by one; give it to sample itself")
+        raise ValueError(
+            "callback: expected None, as progressive records the frames with its callback; pass yours to fastddpm.sample"
+        )
     arguments = ChainArguments(**{name: options.pop(name) for name in ChainArguments._fields if name in options})
     plan = make_plan(resolve_for(model, arguments), arguments)
     warn_signal_left(plan.model.network, plan.model.settings.schedule)
@@ -168,7 +229,7 @@ def progressive(model: nn.Module | Callable, n: int, *, frames: int | None = Non
 
 
 class FrameRecorder:
-    """A callback that records extract(state) after `count` of the steps, evenly, the last one among them."""
+    """A callback that records extract(state) after `count` evenly spaced steps, including the last."""
 
     def __init__(self, steps: int, count: int, extract: Callable[[StepState], torch.Tensor]) -> None:
         if not is_int(count) or not 1 <= count <= steps:
@@ -181,7 +242,7 @@ class FrameRecorder:
 
     @property
     def frames(self) -> list[torch.Tensor]:
-        """One tensor [n, C, H, W] for each step, of all batches."""
+        """One tensor [n, C, H, W] for each recorded step, with the images of all batches."""
         return [torch.cat(parts) for parts in self.by_step.values()]
 
 
