@@ -316,7 +316,7 @@ def test_a_folder_holds_one_set_of_samples(tmp_path):
         ({"schedule": Schedule.linear(12, 1e-3, 0.81)}, "chain "),
         ({"model": deeper}, r"config.attention \[\], now \[4\]"),
     ):
-        with pytest.raises(EvaluationError, match=f"drawn otherwise .*{says}.*name another folder, or delete this"):
+        with pytest.raises(EvaluationError, match=f"settings .*{says}.*pass another folder, or delete this"):
             sampling.draw(options.pop("model", model), folder, 4, **options, **draw)
     with pytest.raises(EvaluationError, match="weights [0-9a-f]{12}, now "):
         sampling.draw(network(seed=1), folder, 4, **draw)
@@ -353,19 +353,19 @@ def test_a_broken_or_foreign_file_is_an_error_and_stays(tmp_path):
 
     for content in (good[:-1], good[:90], b""):
         second.write_bytes(content)
-        refused("00000004-00000007.npy: not a whole .npy file .*delete it, and it is made anew")
+        refused("00000004-00000007.npy: not a complete .npy file .*delete it")
     for array in (np.zeros((3, 1, 8, 8), np.uint8), np.zeros((4, 1, 8, 8)), np.zeros((4, 8, 8), np.uint8)):
         np.save(second, array)
         refused(r"00000004-00000007.npy: holds .*; expected uint8 \[4, 1, 8, 8\]")
     np.save(second, np.array([{}]), allow_pickle=True)
-    refused("not a whole .npy file")
+    refused("not a complete .npy file")
     np.savez(folder / "x.npz", good=np.zeros(4))
     archive = (folder / "x.npz").read_bytes()
     for content in (archive, archive[:-30]):
         second.write_bytes(content)
-        refused("00000004-00000007.npy: not a whole .npy file .*delete it, and it is made anew")
+        refused("00000004-00000007.npy: not a complete .npy file .*delete it")
     second.write_bytes(good)
-    for name, says in (("notes.txt", "not written by an evaluation"), ("00000003-00000006.npy", "item 3 is in 0")):
+    for name, says in (("notes.txt", "not written by an evaluation"), ("00000003-00000006.npy", "item 3 is also in 0")):
         foreign = folder / "samples" / name
         foreign.write_bytes(good)
         refused(says, foreign)
@@ -375,9 +375,9 @@ def test_a_broken_or_foreign_file_is_an_error_and_stays(tmp_path):
     assert second.read_bytes() == good
     for content in ("[]", "{", "[[1, 2]]"):
         (folder / "settings.json").write_text(content)
-        refused("e: its settings.json is not a JSON object; name another folder, or delete this")
+        refused("e: its settings.json is not a JSON object; pass another folder, or delete this")
     (folder / "settings.json").unlink()
-    refused("holds samples, but no settings.json")
+    refused("contains samples, but no settings.json")
 
 
 def test_classes_are_drawn_in_turn(tmp_path):
@@ -425,7 +425,7 @@ def test_a_model_is_told_by_what_it_answers_too(metric, here):
     }
     for name, (model, other) in pairs.items():
         first = evaluated(here, name, model=model, **options)
-        with pytest.raises(EvaluationError, match="another model.*name another folder"):
+        with pytest.raises(EvaluationError, match="another model.*another folder"):
             evaluated(here, name, model=other, **options)
         assert str(evaluated(here, name, model=model, **options)) == str(first)
     # Other machines' roundings, and bfloat16's, tell no models apart.
@@ -493,7 +493,7 @@ def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
     equal.plan = None  # all is there, and nothing drawn again
     assert np.array_equal(equal.run(False).load(range(9)), drawn)
     for later in (other, further):
-        with pytest.raises(EvaluationError, match="drawn otherwise .seed 0, now 1"):
+        with pytest.raises(EvaluationError, match="settings .seed 0, now 1"):
             later.run(False)
     assert (tmp_path / "e" / "settings.json").read_bytes() == settings
     assert np.array_equal(samples(tmp_path / "e", 9).numpy(), drawn) and len(list((tmp_path / "e").iterdir())) == 3
@@ -503,7 +503,7 @@ def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
     half.run(False)
     with pytest.raises(EvaluationError, match="f: its samples are another model's"):
         drawing(less.plan.model.network, "f", chain_options=options)  # before anything is run
-    with pytest.raises(EvaluationError, match="f: its samples are another model's; name another folder, or delete"):
+    with pytest.raises(EvaluationError, match="f: its samples are another model's; pass another folder, or delete"):
         less.run(False)
 
 
@@ -616,7 +616,7 @@ def test_ctrl_c_says_how_to_go_on(here, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "run", interrupted)
         code, _, err = run(capsys, monkeypatch, *arguments)
-    assert code == 130 and err.endswith("e: stopped; the same command goes on\n")
+    assert code == 130 and err.endswith("e: stopped; the same command continues\n")
     code, out, _ = run(capsys, monkeypatch, *arguments, "--sampler", "ddpm", "--variance", "fixed_large")
     assert code == 0 and "kernel distance (mine:low features)" in out
 
@@ -683,9 +683,9 @@ def test_features_that_changed_are_noticed(here):
 
     evaluated(here, features=scaled())
     for changed in (scaled([1.1] * 8), scaled([1] * 3 + [1.1] + [1] * 4), Features(lambda p: low(p)[:, :3], "low")):
-        with pytest.raises(EvaluationError, match="evaluation-cache.*of another low; delete it, or name another cache"):
+        with pytest.raises(EvaluationError, match="evaluation-cache.*of another low; delete it, or pass another cache"):
             evaluated(here, features=changed)
-        with pytest.raises(EvaluationError, match="e/features.*of another low; delete it, or name another folder"):
+        with pytest.raises(EvaluationError, match="e/features.*of another low; delete it, or pass another folder"):
             evaluated(here, features=changed, cache="other")
     evaluated(
         here, features=Features(lambda p: low(p) * scale * (1 + 1e-5) + 1e-5, "low")
@@ -693,7 +693,7 @@ def test_features_that_changed_are_noticed(here):
 
 
 def test_features_of_samples_that_went_are_not_used(here):
-    """Whoever deletes the samples and their settings, and leaves the features."""
+    """The features of deleted samples, whose settings are deleted too, are not used for other samples."""
     counted = Counted()
     evaluated(here, features=Features(counted, "low"))
     counted.images = 0
@@ -722,13 +722,13 @@ def test_a_module_is_known_by_its_weights(here):
     damaged = (b"cut", b"", good[:-30], bytes(flipped))
     for content in (*damaged, (here / "other.npz").read_bytes(), (here / "array.npy").read_bytes()):
         kept.write_bytes(content)
-        with pytest.raises(EvaluationError, match="npz: not readable .*delete it, and it is made anew"):
+        with pytest.raises(EvaluationError, match="npz: not readable .*delete it"):
             evaluated(here, features=Features(net, "net"))
     kept.write_bytes(good)
     probe = kept.parent / "probe.npy"
     for content in (probe.read_bytes()[:-1], good):
         probe.write_bytes(content)
-        with pytest.raises(EvaluationError, match="probe.npy: not readable .*delete it, and it is made anew"):
+        with pytest.raises(EvaluationError, match="probe.npy: not readable .*delete it"):
             evaluated(here, features=Features(net, "net"))
 
 
@@ -862,7 +862,7 @@ def test_the_reference_is_looked_at_before_hours_of_sampling(metric, here, monke
         black = {**arrays, "x_train": np.zeros_like(arrays["x_train"])}
     np.savez("x.npz", **black)
     light = Counted(lambda pixels: pixels.double().flatten(1).sum(1, keepdim=True).log())  # -inf where all is black
-    with pytest.raises(ValueError, match="features: light gave a NaN or an infinity"):
+    with pytest.raises(ValueError, match="features: light returned a NaN or an infinity"):
         evaluated(here, metrics=[metric], features=Features(light, "light"))
     assert light.images > 8  # the probe did not show it
 
@@ -892,16 +892,16 @@ def test_the_reference_is_looked_at_before_hours_of_sampling(metric, here, monke
         ),
         (("model", "--features", "mine:lower"), "features: mine has no lower"),
         (("model", "--features", "mine:NUMBER"), "features: got 3; expected a callable"),
-        (("model", "--features", "mine:Wants"), "mine:Wants cannot be made without arguments"),
+        (("model", "--features", "mine:Wants"), "mine:Wants cannot be constructed without arguments"),
         (
             ("model", "--features", "mine:flat"),
-            "flat gave torch.float32 [] for uint8 [8, 1, 8, 8]; expected floats [8, D]",
+            "flat returned torch.float32 [] for uint8 [8, 1, 8, 8]; expected floats [8, D]",
         ),
-        (("model", "--features", "mine:nan"), "features: mine:nan gave a NaN or an infinity"),
+        (("model", "--features", "mine:nan"), "features: mine:nan returned a NaN or an infinity"),
         (("model", "--likelihood-images", "0"), "likelihood_images: got 0"),
         (("model", "--subsample", "12"), "subsample: got 12"),
         (("model", "--variance", "none"), "the variational bound needs a density"),
-        (("model", "--inception-weights", "x.npz"), "both given"),
+        (("model", "--inception-weights", "x.npz"), "features, inception_weights: got both"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(arguments, says, here, capsys, monkeypatch):
@@ -966,7 +966,7 @@ def test_inception_is_called_so_and_sees_three_channels(here, monkeypatch):
     features = inception(here / "w.pth")
     grey = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     assert torch.equal(features(grey), features(grey.repeat(1, 3, 1, 1)))
-    with pytest.raises(ValueError, match="1 or 3 channels; these have 2"):
+    with pytest.raises(ValueError, match="features: got images of 2 channels"):
         features(grey.expand(-1, 2, -1, -1))
     with pytest.warns(UserWarning, match="FID: 30 samples for 64 features"):
         result = evaluated(here, metrics=("fid", "kid"), features=features)
@@ -989,7 +989,7 @@ def test_inception_that_cannot_be_had_is_one_line(here, monkeypatch, capsys):
         library(here, monkeypatch, STAND_IN.replace("DOWNLOAD = None", f"DOWNLOAD = {error}"))
         err = said()
         assert f"inception weights: {torch.hub.get_dir()}/checkpoints/weights.pth: damaged (" in err
-        assert "); delete it, and it is downloaded anew from https://example.org/weights.pth" in err
+        assert "); delete it; the next call downloads it again from https://example.org/weights.pth" in err
     library(here, monkeypatch, STAND_IN)
     assert "no.pth: not readable" in said("--inception-weights", "no.pth")
     assert "x.npz: not a file of weights; expected https://example.org" in said("--inception-weights", "x.npz")

@@ -593,7 +593,7 @@ def test_an_output_that_is_not_finite_is_an_error(value):
 
     for batch_size in (3, 1000):
         with pytest.raises(
-            LikelihoodError, match="model: its output for image 0 at timestep 7 holds a NaN or an infinity"
+            LikelihoodError, match="model: its output for image 0 at timestep 7 contains a NaN or an infinity"
         ):
             likelihood(model, gaussian(2), schedule=SHORT, batch_size=batch_size)
     likelihood(model, gaussian(2), schedule=Schedule.cosine(7))  # never asked for
@@ -608,7 +608,7 @@ def test_an_output_of_another_kind_is_an_error():
         likelihood(lambda x, t: x, gaussian(2), schedule=SHORT, variance="learned_range")
     with pytest.raises(LikelihoodError, match="model: it returned tuple; expected a tensor"):
         likelihood(lambda x, t: (x,), gaussian(2), schedule=SHORT)
-    with pytest.raises(LikelihoodError, match="holds a NaN or an infinity, or gives one"):  # e^10000
+    with pytest.raises(LikelihoodError, match="contains a NaN or an infinity, or leads to one"):  # e^10000
         far = lambda x, t: torch.cat((x, torch.full_like(x, -1e4)), dim=1)  # noqa: E731
         likelihood(far, gaussian(2), schedule=SHORT, variance="learned_range")
 
