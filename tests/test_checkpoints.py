@@ -160,13 +160,13 @@ def test_a_loaded_network_is_its_own(tmp_path):
         (lambda d: edit(d / "config.json", lambda c: c["unet"].update(channels=16)), "of another shape"),
         (
             lambda d: edit(d / "config.json", lambda c: c["unet"].update(num_res_blocks=3)),
-            "tensors are not those of this network",
+            "tensors do not fit this network",
         ),
         (
             lambda d: edit(d / "config.json", lambda c: c["unet"].update(attention_resolutions=[8])),
             "attention is at other levels",
         ),
-        (lambda d: edit(d / "config.json", lambda c: c["unet"].update(out_channels=6)), "belong to other weights"),
+        (lambda d: edit(d / "config.json", lambda c: c["unet"].update(out_channels=6)), "belong to these weights"),
         (lambda d: edit(d / "config.json", lambda c: c["unet"].update(wings=2)), "unet: .*wings"),
         (lambda d: edit(d / "config.json", lambda c: c.update(prediction="future")), "prediction: got 'future'"),
         (lambda d: edit(d / "config.json", lambda c: c.update(clip="yes")), "clip: got 'yes'"),
@@ -228,7 +228,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     reader = tensors.TensorReader.open([tmp_path / "a.safetensors"])
     with open(tmp_path / "a.safetensors", "r+b") as file:
         file.truncate(2000)
-    with pytest.raises(CheckpointError, match=r"a\.safetensors: not a whole safetensors file .*cut short"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: not a complete safetensors file .*truncated while"):
         reader()
 
 
@@ -239,7 +239,7 @@ def test_a_disk_that_fails(tmp_path, monkeypatch):
     save_file(MIXED, tmp_path / "a.safetensors")
     reader = tensors.TensorReader.open([tmp_path / "a.safetensors"])
     monkeypatch.setattr(os, "preadv", broken)
-    with pytest.raises(CheckpointError, match=r"a\.safetensors: not a whole safetensors file .*Input/output error"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: not a complete safetensors file .*Input/output error"):
         reader()
 
 
@@ -266,7 +266,7 @@ def test_what_is_left_to_safetensors(tmp_path):
     ):
         path.write_bytes(bad)
         assert tensors.TensorReader.open([path]) is None, bad
-        with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        with pytest.raises(CheckpointError, match="not a complete safetensors file"):
             tensors.load_file(path)
 
 
@@ -317,10 +317,10 @@ def test_a_folder_holds_one_model(tmp_path):
     UNet(SMALL).save_pretrained(tmp_path / "theirs", format="diffusers")
     UNet(SMALL).save_pretrained(tmp_path / "theirs", format="diffusers")  # over itself is fine
     for folder, format, says in (
-        (tmp_path, "diffusers", "a model of fastddpm, which would be read in place"),
+        (tmp_path, "diffusers", "a model of fastddpm, which would be read instead"),
         (tmp_path / "other", "diffusers", "unet_ema, which"),
         (tmp_path / "parts", "diffusers", "weights in parts, which"),
-        (tmp_path / "theirs", "fastddpm", "a model of diffusers, which diffusers would go on reading"),
+        (tmp_path / "theirs", "fastddpm", "a model of diffusers, which diffusers would continue to read"),
     ):
         before = sorted(folder.rglob("*"))
         with pytest.raises(ValueError, match=f"folder: .* already has {says}"):
@@ -343,10 +343,10 @@ def test_a_save_that_fails_leaves_no_folders(format, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda s: s.pop("mid_block.resnets.0.conv1.bias"), "1 missing .* copied or saved whole"),
+        (lambda s: s.pop("mid_block.resnets.0.conv1.bias"), "1 missing .* copied and saved completely"),
         (
             lambda s: [s.pop("mid_block.resnets.0.conv1.bias"), s.update({"conv_in.bias": torch.zeros(9)})],
-            "1 missing .* 1 of another shape .*belong to other weights",
+            "1 missing .* 1 of another shape .*belong to these weights",
         ),
         (lambda s: s.update({"mid_block.attn2.to_k.weight": torch.zeros(2)}), "1 unknown .*UNet2DConditionModel"),
         (lambda s: s.update({"conv_out.weight": torch.zeros(6, 8, 3, 3)}), "6 output channels, half of them"),
@@ -354,13 +354,13 @@ def test_a_save_that_fails_leaves_no_folders(format, tmp_path, monkeypatch):
             lambda s: s.update({"conv_in.bias": torch.zeros(8, dtype=torch.int64)}),
             "1 not of floating point .*conv_in.bias",
         ),
-        (lambda s: [s.pop(k) for k in list(s)] and s.update(a=torch.zeros(1)), "another network's checkpoint"),
+        (lambda s: [s.pop(k) for k in list(s)] and s.update(a=torch.zeros(1)), "the checkpoint of another network"),
     ],
 )
 def test_the_likely_cause(spoil, says):
     state = UNet(SMALL).state_dict()
     spoil(state)
-    with pytest.raises(CheckpointError, match=f"^some.pt: its tensors are not those of this network: .*{says}"):
+    with pytest.raises(CheckpointError, match=f"^some.pt: its tensors do not fit this network: .*{says}"):
         check_state_dict(UNet(SMALL).state_dict(), state, Path("some.pt"))
 
 
@@ -369,12 +369,12 @@ def test_names_and_arguments(tmp_path):
         UNet.from_pretrained("numbers")
     with pytest.raises(CheckpointError, match=r"'runs/numbers\.pt' is neither a folder nor .* nor a file"):
         UNet.from_pretrained("runs/numbers.pt")
-    with pytest.raises(CheckpointError, match="a folder without a model; looked for config.json"):
+    with pytest.raises(CheckpointError, match="has no model; expected config.json"):
         UNet.from_pretrained(tmp_path)
     randomised(SMALL).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="revision: got 'main', but"):
         UNet.from_pretrained(tmp_path, revision="main")
-    with pytest.raises(ValueError, match="flags: given, but"):
+    with pytest.raises(ValueError, match="flags: got '"):
         UNet.from_pretrained(tmp_path, flags="--image_size 64")
     with pytest.raises(CheckpointError, match="name the folder instead, "):
         UNet.from_pretrained(tmp_path / "model.safetensors")
@@ -444,7 +444,7 @@ NETWORKS = {
         "block_out_channels": (8, 8, 16), "down_block_types": RESNET, "resnet_time_scale_shift": "scale_shift",
         "up_block_types": tuple(name.replace("Downsample", "Upsample") for name in RESNET), "attn_norm_num_groups": 4,
     },
-    "residual resampling behind attention": {
+    "residual resampling after attention": {
         "down_block_types": ("AttnDownBlock2D", "ResnetDownsampleBlock2D", "DownBlock2D"), "downsample_type": "resnet",
         "up_block_types": ("ResnetUpsampleBlock2D", "AttnUpBlock2D", "AttnUpBlock2D"), "upsample_type": "resnet",
         "block_out_channels": (8, 8, 16),
@@ -579,7 +579,7 @@ def test_networks_that_diffusers_has_not(change, says, tmp_path):
     ],
 )
 def test_the_same_network_in_other_words(config, tmp_path):
-    """Options that can be told in several ways come back in one of them."""
+    """Options that can be written in several ways are written in one of them."""
     model = randomised(config)
     model.save_pretrained(tmp_path, format="diffusers")
     loaded = quietly(tmp_path)
@@ -601,7 +601,7 @@ def test_the_same_network_in_other_words(config, tmp_path):
         ({"sample_size": None}, "sample_size: got None"),
         ({"sample_size": [8, 16]}, r"sample_size: got \[8, 16\]"),
         ({"sample_size": 9}, "sample_size: 9 cannot be halved"),
-        ({"attention_head_dim": 5}, "attention_head_dim: got 5; expected None or what divides 16 channels"),
+        ({"attention_head_dim": 5}, "attention_head_dim: got 5; expected None or a divisor of 16"),
         ({"attention_head_dim": 32}, "attention_head_dim: got 32"),
         ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift: got 'spatial'"),
         ({"downsample_padding": 2}, "downsample_padding: got 2"),
@@ -611,7 +611,7 @@ def test_the_same_network_in_other_words(config, tmp_path):
         ),
         (
             {"up_block_types": ["AttnDownBlock2D", "UpBlock2D"]},
-            "up_block_types: got .*expected for each level one of UpBlock2D",
+            "up_block_types: got .*expected, for each level, one of UpBlock2D",
         ),
         ({"up_block_types": ["UpBlock2D"]}, "up_block_types: got"),
         (
@@ -636,7 +636,7 @@ def test_diffusers_networks_that_unet_is_not(change, says, tmp_path):
 def test_an_option_that_diffusers_ignores_is_ignored_aloud(tmp_path):
     UNet(SMALL).save_pretrained(tmp_path / "ema", format="diffusers")
     edit(tmp_path / "ema" / "unet" / "config.json", lambda c: c.update(wings=2, _name_or_path="x", tail=None))
-    with pytest.warns(UserWarning, match="config.json: wings: unknown to UNet2DModel, and ignored"):
+    with pytest.warns(UserWarning, match="config.json: wings: not an option of UNet2DModel; ignored"):
         UNet.from_pretrained(tmp_path / "ema")
 
 
@@ -654,10 +654,10 @@ def test_layouts(tmp_path):
 
     peer.save_pretrained(tmp_path / "root", safe_serialization=False)
     assert (tmp_path / "root" / "diffusion_pytorch_model.bin").is_file()
-    told = says(tmp_path / "root")[1]
+    message = says(tmp_path / "root")[1]
     assert (
-        "root: no scheduler_config.json; assumed the paper's linear schedule of 1000 steps, epsilon, fixed_large"
-        in told
+        "root: has no scheduler_config.json; assuming the paper's linear schedule of 1000 steps, epsilon, fixed_large"
+        in message
     )
     assert holds(tmp_path / "root").variance == "fixed_large"
     diffusers.DDIMScheduler(beta_schedule="scaled_linear").save_pretrained(tmp_path / "root")
@@ -668,14 +668,16 @@ def test_layouts(tmp_path):
     assert len(list((tmp_path / "parts" / "unet").glob("*.safetensors"))) > 2
     holds(tmp_path / "parts")
     next((tmp_path / "parts" / "unet").glob("*-00002-*")).unlink()
-    with pytest.raises(CheckpointError, match="of its parts .*-00002-of-.* aren't beside it"):
+    with pytest.raises(CheckpointError, match="-00002-of-.* missing in its folder"):
         UNet.from_pretrained(tmp_path / "parts")
 
     peer.half().save_pretrained(tmp_path / "half" / "unet", variant="fp16")
     expected = {k: v.float() for k, v in peer.state_dict().items()}
     holds(tmp_path / "half")
     (tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no weights beside config.json; expected one of diffusion_pytorch_model"):
+    with pytest.raises(
+        CheckpointError, match="has no weights; expected next to config.json one of diffusion_pytorch_model"
+    ):
         UNet.from_pretrained(tmp_path / "half")
 
     expected = every_parameter_matters(diffusers_model()).state_dict()
@@ -688,7 +690,7 @@ def test_layouts(tmp_path):
         UNet.from_pretrained(tmp_path / "both")
     holds(tmp_path / "both")
     edit(tmp_path / "both" / "model_index.json", lambda c: c.update(vqvae=["diffusers", "VQModel"], other=[None, None]))
-    with pytest.raises(CheckpointError, match="the pipeline has vqvae beside its unet and scheduler"):
+    with pytest.raises(CheckpointError, match="the pipeline has vqvae besides a unet and a scheduler"):
         UNet.from_pretrained(tmp_path / "both")
 
 
@@ -849,7 +851,10 @@ def test_scheduler_options(change, reads):
         ({"variance_type": "fixed_large_log"}, "variance_type: got 'fixed_large_log'"),
         ({"variance_type": "none"}, "variance_type: got 'none'"),
         ({"thresholding": True}, "thresholding: got True"),
-        ({"rescale_betas_zero_snr": True, "num_train_timesteps": 1}, "the last be 1; expected at least 2 timesteps"),
+        (
+            {"rescale_betas_zero_snr": True, "num_train_timesteps": 1},
+            "sets the last to 1; expected at least 2 timesteps",
+        ),
         ({"clip_sample_range": 0}, "clip_sample_range: got 0"),
         ({"clip_sample_range": None}, "clip_sample_range: got None"),
         ({"beta_end": 1.5}, r"beta_end: betas: betas\[\d+\] = "),
@@ -859,7 +864,7 @@ def test_scheduler_options(change, reads):
         ({"trained_betas": "many"}, "trained_betas: "),
         (
             {"_class_name": "FlowMatchEulerDiscreteScheduler"},
-            "beta_schedule: missing; a FlowMatchEulerDiscreteScheduler",
+            "beta_schedule: missing; FlowMatchEulerDiscreteScheduler",
         ),
     ],
 )
@@ -909,7 +914,7 @@ def test_the_ddim_authors_container(tmp_path):
     raw, averaged = (every_parameter_matters(PesserUNet(32, (1,), 1, 0)).state_dict() for _ in range(2))
     states = [{f"module.{k}": v for k, v in raw.items()}, {"state": {}, "param_groups": []}, 3, 500]
     torch.save(states, tmp_path / "raw.pth")
-    with pytest.warns(UserWarning, match="nothing says that its weights are averages"):
+    with pytest.warns(UserWarning, match="its weights are not known to be averages"):
         model = UNet.from_pretrained(tmp_path / "raw.pth")
     assert torch.equal(model.conv_in.weight, raw["conv_in.weight"])
     torch.save([*states, averaged], tmp_path / "ckpt.pth")
@@ -1048,19 +1053,19 @@ def test_the_published_files():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"num_channels": 64}, "--num_channels means 64, and the file has 32"),
-        ({"num_channels": None}, "--num_channels by default means 128, and the file has 32"),
-        ({"num_res_blocks": 2}, "--num_res_blocks means 2, and the file has 1"),
-        ({"channel_mult": "1,2,2"}, r"--channel_mult means \(1.0, 2.0, 2.0\), and the file has \(1.0, 2.0\)"),
+        ({"num_channels": 64}, "--num_channels means 64, but the file has 32"),
+        ({"num_channels": None}, "--num_channels by default means 128, but the file has 32"),
+        ({"num_res_blocks": 2}, "--num_res_blocks means 2, but the file has 1"),
+        ({"channel_mult": "1,2,2"}, r"--channel_mult means \(1.0, 2.0, 2.0\), but the file has \(1.0, 2.0\)"),
         ({"channel_mult": None}, r"--channel_mult by default means \(1.0, 2.0, 3.0, 4.0\)"),
-        ({"attention_resolutions": 64}, r"--attention_resolutions means \(64,\), and the file has \(32,\)"),
-        ({"class_cond": True}, "--class_cond means True, and the file has False"),
+        ({"attention_resolutions": 64}, r"--attention_resolutions means \(64,\), but the file has \(32,\)"),
+        ({"class_cond": True}, "--class_cond means True, but the file has False"),
         ({"learn_sigma": True}, "--learn_sigma means True"),
         ({"use_scale_shift_norm": False}, "--use_scale_shift_norm means False"),
         ({"resblock_updown": True}, "--resblock_updown means True"),
-        ({"image_size": 32}, r"--attention_resolutions means \(32,\), and the file has \(16,\)"),
+        ({"image_size": 32}, r"--attention_resolutions means \(32,\), but the file has \(16,\)"),
         ({"num_heads": 5}, "heads: 64 channels, at which there is attention, cannot be divided by 5"),
-        ({"num_heads_upsample": 2}, "--num_heads_upsample: got 2, and --num_heads 4"),
+        ({"num_heads_upsample": 2}, "--num_heads_upsample: got 2, but --num_heads 4"),
         ({"noise_schedule": "sqrt"}, "--noise_schedule: got 'sqrt'"),
         ({"rescale_timesteps": "maybe"}, "--rescale_timesteps: got 'maybe'; expected True or False"),
         (
@@ -1069,8 +1074,8 @@ def test_the_published_files():
         ),
         ({"num_heads": "four"}, "--num_heads: got 'four'; expected a number"),
         ({"wings": 2}, "unknown --wings; expected some of image_size"),
-        ({"large_size": 256}, "large_size is an upsampler's"),
-        ("--image_size 32", "--image_size stands there twice, as 64 and as 32"),
+        ({"large_size": 256}, "large_size is a flag of an upsampler"),
+        ("--image_size 32", "--image_size is given twice with different values: 64 and 32"),
         ("image_size 64", "got 'image_size'; expected --name value"),
         ("--class_cond", "got '--class_cond'; expected --name value"),
         ("--model_path 'ema.pt", "No closing quotation"),
@@ -1105,21 +1110,21 @@ def test_flags_as_they_stand_in_a_readme(tmp_path):
 
 def test_openai_files_that_are_refused(tmp_path):
     peer = openai_file(tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match="model.pt: OpenAI's files don't say .* flags=\"--image_size 64"):
+    with pytest.raises(CheckpointError, match="model.pt: OpenAI's files don't specify .* flags=\"--image_size 64"):
         UNet.from_pretrained(tmp_path / "model.pt")
     state = peer.state_dict()
     torch.save({k: v for k, v in state.items() if not k.startswith("output")}, tmp_path / "64x64_classifier.pt")
-    with pytest.raises(CheckpointError, match="64x64_classifier.pt: a classifier"):
+    with pytest.raises(CheckpointError, match="64x64_classifier.pt: this is a classifier"):
         UNet.from_pretrained(tmp_path / "64x64_classifier.pt", flags=FITTING)
     upsampler = state | {"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)}
     torch.save(upsampler, tmp_path / "64_256_upsampler.pt")
-    with pytest.raises(CheckpointError, match="64_256_upsampler.pt: an upsampler"):
+    with pytest.raises(CheckpointError, match="64_256_upsampler.pt: this is an upsampler"):
         UNet.from_pretrained(tmp_path / "64_256_upsampler.pt")
     torch.save(state, tmp_path / "64x64_diffusion.pt")
     with pytest.raises(CheckpointError, match="flags of the published 64x64_diffusion.pt: --num_channels means 192"):
         UNet.from_pretrained(tmp_path / "64x64_diffusion.pt")
     torch.save({k: v for k, v in state.items() if not k.startswith("out.2")}, tmp_path / "part.pt")
-    with pytest.raises(CheckpointError, match="not a whole network of OpenAI's: 'out.2.weight' is missing"):
+    with pytest.raises(CheckpointError, match="not a complete network of OpenAI's: 'out.2.weight' is missing"):
         UNet.from_pretrained(tmp_path / "part.pt", flags=FITTING)
     torch.save(state | {"middle_block.0.in_layers.2.bias": torch.zeros(3)}, tmp_path / "wide.pt")
     with pytest.raises(CheckpointError, match="mid_block.resnets.0.conv1.bias has shape"):
@@ -1127,7 +1132,7 @@ def test_openai_files_that_are_refused(tmp_path):
     torch.save({f"model.diffusion_model.{k}": v for k, v in state.items()} | {
         "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(2)
     }, tmp_path / "latent.ckpt")  # fmt: skip
-    with pytest.raises(CheckpointError, match="1 unknown .* It attends to text or the like"):
+    with pytest.raises(CheckpointError, match="1 unknown .* It has cross-attention to text"):
         UNet.from_pretrained(tmp_path / "latent.ckpt", flags=FITTING)
 
 
@@ -1147,13 +1152,15 @@ def test_a_log_folder_of_openai(tmp_path):
     torch.save({}, tmp_path / "opt000200.pt")
     assert pretrained.read_checkpoint(tmp_path, flags=FITTING).path.name == "ema_0.9999_000200.pt"
     assert says(tmp_path, flags=FITTING)[1] == ""
-    told = says(tmp_path / "model000100.pt", flags=FITTING)[1]
-    assert "model000100.pt: nothing says" in told and "; ema_0.9999_000200.pt, beside it, has averaged ones" in told
+    message = says(tmp_path / "model000100.pt", flags=FITTING)[1]
+    assert (
+        "model000100.pt: its weights" in message and "; ema_0.9999_000200.pt in the same folder has averages" in message
+    )
     for path in tmp_path.glob("ema*"):
         path.unlink()
     assert pretrained.read_checkpoint(tmp_path, flags=FITTING).path.name == "model000200.pt"
-    told = says(tmp_path, flags=FITTING)[1]
-    assert "model000200.pt: nothing says" in told and "beside" not in told
+    message = says(tmp_path, flags=FITTING)[1]
+    assert "model000200.pt: its weights" in message and "in the same folder" not in message
 
 
 @pytest.mark.parametrize(
@@ -1202,9 +1209,9 @@ def test_containers(name, tmp_path):
     raw, ema = (every_parameter_matters(PesserUNet(32, (1,), 1, 0)).state_dict() for _ in range(2))
     make, averaged = CONTAINERS[name]
     torch.save(make(raw, ema), tmp_path / "x.pt")
-    model, told = says(tmp_path / "x.pt")
+    model, message = says(tmp_path / "x.pt")
     assert torch.equal(model.conv_in.weight, (ema if averaged else raw)["conv_in.weight"])
-    assert ("averages over training" in told) != averaged
+    assert ("averages over training" in message) != averaged
     if name == "bare":
         save_file(raw, tmp_path / "x.safetensors")
         same_network(quietly(tmp_path / "x.safetensors"), model)
@@ -1213,15 +1220,15 @@ def test_containers(name, tmp_path):
 @pytest.mark.parametrize(
     ("held", "says"),
     [
-        ([1, 2], "no network's tensors in it; it holds list"),
-        ({"epoch": 3, "lr": 0.1}, "no network's tensors in it; it holds the entries epoch, lr"),
-        ({"a.temb.dense.0.weight": torch.ones(1), "b.temb.dense.0.weight": torch.ones(1)}, "several networks in it"),
-        ({"temb.dense.0.weight": torch.ones(1)}, "not a network of pytorch_diffusion's names: 'conv_in.weight'"),
+        ([1, 2], "has no tensors of a network; it contains list"),
+        ({"epoch": 3, "lr": 0.1}, "has no tensors of a network; it contains the entries epoch, lr"),
+        ({"a.temb.dense.0.weight": torch.ones(1), "b.temb.dense.0.weight": torch.ones(1)}, "contains several networks"),
+        ({"temb.dense.0.weight": torch.ones(1)}, "not a network of pytorch_diffusion: 'conv_in.weight'"),
         (
             {"model": {"init_conv.weight": torch.ones(1)}},
-            "but denoising-diffusion-pytorch's; its tensors are init_conv.weight",
+            "denoising-diffusion-pytorch's.; its tensors are init_conv.weight",
         ),
-        ({"w": torch.ones(1)}, "not a network that UNet can be, but an unknown one"),
+        ({"w": torch.ones(1)}, "unsupported architecture .unknown."),
     ],
 )
 def test_files_without_a_network(held, says, tmp_path):
@@ -1236,7 +1243,7 @@ def test_damaged_files(tmp_path):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"\x89PNG\r\n", b"version https://git-lfs.github.com/spec/v1\n"):
         path.write_bytes(content)
-        expected = "git lfs pull" if content.startswith(b"version") else "not a whole torch checkpoint"
+        expected = "git lfs pull" if content.startswith(b"version") else "not a complete torch checkpoint"
         with pytest.raises(CheckpointError, match=f"x.pt: .*{expected}") as error:
             UNet.from_pretrained(path)
         assert "weights_only" not in str(error.value)
@@ -1258,7 +1265,7 @@ def test_a_pickle_runs_nothing(zipped, place, tmp_path):
     (tmp_path / "ema" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     path = tmp_path / "x.pt" if place == "file" else tmp_path / "ema" / "unet" / "diffusion_pytorch_model.bin"
     torch.save({"model": Malice(marker)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"it holds more than tensors \(.*\), .* nothing was read") as error:
+    with pytest.raises(CheckpointError, match=r"contains more than tensors \(.*\), .* nothing was read") as error:
         UNet.from_pretrained(path if place == "file" else tmp_path / "ema")
     assert "torch.save(model.state_dict(), path)" in str(error.value) and "weights_only" not in str(error.value)
     assert not marker.exists()
@@ -1273,7 +1280,7 @@ def test_a_pickle_of_any_protocol_runs_nothing(protocol, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(
-            CheckpointError, match=r"it holds more than tensors \((pathlib|os|posix|.*getattr).*nothing was"
+            CheckpointError, match=r"contains more than tensors \((pathlib|os|posix|.*getattr).*nothing was"
         ):
             UNet.from_pretrained(path)
     assert not marker.exists()
@@ -1286,7 +1293,7 @@ def test_what_a_pickle_is_said_to_hold(zipped, protocol, tmp_path):
     held = {"collections": 1, "model": state, "args": Malice(tmp_path / "executed")}  # words that names are made of
     torch.save(held, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     name = "a pickle in another protocol" if protocol > 2 and not zipped else r"(?!.*OrderedDict)[\w.]+\)"
-    with pytest.raises(CheckpointError, match=rf"it holds more than tensors \({name}"):
+    with pytest.raises(CheckpointError, match=rf"contains more than tensors \({name}"):
         UNet.from_pretrained(path)
     if protocol > 2:
         path.write_bytes(pickle.dumps(OrderedDict(a=1), protocol))
@@ -1299,11 +1306,11 @@ def test_what_a_pickle_is_said_to_hold(zipped, protocol, tmp_path):
 )
 def test_what_is_no_pickle(held, tmp_path):
     (tmp_path / "ema.pt").write_bytes(held)
-    with pytest.raises(CheckpointError, match="not a whole torch checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete torch checkpoint"):
         UNet.from_pretrained(tmp_path / "ema.pt")
 
 
-def test_a_warning_points_to_whoever_loads(tmp_path):
+def test_a_warning_points_to_the_line_that_loads(tmp_path):
     UNet(SMALL).save_pretrained(tmp_path, format="diffusers")
     with pytest.warns(UserWarning, match="averages over training") as caught:
         UNet.from_pretrained(tmp_path)
@@ -1347,8 +1354,8 @@ for arguments in ({"name": "me/other"}, {"name": "me/own", "revision": "v2"}):
     )
     assert out.splitlines()[:3] == ["8", "8", "8"] and "Warning" not in err, err
     first, second = out.splitlines()[3:]
-    assert "'me/other' is no folder or file here, the Hugging Face Hub cannot be reached (" in first
-    assert "hf download me/other --local-dir FOLDER" in first and "its cache hasn't that model" in first
+    assert "'me/other' is no local folder or file, the Hugging Face Hub cannot be reached (" in first
+    assert "hf download me/other --local-dir FOLDER" in first and "its cache has no such model" in first
     assert "its cache hasn't revision 'v2' of it" in second
 
 
@@ -1422,8 +1429,8 @@ for name, revision in (("me/own", None), ("me/own", "main"), ("me/own", "%s"), (
                        ("me/gated", None), ("me/none", None), ("me/ddpm", None)):
     try:
         print(fastddpm.UNet.from_pretrained(name, revision=revision).config.channels)
-    except (ValueError, UserWarning) as told:
-        print(told)
+    except (ValueError, UserWarning) as message:
+        print(message)
 """
     repositories = {f"me/{name}": tmp_path / name for name in ("own", "ddpm", "text")} | {"me/gated": "gated"}
     with hub(repositories) as (address, downloaded):
@@ -1432,11 +1439,11 @@ for name, revision in (("me/own", None), ("me/own", "main"), ("me/own", "%s"), (
         )
     lines = result.stdout.splitlines()
     assert lines[:3] == ["8", "8", "8"], result.stderr
-    assert lines[3] == "revision: 'v9' is no branch, tag or commit of 'me/own' on the Hub"
-    assert "'me/text' on the Hub holds no diffusers or fastddpm model; it has tokenizer.json" in lines[4]
-    assert "'me/gated' on the Hugging Face Hub asks for its terms to be accepted" in lines[5]
-    assert "'me/none' is no folder or file here and no model on the Hugging Face Hub" in lines[6]
-    assert "diffusion_pytorch_model.safetensors: nothing says that its weights are averages" in lines[7]
+    assert lines[3] == "revision: 'v9' is not a branch, tag or commit of 'me/own' on the Hub"
+    assert "'me/text' on the Hub has no diffusers or fastddpm model; its files are tokenizer.json" in lines[4]
+    assert "'me/gated' on the Hugging Face Hub requires accepting its terms" in lines[5]
+    assert "'me/none' is no local folder or file, and no model on the Hugging Face Hub" in lines[6]
+    assert "diffusion_pytorch_model.safetensors: its weights are not known to be averages" in lines[7]
     assert sorted(downloaded) == [
         "config.json", "model.safetensors", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
@@ -1494,7 +1501,7 @@ def test_parts_are_read_before_a_file_beside_them(tmp_path):
     index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     for held in ({}, {"weight_map": []}, {"weight_map": {"a": 5}}, {"weight_map": {"a": "../x.safetensors"}}):
         index.write_text(json.dumps(held))
-        with pytest.raises(CheckpointError, match="weight_map: expected the names of files beside it"):
+        with pytest.raises(CheckpointError, match="weight_map: expected names of files"):
             UNet.from_pretrained(tmp_path)
 
 
@@ -1514,13 +1521,13 @@ def test_odd_but_harmless_files(tmp_path):
     held = {"step": 1}
     held["model"] = held
     torch.save(held, tmp_path / "itself.pt")
-    with pytest.raises(CheckpointError, match="no network's tensors in it"):
+    with pytest.raises(CheckpointError, match="has no tensors of a network"):
         UNet.from_pretrained(tmp_path / "itself.pt")
     state = PesserUNet(32, (1, 1), 1, attention=1).state_dict()
     for value in (torch.zeros(1).expand(1 << 14, 1 << 15), torch.empty(32, device="meta"), torch.eye(32).to_sparse()):
         torch.save({**state, "conv_in.bias": value}, tmp_path / "odd-ema.pt")
         with pytest.raises(
-            CheckpointError, match=r"odd-ema.pt: .*(conv_in\.bias isn't a plain tensor|not a whole torch)"
+            CheckpointError, match=r"odd-ema.pt: .*(conv_in\.bias isn't a dense tensor|not a complete torch)"
         ):
             UNet.from_pretrained(tmp_path / "odd-ema.pt")
 
@@ -1577,9 +1584,9 @@ def test_the_networks_folder_of_a_pipelines(tmp_path):
     (tmp_path / "other" / "pipe-ema").mkdir(parents=True)
     (tmp_path / "ema" / "unet").rename(tmp_path / "other" / "pipe-ema" / "unet")
     (tmp_path / "ema" / "scheduler").rename(tmp_path / "other" / "scheduler")  # which is another pipeline's
-    with pytest.warns(UserWarning, match=r"no scheduler_config\.json; assumed"):
+    with pytest.warns(UserWarning, match=r"no scheduler_config\.json; assuming"):
         assert UNet.from_pretrained(tmp_path / "other" / "pipe-ema").prediction == "epsilon"
-    with pytest.warns(UserWarning, match=r"no scheduler_config\.json; assumed"):
+    with pytest.warns(UserWarning, match=r"no scheduler_config\.json; assuming"):
         assert UNet.from_pretrained(tmp_path / "other" / "pipe-ema" / "unet").prediction == "epsilon"
 
 
@@ -1587,7 +1594,9 @@ def test_a_variance_that_the_network_does_not_have_is_told(tmp_path):
     model = randomised(SMALL)
     model.save_pretrained(tmp_path / "ema", format="diffusers")
     edit(tmp_path / "ema" / "scheduler" / "scheduler_config.json", lambda c: c.update(variance_type="learned_range"))
-    with pytest.warns(UserWarning, match="learned_range, .*takes 6 output channels, and it has 3; pass sample another"):
+    with pytest.warns(
+        UserWarning, match="learned_range, .*requires 6 output channels, but it has 3; pass another variance"
+    ):
         loaded = UNet.from_pretrained(tmp_path / "ema")
     fastddpm.sample(loaded, 1, schedule=Schedule.linear(2, 0.1, 0.99), variance="fixed_large")
 

@@ -117,7 +117,7 @@ def test_samplers_and_the_progressive_strip(model, tmp_path, capsys, monkeypatch
         (("train", "--data", "none.npz", "--out", "runs"), "none.npz: no such file"),
         (("train", "--data", "x.npy", "--out", "MODEL", "--resume"), "nothing to resume"),
         (("train", "--data", "x.npy", "--out", "o", "--resume", "--lr", "1"), "only --steps or --epochs may change"),
-        (("train", "--data", "x.npy", "--out", "o", "--resume", "--preset", "cifar10"), "preset: a resumed run keeps"),
+        (("train", "--data", "x.npy", "--out", "o", "--resume", "--preset", "cifar10"), "preset: a resumed run uses"),
         (("train", "--data", "x.npy", "--out", "o", "--resume"), "nothing to resume"),
         (("train", "--data", "x.npy", "--out", "o", "--steps", "1", "--epochs", "1"), "steps, epochs: got both"),
         (("train", "--data", "x.npy", "--out", "o", "--batch-size", "0"), "batch_size: got 0"),
@@ -166,10 +166,10 @@ def test_convert(model, tmp_path, capsys, monkeypatch):
         (("MODEL", "full", "--to", "diffusers"), "full exists; expected a new or an empty folder"),
         (("MODEL", "file", "--to", "diffusers"), "file exists; expected a new or an empty folder"),
         (("MODEL", "out", "--to", "diffusers", "--revision", "v2"), "revision: got 'v2'"),
-        (("MODEL", "out", "--to", "fastddpm", "--flags", "--image_size 64"), "flags: given, but"),
+        (("MODEL", "out", "--to", "fastddpm", "--flags", "--image_size 64"), "flags: got '"),
         (("nothing", "out", "--to", "diffusers"), "neither a folder nor a bundled model"),
-        (("rescaled", "out", "--to", "diffusers"), "time_scale: got 0.5; diffusers' UNet2DModel has no such network"),
-        (("file", "out", "--to", "fastddpm"), "file: not a whole torch checkpoint"),
+        (("rescaled", "out", "--to", "diffusers"), "time_scale: got 0.5; diffusers' UNet2DModel does not support it"),
+        (("file", "out", "--to", "fastddpm"), "file: not a complete torch checkpoint"),
     ],
 )
 def test_convert_writes_nothing_where_it_fails(arguments, says, model, tmp_path, capsys, monkeypatch):
@@ -272,7 +272,7 @@ def test_class_folders_to_samples_of_a_class(tmp_path, capsys, monkeypatch):
             drawn.append(np.load("x.npy"))
         assert np.array_equal(*drawn)
     code, out, err = run(capsys, monkeypatch, "convert", "run", "theirs", "--to", "diffusers")
-    assert code == 0 and "classes      cat, dog" in out and "no place for names of classes" in err, out
+    assert code == 0 and "classes      cat, dog" in out and "diffusers' format has no names of classes" in err, out
     code, _, err = run(capsys, monkeypatch, "sample", "run", "--label", "cow")
     assert code == 1 and "label: got 'cow'; expected one of cat, dog" in err
     again = ["train", "--data", "pets", "--out", "run", "--resume", "--steps", "3"]

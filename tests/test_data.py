@@ -137,7 +137,7 @@ def test_other_numbers_are_refused_with_the_line_that_mends_them(tmp_path, value
 
 def test_wide_integers_that_are_dark_are_told_of(tmp_path):
     np.save(tmp_path / "x.npy", np.full((2, 5, 6), 4095, np.uint16))
-    assert "of which they use 6.2 %, so that images are dark" in said(data.load, tmp_path / "x.npy")[1]
+    assert "use only 6.2 % of it, so that images are dark" in said(data.load, tmp_path / "x.npy")[1]
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -195,7 +195,7 @@ def test_arrays_are_resized_like_pictures(tmp_path, channels):
             expected = np.asarray(pictures.center_cropped(Image.fromarray(np.ascontiguousarray(original[..., c])), 6))
             np.testing.assert_array_equal(image[c].numpy(), expected)
     assert (
-        "2 of 2 images are smaller than 16 pixels and are enlarged" in said(data.load, tmp_path / "x.npy", size=16)[1]
+        "2 of 2 images are smaller than 16 pixels; they are enlarged" in said(data.load, tmp_path / "x.npy", size=16)[1]
     )
 
 
@@ -347,7 +347,7 @@ def test_pictures_of_many_sizes_are_cropped(tmp_path):
     images, notes = said(data.load, tmp_path, size=16)
     assert images.shape == images[2].shape == (1, 16, 16) and notes == ""
     np.testing.assert_array_equal(images.pixels[1, 0].numpy(), np.asarray(Image.open(tmp_path / "1.png")))
-    assert "2 of 3 images are smaller than 18 pixels and are enlarged" in said(data.load, tmp_path, size=18)[1]
+    assert "2 of 3 images are smaller than 18 pixels; they are enlarged" in said(data.load, tmp_path, size=18)[1]
     for size in (0, 2.5, True):
         with pytest.raises(ValueError, match="size: got"):
             data.load(tmp_path, size=size)
@@ -380,7 +380,7 @@ def test_further_pictures_and_doubtful_ones_are_told_of(tmp_path):
 def test_dark_pictures_are_told_of_beside_others(tmp_path):
     picture(tmp_path / "a.png", np.full((4, 4), 1000, np.uint16))
     picture(tmp_path / "b.png")
-    assert "of which they use 1.5 %, so that images are dark" in said(data.load, tmp_path)[1]
+    assert "use only 1.5 % of it, so that images are dark" in said(data.load, tmp_path)[1]
 
 
 def test_many_pictures_are_read_by_worker_processes(tmp_path, monkeypatch):
@@ -504,7 +504,9 @@ def test_grids_of_any_channels(channels):
 
 def test_a_grid_that_no_file_can_hold_is_refused():
     layout = images.grid_layout(1_000_000, (1, 64, 64))
-    with pytest.raises(ValueError, match=r"gif: x.gif would have 66002x66002 pixels; a .gif has at most 65535 a side"):
+    with pytest.raises(
+        ValueError, match=r"gif: x.gif would have 66002x66002 pixels; a .gif has at most 65535 per side"
+    ):
         images.check_grid_size("gif", Path("x.gif"), layout)
     images.check_grid_size("output", Path("x.png"), layout)
 

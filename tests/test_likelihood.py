@@ -120,7 +120,7 @@ CASES = [
 
 @pytest.mark.parametrize(("schedule", "variance"), CASES)
 def test_every_term_has_its_closed_form(schedule, variance):
-    """5 standard errors of a mean of squares of normals; with the few hundred rounding errors of the network behind them."""
+    """5 standard errors of a mean of squares of normals; plus a few hundred rounding errors of the network."""
     v = known_v(schedule) if variance == "learned_range" else None
     n, T = 40, len(schedule)
     prediction = "v_prediction" if schedule is ZERO else "epsilon"

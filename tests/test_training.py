@@ -420,7 +420,7 @@ def test_bytes_are_not_trained_on(tmp_path):
     dataset = TensorDataset(torch.linspace(0, 255, 640).reshape(10, 1, 8, 8))
     with pytest.raises(ValueError, match="data: image 0: values from 0 to"):
         trainer(tmp_path, dataset=dataset)
-    fastddpm.training_loss(UNet(TINY), torch.randn(1, 1, 8, 8) * 9)  # standardised numbers are nobody's bytes
+    fastddpm.training_loss(UNet(TINY), torch.randn(1, 1, 8, 8) * 9)  # standardised values are not bytes
 
 
 def test_arguments_of_a_loss_that_mean_nothing_are_refused():
