@@ -99,7 +99,11 @@ def _sampler_options(command):
             help="Choice of timesteps. Default: trailing, or logsnr for dpm++2m.",
         ),
         click.option("--steps", type=int, help="Number of steps. Default: all for ddpm, 50 for ddim, 20 for dpm++2m."),
-        click.option("--sampler", type=click.Choice(list(coefficients.DEFAULT_STEPS)), help="Default: ddpm."),
+        click.option(
+            "--sampler",
+            type=click.Choice(list(coefficients.DEFAULT_STEPS)),
+            help="Sampler of the chain. Default: ddpm.",
+        ),
     ):
         command = option(command)
     return command
@@ -114,7 +118,9 @@ def _sampler_options(command):
 @click.option("--first", default=0, show_default=True, help="Number of the first image in the seed's sequence.")
 @_sampler_options
 @click.option("--batch-size", type=int, help="Images per forward pass. Default: what fits in memory.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device of the computation: auto, cpu, cuda or cuda:N."
+)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Arithmetic of the network. Default: the model's own.")
 @click.option("--label", help="Class to draw, for a network with classes: its number, or its name if it has one.")
 @click.option("--gif", type=click.Path(path_type=Path), help="Also write a film of the denoising to this .gif.")
@@ -244,7 +250,7 @@ def _recipe_options(command):
             ("--cooldown", int, "Steps of linear decay of the learning rate at the end."),
             ("--ema", float, "Decay of the averaged weights."),
             ("--grad-clip", float, "Upper bound on the gradient's norm."),
-            ("--flips/--no-flips", bool, "Whether to mirror each image with probability 1/2."),
+            ("--flips/--no-flips", bool, "Mirror each image with probability 1/2."),
             ("--seed", int, "Seed of weights, data order, timesteps and noise."),
             ("--log-every", int, "Steps between rows of log.csv."),
             ("--sample-every", int, "Steps between sample grids; 0 means no grids."),
@@ -282,7 +288,9 @@ def _data_options(command):
 )
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
               help="Arithmetic of the network; auto means bfloat16 if it is faster.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device of the computation: auto, cpu, cuda or cuda:N."
+)
 @_recipe_options
 def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels, dtype, device, **options) -> None:
     """Train a network on images with the paper's objective and recipe. Ctrl-C saves the run; --resume continues it."""
@@ -337,7 +345,9 @@ def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels
 @click.option("--seed", default=0, show_default=True, help="Seed in [0, 2^64).")
 @_sampler_options
 @click.option("--batch-size", type=int, help="Images per forward pass. Default: what fits in memory.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device of the computation: auto, cpu, cuda or cuda:N."
+)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Arithmetic of the network. Default: the model's own.")
 @click.option("--features", metavar="MODULE:NAME",
               help="Features for fid and kid, uint8 [N, C, H, W] -> float [N, D]. Default: Inception.")  # fmt: skip
@@ -360,7 +370,7 @@ def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels
 def evaluate_command(model, source, out, metrics, seed, device, dtype, features, inception_weights, **options) -> None:
     """Measure FID, KID and bits per dimension of MODEL.
 
-    MODEL is as for sample. After Ctrl-C, the same command continues.
+    MODEL is as for fastddpm sample. After Ctrl-C, the same command continues.
     """
     device = _device(device)
     metrics = [metric.strip() for metric in metrics.split(",") if metric.strip()]
@@ -395,7 +405,7 @@ def evaluate_command(model, source, out, metrics, seed, device, dtype, features,
 def convert_command(source, out, format, revision, flags) -> None:
     """Write the model IN to the new folder OUT, and print what was found in IN.
 
-    IN is a MODEL as for sample, a checkpoint of OpenAI's improved-diffusion or guided-diffusion, or a folder of such
+    IN is a MODEL as for fastddpm sample, a checkpoint of OpenAI's improved-diffusion or guided-diffusion, or a folder of such
     checkpoints.
     """
     folder = out.absolute()
@@ -445,7 +455,9 @@ def _described(checkpoint: base.Checkpoint) -> list[tuple[str, str]]:
 
 
 @cli.command("check")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device of the computation: auto, cpu, cuda or cuda:N."
+)
 def check_command(device) -> None:
     """Compare every op on this machine's backends with float64, and print the table of errors."""
     from . import parity

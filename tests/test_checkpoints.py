@@ -34,7 +34,7 @@ SMALL = UNetConfig(sample_size=8, channels=8, channel_mult=(1, 2), attention_res
 
 
 def every_parameter_matters(model):
-    """Of a network as others initialise theirs."""
+    """Return the network with random weights, initialised as in other libraries."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.1 if p.dim() < 2 else 0.02))
@@ -42,14 +42,14 @@ def every_parameter_matters(model):
 
 
 def quietly(*arguments, **options):
-    """from_pretrained where its warnings are no concern."""
+    """Call from_pretrained and ignore its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return UNet.from_pretrained(*arguments, **options)
 
 
 def says(*arguments, **options):
-    """(the network, what from_pretrained warned of)."""
+    """Return (the network, the warnings of from_pretrained)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         return UNet.from_pretrained(*arguments, **options), "\n".join(str(warning.message) for warning in caught)
@@ -125,7 +125,7 @@ def test_weights_of_any_dtype_load_as_float32(tmp_path, dtype):
 
 
 def test_a_loaded_network_is_its_own(tmp_path):
-    """It can be trained, and what becomes of the file later is nothing to it: also where the file is written over in place."""
+    """The network can be trained, and later changes of the file, even in place, do not affect it."""
     model = randomised(dataclasses.replace(SMALL, channels=32))
     model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "pipeline", format="diffusers")
@@ -297,7 +297,7 @@ def test_a_network_loaded_in_inference_mode_can_be_trained(format, tmp_path):
 
 @pytest.mark.parametrize("format", ["fastddpm", "diffusers"])
 def test_what_is_saved_is_read_in_one_pass(format, tmp_path, monkeypatch):
-    """And not by way of a mapped file and a copy."""
+    """The file is read into memory, not mapped and copied."""
     UNet(SMALL).save_pretrained(tmp_path / "ema", format=format)
     monkeypatch.delattr(tensors, "load_file")
     UNet.from_pretrained(tmp_path / "ema")
@@ -376,7 +376,7 @@ def test_names_and_arguments(tmp_path):
         UNet.from_pretrained(tmp_path, revision="main")
     with pytest.raises(ValueError, match="flags: got '"):
         UNet.from_pretrained(tmp_path, flags="--image_size 64")
-    with pytest.raises(CheckpointError, match="name the folder instead, "):
+    with pytest.raises(CheckpointError, match="pass the folder instead, "):
         UNet.from_pretrained(tmp_path / "model.safetensors")
 
 
@@ -418,7 +418,7 @@ def diffusers_model(**options):
 
 
 def embedding_float64(timesteps, dim, flip_sin_to_cos=False, downscale_freq_shift=1, scale=1, max_period=10000):
-    """diffusers' get_timestep_embedding, without its float32."""
+    """diffusers' get_timestep_embedding without its cast to float32."""
     k = torch.arange(dim // 2, dtype=torch.float64)
     angles = scale * timesteps.double()[:, None] * max_period ** (-k / (dim // 2 - downscale_freq_shift))
     pair = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
@@ -464,7 +464,7 @@ NETWORKS = {
 
 
 def as_pipeline(folder, network, **trained):
-    """A folder of diffusers' own making; trained: options of its DDPMScheduler."""
+    """Write a folder with diffusers. trained: options of its DDPMScheduler."""
     import diffusers
 
     diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(**trained)).save_pretrained(folder)
@@ -473,7 +473,7 @@ def as_pipeline(folder, network, **trained):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_diffusers_folders(name, tmp_path, monkeypatch):
-    """Each network in float64, and as it is in float32; written back, diffusers' pipeline draws from it and it reads the same."""
+    """Each network agrees in float64 and float32. diffusers' pipeline draws from the written folder; reading it is exact."""
     peer = diffusers_model(**NETWORKS[name])
     model = quietly(as_pipeline(tmp_path / "theirs", peer))
     classes, C, side = model.config.num_classes, model.config.in_channels, model.config.sample_size
@@ -641,7 +641,7 @@ def test_an_option_that_diffusers_ignores_is_ignored_aloud(tmp_path):
 
 
 def test_layouts(tmp_path):
-    """At the root with .bin; in parts; unet_ema before unet; a scheduler that isn't there; latent models."""
+    """Files at the root, with .bin and in parts; unet_ema is read before unet; a missing scheduler; latent models."""
     import diffusers
 
     peer = diffusers_model()
@@ -701,7 +701,7 @@ def test_a_learned_variance_is_assumed_of_twice_the_channels(tmp_path):
 
 @pytest.mark.parametrize("dims", [2, 3, 4])
 def test_old_names_of_attention(dims, tmp_path):
-    """query, key, value and proj_attn, as layers or as 1x1 convolutions; or today's names as 1x1 convolutions."""
+    """Attention with old names (query, key, value, proj_attn), as linear layers or 1x1 convolutions, or with present names."""
     peer = diffusers_model()
     folder = as_pipeline(tmp_path, peer)
     old = {new: name for name, new in interchange.LEGACY_ATTENTION.items()}
@@ -723,7 +723,7 @@ def test_old_names_of_attention(dims, tmp_path):
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
 @pytest.mark.parametrize("T", [1000, 37])
 def test_betas_are_diffusers(kind, T, tmp_path):
-    """Theirs are float32; ours float64 by the same formula, and written back by the same name where they can be."""
+    """Betas agree with diffusers' float32, are computed in float64, and are written by name where possible."""
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDPMScheduler(T, 0.00085, 0.012, kind)
     read = scheduler.settings_from_config(dict(theirs.config), "it:")
@@ -739,7 +739,7 @@ def test_betas_are_diffusers(kind, T, tmp_path):
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
 @pytest.mark.parametrize("T", [1000, 37, 2])
 def test_zero_snr_is_diffusers(kind, T):
-    """Rescaled in float64 by diffusers' own function to the last digit; written so that both read it back."""
+    """Betas equal those of diffusers' own function in float64. Both libraries read what is written."""
     diffusers = pytest.importorskip("diffusers")
     from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
@@ -766,7 +766,7 @@ def test_zero_snr_is_diffusers(kind, T):
 
 @pytest.mark.parametrize("format", ["fastddpm", "diffusers"])
 def test_networks_with_zero_snr(format, tmp_path):
-    """Are saved and read with their schedule, and not with epsilon, which x0 does not follow from."""
+    """Such networks are saved and read with their schedule, but not with epsilon, which does not determine x0."""
     diffusers = pytest.importorskip("diffusers")
     model = randomised(SMALL)
     model.schedule, model.prediction = Schedule([0.1, 0.3, 0.6, 1.0]), "v_prediction"
@@ -910,7 +910,7 @@ def test_pesser_where_the_side_cannot_be_told(tmp_path):
 
 
 def test_the_ddim_authors_container(tmp_path):
-    """[model, optimizer, epoch, step, averages], the model's names with "module." in front and the averages' without."""
+    """[model, optimizer, epoch, step, averages]: the model's names have the prefix "module.", those of the averages do not."""
     raw, averaged = (every_parameter_matters(PesserUNet(32, (1,), 1, 0)).state_dict() for _ in range(2))
     states = [{f"module.{k}": v for k, v in raw.items()}, {"state": {}, "param_groups": []}, 3, 500]
     torch.save(states, tmp_path / "raw.pth")
@@ -969,7 +969,7 @@ OPENAI = {
 
 
 def openai_flags(more, **others):
-    """GUIDED, with `more` and then `others` in place of what it says of the same; None: not said."""
+    """Return GUIDED with the flags in `more` and `others` replaced; None omits a flag."""
     given = dict(zip((words := f"{GUIDED} {more}".split())[::2], words[1::2], strict=True))
     given |= {f"--{name}": value for name, value in others.items()}
     return " ".join(f"{name} {value}" for name, value in given.items() if value is not None)
@@ -1014,7 +1014,7 @@ def test_openai(name, tmp_path):
 
 
 def test_the_published_files():
-    """Each by its name: the flags fit a network of its size, and say what it was trained for."""
+    """The flags of each published file fit a network of its size, and specify its training."""
     sizes = {  # parameters in millions, learned variance in all
         "64x64_diffusion.pt": (295.9, 64), "128x128_diffusion.pt": (421.5, 128), "256x256_diffusion.pt": (553.8, 256),
         "256x256_diffusion_uncond.pt": (552.8, 256), "512x512_diffusion.pt": (559.0, 512), "lsun_bedroom.pt": (552.8, 256),
@@ -1140,7 +1140,7 @@ def test_openai_files_that_are_refused(tmp_path):
 
 
 def test_a_log_folder_of_openai(tmp_path):
-    """The newest average; the raw file if it is named, with a warning that names the average."""
+    """A folder loads the newest average. A raw file loads with a warning that names the average."""
     for name in (
         "ema_0.999_000200.pt",
         "ema_0.9999_000200.pt",
@@ -1322,7 +1322,7 @@ def test_a_warning_points_to_the_line_that_loads(tmp_path):
 
 @pytest.fixture
 def cache(tmp_path):
-    """A cache as huggingface_hub makes it, with a diffusers model and one of ours in it."""
+    """Create a cache of huggingface_hub with a diffusers model and a fastddpm model."""
     for name, format in (("me/ddpm-ema-digits", "diffusers"), ("me/own", "fastddpm")):
         repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
         randomised(SMALL).save_pretrained(repository / "snapshots" / ("a" * 40), format=format)
@@ -1356,7 +1356,7 @@ for arguments in ({"name": "me/other"}, {"name": "me/own", "revision": "v2"}):
     first, second = out.splitlines()[3:]
     assert "'me/other' is no local folder or file, the Hugging Face Hub cannot be reached (" in first
     assert "hf download me/other --local-dir FOLDER" in first and "its cache has no such model" in first
-    assert "its cache hasn't revision 'v2' of it" in second
+    assert "its cache has no revision 'v2' of it" in second
 
 
 COMMIT = "b" * 40
@@ -1364,7 +1364,7 @@ COMMIT = "b" * 40
 
 @contextlib.contextmanager
 def hub(repositories):
-    """(the address of a Hub that serves these folders by their names, what was downloaded from it so far)."""
+    """Yield (the address of a Hub with these folders by name, the files downloaded so far)."""
     downloaded = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -1413,7 +1413,7 @@ def hub(repositories):
 
 
 def test_the_hub(tmp_path):
-    """Only one kind of weights is fetched, with the configs; what is there doesn't have to be asked for again."""
+    """Only one kind of weights is downloaded, with the configs. Files in the cache are not requested again."""
     pytest.importorskip("huggingface_hub")
     randomised(SMALL).save_pretrained(tmp_path / "ddpm", format="diffusers")
     for other in ("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors", "README.md"):
@@ -1492,7 +1492,7 @@ def test_another_librarys_folder_is_not_written_into(tmp_path):
 
 
 def test_parts_are_read_before_a_file_beside_them(tmp_path):
-    """As diffusers does."""
+    """Split weights are read before a single file, as in diffusers."""
     network = diffusers_model()
     network.save_pretrained(tmp_path / "unet", max_shard_size="20KB")
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"older")
@@ -1570,7 +1570,7 @@ def test_converting_keeps_whether_weights_are_averages(name, format, tmp_path):
 
 
 def test_the_networks_folder_of_a_pipelines(tmp_path):
-    """The scheduler is beside it."""
+    """The scheduler's folder is next to the network's."""
     model = randomised(SMALL)
     model.schedule, model.prediction, model.variance, model.clip = (
         Schedule.cosine(30),

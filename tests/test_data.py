@@ -1,4 +1,4 @@
-"""Training images from files and folders, pictures out of tensors, and files that are whole or not there."""
+"""Images from files and folders, image files from tensors, and files that are complete or absent."""
 
 import warnings
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_bad_data(tmp_path):
 
 
 def said(call, *arguments, **options):
-    """(What the call returns, the warnings)."""
+    """Return (the result of the call, its warnings)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call(*arguments, **options)
@@ -229,7 +229,7 @@ def test_words_in_an_object_array_have_a_way_out(tmp_path):
 
 
 def test_labels_of_known_classes(tmp_path):
-    """A model's own, of which a data set needn't have all."""
+    """The classes of a model, of which a data set may lack some."""
     assert labelled(tmp_path, [0, 2], classes=4)[:2] == ([0, 2], None)
     assert labelled(tmp_path, [7, 20], classes=["3", "7", "20"])[:2] == ([1, 2], ["3", "7", "20"])
     assert labelled(tmp_path, ["dog"], classes=["cat", "dog"])[0] == [1]

@@ -1,4 +1,4 @@
-"""FID, KID and bits per dimension: the arithmetic against closed forms and a real library, and evaluations that are cut short."""
+"""FID, KID and bits per dimension against closed forms and another library, and interrupted evaluations."""
 
 import dataclasses
 import itertools
@@ -114,7 +114,7 @@ def low(pixels):
 
 
 class Counted:
-    """Features that count the images they see."""
+    """Features that count the images they receive."""
 
     def __init__(self, function=low):
         self.function, self.images = function, 0
@@ -143,7 +143,7 @@ spectra = st.lists(st.sampled_from([0.0, 0.0, 1e-6, 0.3, 1.0, 7.0, 1e3]), min_si
 
 @given(spectra, spectra, st.integers(0, 99))
 def test_frechet_of_covariances_with_one_basis(a, b, seed):
-    """Where they commute the distance is |m1 - m2|^2 + sum (sqrt a - sqrt b)^2; singular ones (zeros) included."""
+    """If S1 and S2 commute, the distance is |m1 - m2|^2 + sum (sqrt a - sqrt b)^2, also for singular ones."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
     m1, m2 = torch.randn(2, 6, generator=generator, dtype=torch.float64)
@@ -165,7 +165,7 @@ def test_frechet_of_covariances_that_do_not_commute():
 
 
 class AsGiven(nn.Module):
-    """The library's network: what it gets is features already."""
+    """The library's network, which receives features and returns them unchanged."""
 
     def __init__(self, width):
         super().__init__()
@@ -265,7 +265,7 @@ def test_draw_is_the_sequence_of_the_seed(tmp_path):
         "00000008-00000009.npy",
     ]
     whole = fastddpm.to_uint8(fastddpm.sample(model, 10, seed=3, progress=False))
-    # Other batch sizes: pictures are the same to the tolerance of test_sampling.py, 1e-3, so at most a grey level off.
+    # With other batch sizes, images agree to the tolerance of test_sampling.py, 1e-3, so at most a grey level off.
     assert np.abs(shards.load(range(10)).astype(int) - whole.numpy()).max() <= 1
     assert len(np.unique(whole.reshape(10, -1), axis=0)) == 10
     alike = sampling.draw(model, tmp_path / "f", 10, seed=3, progress=False)  # as sample does it: to the bit
@@ -328,7 +328,7 @@ def test_a_folder_holds_one_set_of_samples(tmp_path):
 
 
 def test_settings_keep_the_old_names_of_the_networks_options(tmp_path):
-    """Folders are recognised by them, and named by their hash."""
+    """These settings identify folders, and their hash names folders, so they must not change."""
     config = dataclasses.replace(network(classes=3).config, num_heads=2, downsample_padding="both")
     sampling.draw(UNet(config, schedule=Schedule.linear(2, 1e-3, 0.8)), tmp_path, 1, progress=False)
     settings = json.loads((tmp_path / "settings.json").read_text())
@@ -401,7 +401,7 @@ def test_a_bare_callable(tmp_path):
 
 
 class Scaled(nn.Module):
-    """A model whose number is no parameter."""
+    """A model with an attribute that is not a parameter."""
 
     def __init__(self, model, scale):
         super().__init__()
@@ -414,7 +414,7 @@ class Scaled(nn.Module):
 @pytest.mark.filterwarnings("ignore:Fréchet distance .low features", "ignore:fastddpm. Scaled is not")
 @pytest.mark.parametrize("metric", ["fid", "bpd"])
 def test_a_model_is_told_by_what_it_answers_too(metric, here):
-    """Another callable, or a module with another attribute, has the same weights or none."""
+    """The probe distinguishes callables, and modules that differ only in an attribute."""
     options = {"metrics": [metric], "n": 4, "features": Features(low, "low"), "shape": (1, 8, 8)}
     options |= {"likelihood_images": 4, "schedule": Schedule.linear(4, 0.1, 0.4)}
     network8 = network()
@@ -428,7 +428,7 @@ def test_a_model_is_told_by_what_it_answers_too(metric, here):
         with pytest.raises(EvaluationError, match="another model.*another folder"):
             evaluated(here, name, model=other, **options)
         assert str(evaluated(here, name, model=model, **options)) == str(first)
-    # Other machines' roundings, and bfloat16's, tell no models apart.
+    # The probe ignores rounding differences of other machines, and those of bfloat16.
     evaluated(here, "callable", model=lambda x, t: (x * 0.5).bfloat16().float(), **options)
     evaluated(here, "module", model=Scaled(network8, 1.005), **options)
     network8.train()
@@ -436,7 +436,7 @@ def test_a_model_is_told_by_what_it_answers_too(metric, here):
 
 
 def test_the_probe_lets_bfloat16_pass():
-    """The bundled network in bfloat16 answers as in float32, to the tolerance: machines differ by less."""
+    """bfloat16 outputs of the bundled network agree with float32 to the tolerance; machines differ by less."""
     model = fastddpm.UNet.from_pretrained("digits")
     exact, rounded = (identity.probe_outputs(resolve(model), model.shape, None, d) for d in (None, torch.bfloat16))
     assert exact.shape == (8 * 32 * 32, 2) and not np.array_equal(exact, rounded)
@@ -470,7 +470,7 @@ def test_an_unknown_sampler_is_refused_whatever_the_metrics_are(here):
 
 
 def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
-    """Both made, and so both looked, before either drew."""
+    """Both calls check the folder before either draws."""
     model = network()
 
     def drawing(model=model, folder="e", **changed):
@@ -508,7 +508,7 @@ def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
 
 
 def test_settings_are_written_by_one_process(tmp_path, monkeypatch):
-    """The file appears between the look and the writing, on disks with hard links and on such without."""
+    """The file appears between the check and the write, on disks with and without hard links."""
     path = tmp_path / "s.json"
 
     def late(temporary):
@@ -622,7 +622,7 @@ def test_ctrl_c_says_how_to_go_on(here, capsys, monkeypatch):
 
 
 def test_a_killed_command_goes_on(here, capsys, monkeypatch):
-    """The real process, really killed: the result is that of an unbroken one, and what was drawn is kept."""
+    """After a process is killed, its images are kept, and the result is that of an uninterrupted one."""
     options = ["--data", "x.npz", "-n", "40", "--shard", "2", "--features", "mine:Pooled", "--metrics", "fid,bpd"]
     command = [sys.executable, "-m", "fastddpm", "evaluate", "model", "--out", "killed", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -856,7 +856,7 @@ def test_images_of_the_models_size_are_not_padded(here):
 
 @pytest.mark.parametrize("metric", ["fid", "kid"])
 def test_the_reference_is_looked_at_before_hours_of_sampling(metric, here, monkeypatch):
-    """A network that fails on real images does so before anything is drawn."""
+    """A network that fails on real images fails before the first image is drawn."""
     monkeypatch.setattr(sampling, "run", None)
     with np.load("x.npz") as arrays:
         black = {**arrays, "x_train": np.zeros_like(arrays["x_train"])}
@@ -950,7 +950,7 @@ class FeatureExtractorInceptionV3(nn.Module):
 
 
 def library(tmp_path, monkeypatch, code):
-    """A torch_fidelity that is this code, for the test."""
+    """Install this code as torch_fidelity for the test."""
     (tmp_path / "torch_fidelity").mkdir(exist_ok=True)
     (tmp_path / "torch_fidelity" / "__init__.py").write_text("")
     (tmp_path / "torch_fidelity" / "feature_extractor_inceptionv3.py").write_text(code)
@@ -1004,7 +1004,7 @@ def test_inception_that_cannot_be_had_is_one_line(here, monkeypatch, capsys):
 
 
 def test_the_librarys_inception(tmp_path, monkeypatch):
-    """The real network with random weights, where torch-fidelity is installed: it needs torchvision, which the tests don't."""
+    """The real network with random weights, if torch-fidelity is installed; it needs torchvision, which the tests don't."""
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as library
         from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric

@@ -1,4 +1,4 @@
-"""The objective, the recipe, and runs that go on as if unbroken."""
+"""The objective, the recipe, and resumed runs, which are identical to uninterrupted ones."""
 
 import csv
 import dataclasses
@@ -104,7 +104,7 @@ def test_timesteps_are_uniform_and_follow_the_contract():
 
 
 def test_a_loss_of_ones_own():
-    """training_loss in a plain loop with given t and noise, and gradients that reach every parameter but dead ends."""
+    """training_loss works in a plain loop with given t and noise, and all parameters that affect the output have gradients."""
     model, x0 = UNet(TINY), torch.rand(2, 1, 8, 8)
     loss = fastddpm.training_loss(model, x0, t=torch.tensor([0, 999]), noise=torch.randn_like(x0))
     assert loss.dtype == torch.float32 and loss.dim() == 0
@@ -152,8 +152,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, changes, trained_for):
 
 
 def test_a_run_begun_before_there_was_a_choice_goes_on(tmp_path):
-    """Its checkpoint names neither prediction, variance nor objective: they are the paper's. The network's options have their
-    old names."""
+    """A run of an earlier version: its checkpoint has old option names, and no prediction, variance or objective."""
     whole, old = tmp_path / "whole", tmp_path / "old"
     trainer(whole).run(progress=False)
     trainer(old, dataclasses.replace(SHORT, steps=3)).run(progress=False)
@@ -175,7 +174,7 @@ def test_a_run_begun_before_there_was_a_choice_goes_on(tmp_path):
 )
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "mean"])
 def test_every_choice_trains_and_samples(tmp_path, prediction, objective, variance):
-    """A run's first loss is that of the objective chosen, and what is saved draws as what was trained for."""
+    """The first loss of a run is that of its objective, and the saved model draws with its settings."""
     config, choices = dataclasses.replace(TINY, dropout=0.0), {"prediction": prediction, "variance": variance}
     recipe = dataclasses.replace(SHORT, objective=objective, steps=4, accumulate=1, flips=False)
     run = trainer(tmp_path, recipe, config=config, **choices)
@@ -316,7 +315,7 @@ def test_flips_mirror_about_half(tmp_path):
 
 
 def test_learns(tmp_path):
-    """A few dozen steps on one picture: far below the loss of answering 0, which is 1."""
+    """After a few dozen steps on one image, the loss is far below 1, the loss of predicting 0."""
     pixels = np.repeat(np.random.default_rng(0).integers(0, 2, (1, 1, 8, 8), dtype=np.uint8) * 255, 4, 0)
     recipe = dataclasses.replace(SHORT, steps=80, batch_size=8, accumulate=1, lr=2e-3, flips=False, log_every=50)
     run = trainer(tmp_path, recipe, data.ArrayImages(pixels, None, "one"), dataclasses.replace(TINY, dropout=0.0))
@@ -342,7 +341,7 @@ def picture_folder(folder, n=10, size=8):
 
 
 def test_pictures_train_as_an_array_does(tmp_path):
-    """Decoded by worker processes, in the same order."""
+    """Worker processes decode the pictures in the same order."""
     pictures = data.load(picture_folder(tmp_path / "pictures"))
     runs = [trainer(tmp_path / name, dataset=dataset) for name, dataset in (("a", pictures), ("b", images()))]
     for run in runs:
@@ -412,7 +411,7 @@ def test_grids_show_classes_in_rows(tmp_path, monkeypatch, classes, rows):
 
 
 def test_bytes_are_not_trained_on(tmp_path):
-    """Floats in 0..255, which a loop of one's own gets from a decoder."""
+    """Floats in 0..255, as a user's own loop may get from a decoder, are refused."""
     with pytest.raises(
         ValueError, match=r"x0: values from 0 to 255; expected images in \[-1, 1\]: write x / 127.5 - 1"
     ):

@@ -88,8 +88,8 @@ def _unreachable(name: str, revision: str | None, reason: Exception) -> Checkpoi
     why = (str(reason).strip() or type(reason).__name__).splitlines()[0]
     return CheckpointError(
         f"model: {name!r} is no local folder or file, the Hugging Face Hub cannot be reached ({why}), and its cache has no "
-        f"{'such model' if revision is None else f'revision {revision!r} of it'}. On a machine with a network, run  hf download "
-        f"{name} --local-dir FOLDER , copy the folder here and pass its path instead"
+        f"{'such model' if revision is None else f'revision {revision!r} of it'}. Run  hf download {name} "
+        "--local-dir FOLDER  on a machine with a network, copy the folder here and pass its path instead"
     )
 
 

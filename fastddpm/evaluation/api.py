@@ -92,7 +92,7 @@ def evaluate(
         alpha: as for `fastddpm.data.load`.
         skip_damaged: as for `fastddpm.data.load`.
         batch_size: images per forward. Default: what fits in memory.
-        device: where to compute. Default: the model's device.
+        device: device of the computation. Default: the model's device.
         dtype: dtype of the network's arithmetic. Default: the model's own.
         progress: whether to show progress bars. Default: on a terminal or in a notebook.
         **options: as for `draw`.

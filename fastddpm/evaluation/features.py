@@ -95,7 +95,7 @@ def inception(weights: str | Path | None = None, device: torch.device | str = "c
 
     Args:
         weights: path of a local copy of the weights' file. Default: torch-fidelity downloads it once.
-        device: where to compute.
+        device: device of the computation.
 
     Returns:
         A `Features`.

@@ -198,7 +198,7 @@ def likelihood(
         first: number of the first image; image i has number first + i. Its noise at t depends only on (seed, first + i,
             t), and its drawn timesteps only on (seed, first + i, K).
         batch_size: (image, timestep) pairs per forward. Default: what fits in memory, at most 256.
-        device: where to compute, as for `sample`. Default: the model's device.
+        device: device of the computation, as for `sample`. Default: the model's device.
         dtype: dtype of the network's arithmetic, as for `sample`. Default: the model's own.
         progress: whether to show a progress bar. Default: on a terminal or in a notebook.
 
@@ -255,7 +255,7 @@ def rate_distortion(
         first: number of the first image; image i has number first + i. Its noise at t depends only on (seed, first + i,
             t).
         batch_size: (image, timestep) pairs per forward. Default: what fits in memory, at most 256.
-        device: where to compute, as for `sample`. Default: the model's device.
+        device: device of the computation, as for `sample`. Default: the model's device.
         dtype: dtype of the network's arithmetic, as for `sample`. Default: the model's own.
         progress: whether to show a progress bar. Default: on a terminal or in a notebook.
 

@@ -64,7 +64,7 @@ def draw(
         seed: seed of the sequence, in [0, 2^64).
         shard: number of images in one file. An interruption loses at most one file. Default: 1000, or 100 on a CPU.
         batch_size: images per forward. Default: what fits in memory.
-        device: where to compute. Default: the model's device.
+        device: device of the computation. Default: the model's device.
         dtype: dtype of the network's arithmetic. Default: the model's own.
         progress: whether to show progress bars. Default: on a terminal or in a notebook.
         **options: shape, schedule, prediction, sampler, steps, spacing, eta, variance, clip and class_labels (an int),

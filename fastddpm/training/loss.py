@@ -85,11 +85,12 @@ def training_loss(
 
         x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps
 
-    With objective "simple", the loss is L_simple (eq. 14), the mean of (eps - model(x_t, t))^2,
-    or that of another `prediction`. With "bound", the loss is the mean of L_t in bits per dimension: eq. 12's weighted
-    error for t >= 1, and the discretized decoder (eq. 13) for t = 0. T times its expectation, plus the constant L_T, is
-    the variational bound L (eq. 5). "bound" assumes images on the 8-bit grid k / 127.5 - 1, which is not checked.
-    Nothing is clipped.
+    With objective "simple", the loss is L_simple (eq. 14), the mean of (eps - model(x_t, t))^2. If `prediction` is not
+    "epsilon", its target replaces eps.
+
+    With objective "bound", the loss is the mean of L_t in bits per dimension: eq. 12's weighted error for t >= 1, and
+    the discretized decoder (eq. 13) for t = 0. T times its expectation, plus the constant L_T, is the variational bound
+    L (eq. 5). x0 must be on the 8-bit grid k / 127.5 - 1, which is not checked. Predictions are not clipped.
 
     Args:
         model: a `UNet`, a diffusers UNet2DModel, or any callable model(x_t, t).

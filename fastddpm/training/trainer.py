@@ -146,7 +146,7 @@ class Trainer:
         out: folder of the run.
         config: configuration of the network.
         recipe: hyperparameters of the run.
-        device: where to train.
+        device: device of the training.
         prediction: what the network learns to predict: "epsilon", "sample", "v_prediction" or "mean".
         variance: variance of the reverse steps, in the bound and for sampling: "fixed_large" or "fixed_small".
 
@@ -191,7 +191,7 @@ class Trainer:
         Args:
             dataset: the data that the run began with.
             out: folder of the run.
-            device: where to train.
+            device: device of the training.
             **changes: `steps` or `epochs`, the new length of the run. Other fields of the recipe must not change.
 
         Raises:
