@@ -242,8 +242,8 @@ def load(
     - Folder: the images are the pictures in the folder and its subfolders, sorted by name. The names of the subfolders
       are the labels.
 
-    Arrays have shape [N, H, W] or [N, H, W, C], or [N, C, H, W] if that is unambiguous. The dtype is uint8. Wider
-    unsigned integers are scaled by their full range, and floats in [0, 1] by 255.
+    Arrays have shape [N, H, W] or [N, H, W, C], or [N, C, H, W] if that is unambiguous. uint8 arrays are used
+    unmodified. Wider unsigned integers are scaled to 0..255 by their full range, and floats in [0, 1] by 255.
 
     All files of a folder are decoded once before use, so that a damaged file is reported at once. For 1000 pictures or
     more, the result is cached in ~/.cache/fastddpm/pictures (or below XDG_CACHE_HOME) for later calls.

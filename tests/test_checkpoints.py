@@ -759,9 +759,8 @@ def test_zero_snr_is_diffusers(kind, T):
     solver = diffusers.DPMSolverMultistepScheduler.from_config(written)
     assert solver.lambda_t.isfinite().all()
     given = diffusers.DDPMScheduler(**config, rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    fastddpm.sample(
-        lambda x, t: 0 * x, 1, shape=(1, 2, 2), schedule=given, steps=1
-    )  # its float32 betas are its config's
+    # The float32 betas of the scheduler are recognised as those of its config.
+    fastddpm.sample(lambda x, t: 0 * x, 1, shape=(1, 2, 2), schedule=given, steps=1)
 
 
 @pytest.mark.parametrize("format", ["fastddpm", "diffusers"])

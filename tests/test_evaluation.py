@@ -674,9 +674,8 @@ def test_features_are_taken_once(here):
 
 
 def test_features_that_changed_are_noticed(here):
-    scale = torch.tensor(
-        [1e4, 1, 1, 1, 1, 1, 1, 0], dtype=torch.float64
-    )  # of features of which one is larger, one dead
+    # One feature is larger than the rest, and one is always 0.
+    scale = torch.tensor([1e4, 1, 1, 1, 1, 1, 1, 0], dtype=torch.float64)
 
     def scaled(changes=None):
         return Features(lambda p: low(p) * scale * (1 if changes is None else torch.tensor(changes)), "low")
@@ -687,9 +686,8 @@ def test_features_that_changed_are_noticed(here):
             evaluated(here, features=changed)
         with pytest.raises(EvaluationError, match="e/features.*of another low; delete it, or pass another folder"):
             evaluated(here, features=changed, cache="other")
-    evaluated(
-        here, features=Features(lambda p: low(p) * scale * (1 + 1e-5) + 1e-5, "low")
-    )  # another machine's arithmetic
+    # Rounding differences, as of another machine, are accepted.
+    evaluated(here, features=Features(lambda p: low(p) * scale * (1 + 1e-5) + 1e-5, "low"))
 
 
 def test_features_of_samples_that_went_are_not_used(here):

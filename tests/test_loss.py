@@ -130,9 +130,8 @@ def test_losses_with_zero_snr(prediction, variance):
     bound, v = Bound(s, variance), torch.rand_like(x0) * 2 - 1 if variance == "learned_range" else None
     assert (bound.prior(x0) == 0).all()
     prev = s.alphas_cumprod[-2]
-    log_variance = (1 - prev).log() * (
-        1 if v is None else (1 - v[3:]) / 2
-    )  # of 1 and 1 - prev; fixed_large has 1 - prev
+    # Learned log variances are between those of 1 and 1 - prev. fixed_large has 1 - prev.
+    log_variance = (1 - prev).log() * (1 if v is None else (1 - v[3:]) / 2)
     q = Normal(prev.sqrt() * x0[3:], (1 - prev).sqrt())
     exact = kl_divergence(q, Normal(prev.sqrt() * (x0 - error)[3:], (log_variance / 2).exp())).mean() / math.log(2)
     got = bound.kl(t[3:], error[3:], None if v is None else v[3:])

@@ -149,10 +149,8 @@ def _schedule(config: dict, path: Path) -> Schedule:
     try:
         kind, values = config["schedule"]["kind"], config["schedule"]
         if kind == "linear":
-            start, end = (
-                float(values["start"]),
-                float(values["end"]),
-            )  # Schedule.linear would replace None by its default
+            # float() refuses None, which Schedule.linear would replace by its default.
+            start, end = float(values["start"]), float(values["end"])
             return Schedule.linear(values["T"], start, end)
         if kind == "betas":
             return Schedule(values["betas"])

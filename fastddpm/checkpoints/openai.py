@@ -233,9 +233,8 @@ def _check_flags(passed: Mapping, shapes: _Shapes) -> None:
     """Raise ValueError if the passed flags and the defaults contradict the shapes, or do not specify the network."""
     flags, num_levels = FLAG_DEFAULTS | passed, len(shapes.channel_mult)
     size, T = flags["image_size"], flags["diffusion_steps"]
-    steps = [
-        size // int(side) for side in flags["attention_resolutions"].split(",")
-    ]  # with the rounding of the scripts
+    # The scripts round these quotients in the same way.
+    steps = [size // int(side) for side in flags["attention_resolutions"].split(",")]
     default = DEFAULT_CHANNEL_MULT.get(size, shapes.channel_mult)
     channel_mult = flags["channel_mult"].split(",") if flags["channel_mult"] else default
     pairs = {  # (the flag's value, the file's value)

@@ -247,9 +247,8 @@ def _search(contents: object, depth: int = 0) -> tuple[dict[str, torch.Tensor] |
     for names, averaged in ((ema, True), (RAW_KEYS, None)):
         for name in names:
             state, inner = _search(contents.get(name), depth + 1)
-            is_setting = (
-                averaged and state is not None and len(state) == 1
-            )  # a setting of the averaging, such as its decay
+            # A single tensor is a setting of the averaging, such as its decay.
+            is_setting = averaged and state is not None and len(state) == 1
             if state is not None and not is_setting:
                 return state, averaged or inner
     return None, None

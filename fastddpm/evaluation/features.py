@@ -175,9 +175,8 @@ def checksum(module: nn.Module) -> str:
     total = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         if not isinstance(value, torch.Tensor):
-            total.update(
-                f"{name} {re.sub(' at 0x[0-9a-fA-F]+', '', repr(value))}".encode()
-            )  # addresses differ between processes
+            # Remove addresses, which differ between processes.
+            total.update(f"{name} {re.sub(' at 0x[0-9a-fA-F]+', '', repr(value))}".encode())
             continue
         total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

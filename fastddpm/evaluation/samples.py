@@ -68,8 +68,8 @@ def draw(
         dtype: dtype of the network's arithmetic. Default: the model's own.
         progress: whether to show progress bars. Default: on a terminal or in a notebook.
         **options: shape, schedule, prediction, sampler, steps, spacing, eta, variance, clip and class_labels (an int),
-        as for `fastddpm.sample`. Without class_labels, a network with classes draws each class in turn: image i has
-        class i mod classes.
+            as for `fastddpm.sample`. Without class_labels, a network with classes draws each class in turn: image i has
+            class i mod classes.
 
     Returns:
         The images, uint8 [N, C, H, W], as a `Shards`. `load` returns the images of a range, and `batches` iterates over
