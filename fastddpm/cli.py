@@ -46,11 +46,11 @@ FORWARD_COLUMNS = STRIP_COLUMNS = 10
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    """Denoising diffusion (DDPM), as fast as the hardware allows, exactly."""
+    """Fast, exact denoising diffusion (DDPM)."""
 
 
 def main() -> None:
-    """Run the command line; print errors that the user can correct as one line, without a traceback."""
+    """Run the command line. Errors that the user can correct are printed as one line, without a traceback."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: click.echo(message, err=True)  # without file and line
@@ -68,37 +68,42 @@ def _device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device: got {name!r}; expected auto, cpu or cuda[:N]") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {name!r} was asked for, but torch sees no CUDA device")
+        raise ValueError(f"device: got {name!r}, but torch finds no CUDA device")
     return device
 
 
 def _writable(path: Path, suffixes: tuple[str, ...]) -> Path:
-    """Return the output path; raise ValueError, before any work, if it cannot be written to."""
+    """Return the output path; raise ValueError if it cannot be written to."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"output: {path} ends in {path.suffix!r}; expected {', '.join(suffixes)}")
     if not path.parent.is_dir():
-        raise ValueError(f"output: the folder {path.parent} does not exist; make it first")
+        raise ValueError(f"output: the folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise ValueError(f"output: {path} is a folder; expected a file name")
     return path
 
 
 def _sampler_options(command):
-    """Add the options of a chain to a command that draws; None means the default."""
+    """Add the options of a chain to a command that draws images. None means the default."""
     for option in (
         click.option(
             "--variance",
             type=click.Choice(coefficients.VARIANCES),
-            help="ddpm's noise; default the model's own, but fixed_small for fixed_large with fewer steps.",
+            help="Variance of ddpm's noise. Default: the model's own, but fixed_small instead of fixed_large if --steps is less "
+            "than all.",
         ),
-        click.option("--eta", type=float, help="ddim's noise, from 0 (none, the default) to 1."),
+        click.option("--eta", type=float, help="Amount of ddim's noise, from 0 (none, the default) to 1."),
         click.option(
             "--spacing",
             type=click.Choice(coefficients.SPACINGS),
-            help="Which timesteps are visited; default trailing, for dpm++2m logsnr.",
+            help="Choice of timesteps. Default: trailing, or logsnr for dpm++2m.",
         ),
-        click.option("--steps", type=int, help="Steps; default all for ddpm, 50 for ddim, 20 for dpm++2m."),
-        click.option("--sampler", type=click.Choice(list(coefficients.DEFAULT_STEPS)), help="Default ddpm."),
+        click.option("--steps", type=int, help="Number of steps. Default: all for ddpm, 50 for ddim, 20 for dpm++2m."),
+        click.option(
+            "--sampler",
+            type=click.Choice(list(coefficients.DEFAULT_STEPS)),
+            help="Sampler of the chain. Default: ddpm.",
+        ),
     ):
         command = option(command)
     return command
@@ -106,26 +111,31 @@ def _sampler_options(command):
 
 @cli.command("sample")
 @click.argument("model", default="digits")
-@click.option("-n", default=16, show_default=True, help="How many images.")
+@click.option("-n", default=16, show_default=True, help="Number of images.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="samples.png", show_default=True,
-              help="A picture (.png: a grid), or .npy / .npz for the raw float32 [n, C, H, W].")  # fmt: skip
-@click.option("--seed", type=int, help="In [0, 2^64); default a random one. The seed used is printed.")
-@click.option("--first", default=0, show_default=True, help="Start at this image of the seed's sequence.")
+              help="File to write: .png for a grid, .npy or .npz for the raw float32 [n, C, H, W].")  # fmt: skip
+@click.option("--seed", type=int, help="Seed in [0, 2^64). Default: a random seed. The seed is printed.")
+@click.option("--first", default=0, show_default=True, help="Number of the first image in the seed's sequence.")
 @_sampler_options
-@click.option("--batch-size", type=int, help="Images per forward pass; default what fits.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Arithmetic of the network; default the model's own.")
-@click.option("--label", help="Class to draw, for a network with classes: its number, or its name where it has one.")
-@click.option("--gif", type=click.Path(path_type=Path), help="Also write the denoising film to this .gif.")
+@click.option("--batch-size", type=int, help="Images per forward pass. Default: what fits in memory.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device of the computation: auto, cpu, cuda or cuda:N."
+)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Arithmetic of the network. Default: the model's own.")
+@click.option("--label", help="Class to draw, for a network with classes: its number, or its name if it has one.")
+@click.option("--gif", type=click.Path(path_type=Path), help="Also write a film of the denoising to this .gif.")
 @click.option("--strip", type=click.Path(path_type=Path),
-              help="Also write to this .png what the chain takes each image to be on its way, ten in a row.")  # fmt: skip
+              help="Also write to this .png the chain's predictions of x_0, ten in a row for each image.")  # fmt: skip
 @click.option("--forward", type=click.Path(path_type=Path),
-              help="Draw no images: show how the forward process destroys this picture.")  # fmt: skip
+              help="Draw no images. Write instead how the forward process destroys this picture.")  # fmt: skip
 def sample_command(
     model, n, output, seed, first, batch_size, device, dtype, label, gif, strip, forward, **chain
 ) -> None:
-    """Draw images with MODEL: a bundled model's name (default: digits), the folder of a run or of a diffusers model, a
-    checkpoint of pytorch_diffusion, or the id of a model on the Hugging Face Hub (owner/name)."""
+    """Draw images with MODEL and write them to a file.
+
+    MODEL is the name of a bundled model (default: digits), the folder of a run or of a diffusers model, a checkpoint of
+    pytorch_diffusion, or the id of a model on the Hugging Face Hub (owner/name).
+    """
     seed = random_seed() if seed is None else seed
     if forward is not None:
         _writable(output, (".png",))
@@ -137,7 +147,7 @@ def sample_command(
         if path is not None:
             _writable(path, (suffix,))
     if n < 1 and (output.suffix.lower() not in ARRAY_SUFFIXES or gif or strip):
-        raise ValueError(f"n: got {n}; a picture needs at least 1 image")
+        raise ValueError(f"n: got {n}; expected at least 1 image for a picture")
     network = UNet.from_pretrained(model).to(_device(device))
     chain = {name: value for name, value in chain.items() if value is not None}
     label = None if label is None else _class_number(label, network)
@@ -171,7 +181,7 @@ def sample_command(
 
 
 def _class_number(label: str, network: UNet) -> int:
-    """Return the number of the class that --label names."""
+    """Return the number of the class given by --label."""
     names = network.class_names or []
     if label in names:
         return names.index(label)
@@ -180,7 +190,7 @@ def _class_number(label: str, network: UNet) -> int:
             raise ValueError  # --label 3 could mean class 3 or a name that is a number
         return int(label)
     except ValueError:
-        known = f"one of {', '.join(names)}" if names else "a number, as this network's classes have no names"
+        known = f"one of {', '.join(names)}" if names else "a number, because this network's classes have no names"
         raise ValueError(f"label: got {label!r}; expected {known}") from None
 
 
@@ -202,7 +212,7 @@ def _write_film(frames: list[Image.Image], path: Path) -> None:
 
 
 def _forward_strip(path: Path, schedule: Schedule, seed: int) -> Image.Image:
-    """Draw x_0 and x_t at evenly spaced t, the same picture with fresh noise of the forward stream."""
+    """Return x_0 and x_t at evenly spaced t, in one row. Each x_t has its own noise, of the forward stream."""
     try:
         picture, _ = pictures.read(path)
     except DataError as error:
@@ -217,29 +227,33 @@ def _forward_strip(path: Path, schedule: Schedule, seed: int) -> Image.Image:
 
 
 def _recipe_options(command):
-    """Add an option for each field of the recipe that users change; None means the preset's value."""
+    """Add an option for each field of the recipe that a user may change. None means the preset's value."""
     for name, kind, text in reversed(
         [
             (
                 "--prediction",
                 click.Choice(coefficients.PREDICTIONS),
-                "What the network learns to answer; default epsilon.",
+                "What the network learns to predict. Default: epsilon.",
             ),
-            ("--objective", click.Choice(OBJECTIVES), "Squared error (default) or the variational bound."),
-            ("--variance", click.Choice(FIXED_VARIANCES), "Of the reverse steps; default fixed_large."),
-            ("--steps", int, "Optimizer steps in all."),
-            ("--epochs", float, "Passes over the data in all, in place of --steps."),
+            (
+                "--objective",
+                click.Choice(OBJECTIVES),
+                "simple, the squared error (default), or bound, the variational bound.",
+            ),
+            ("--variance", click.Choice(FIXED_VARIANCES), "Variance of the reverse steps. Default: fixed_large."),
+            ("--steps", int, "Total number of optimizer steps."),
+            ("--epochs", float, "Total number of passes over the data, instead of --steps."),
             ("--batch-size", int, "Examples per optimizer step."),
-            ("--accumulate", int, "Take each batch in this many parts."),
-            ("--lr", float, "Learning rate after warm-up."),
-            ("--warmup", int, "Steps of linear warm-up."),
-            ("--cooldown", int, "Steps of linear decay to 0 at the end."),
+            ("--accumulate", int, "Number of parts that each batch is computed in."),
+            ("--lr", float, "Learning rate after the warm-up."),
+            ("--warmup", int, "Steps of linear growth of the learning rate at the start."),
+            ("--cooldown", int, "Steps of linear decay of the learning rate at the end."),
             ("--ema", float, "Decay of the averaged weights."),
-            ("--grad-clip", float, "Bound on the gradient's norm."),
-            ("--flips/--no-flips", bool, "Mirror half of the images."),
+            ("--grad-clip", float, "Upper bound on the gradient's norm."),
+            ("--flips/--no-flips", bool, "Mirror each image with probability 1/2."),
             ("--seed", int, "Seed of weights, data order, timesteps and noise."),
             ("--log-every", int, "Steps between rows of log.csv."),
-            ("--sample-every", int, "Steps between sample grids; 0 for none."),
+            ("--sample-every", int, "Steps between sample grids; 0 means no grids."),
             ("--save-every", int, "Steps between checkpoints."),
         ]
     ):
@@ -249,12 +263,12 @@ def _recipe_options(command):
 
 def _data_options(command):
     """Add the options of data.load to a command that takes data."""
-    alpha = "Transparency: composed on black, or kept as a channel."
-    source = ".npz or .npy of images, or a folder of pictures."
+    alpha = "Compose transparent pictures on black, or keep transparency as a channel."
+    source = "A .npz or .npy file of images, or a folder of pictures."
     for option in (
-        click.option("--skip-damaged", is_flag=True, help="Leave out pictures that cannot be read, and list them."),
+        click.option("--skip-damaged", is_flag=True, help="Omit pictures that cannot be read, and list them."),
         click.option("--alpha", type=click.Choice(data.ALPHAS), default="black", show_default=True, help=alpha),
-        click.option("--size", type=int, help="Resize the smaller side to this, and cut out the middle as a square."),
+        click.option("--size", type=int, help="Resize the smaller side to this, and crop to a centred square."),
         click.option("--data", "source", type=click.Path(path_type=Path), required=True, help=source),
     ):
         command = option(command)
@@ -263,25 +277,27 @@ def _data_options(command):
 
 @cli.command("train")
 @_data_options
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The run's folder.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option("--preset", type=click.Choice(list(RECIPES)),
-              help="Network and recipe: digits (the default), or cifar10, the paper's.")  # fmt: skip
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
+              help="Network and recipe: digits (default), or cifar10, as in the paper.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Continue from the checkpoint in --out.")
 @click.option(
     "--labels",
     is_flag=True,
-    help="Train a class-conditional network, on the labels of a .npz or on a folder's subfolders as classes.",
+    help="Train a class-conditional network. The classes are the labels of a .npz, or the subfolders of a folder.",
 )
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
-              help="Arithmetic of the network; auto: bfloat16 where it is faster.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+              help="Arithmetic of the network; auto means bfloat16 if it is faster.")  # fmt: skip
+@click.option(
+    "--device", default="auto", show_default=True, help="Device of the computation: auto, cpu, cuda or cuda:N."
+)
 @_recipe_options
 def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels, dtype, device, **options) -> None:
-    """Train a network on images, by the paper's objective and recipe; Ctrl-C saves, --resume goes on."""
+    """Train a network on images with the paper's objective and recipe. Ctrl-C saves the run; --resume continues it."""
     device = _device(device)
     changes = {name: value for name, value in options.items() if value is not None}
     if "steps" in changes and "epochs" in changes:
-        raise ValueError("steps, epochs: both given; expected one of them")
+        raise ValueError("steps, epochs: got both; expected one of them")
     if "steps" in changes or "epochs" in changes:
         changes = {"steps": None, "epochs": None, **changes}
     dataset = data.load(source, labels=labels, size=size, alpha=alpha, skip_damaged=skip_damaged)
@@ -290,12 +306,12 @@ def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels
         fixed = {name for name, value in passed.items() if value is not None} - {"steps", "epochs"}
         if fixed:
             raise ValueError(
-                f"{', '.join(sorted(fixed))}: a resumed run keeps its recipe; only --steps or --epochs may change"
+                f"{', '.join(sorted(fixed))}: a resumed run uses its own recipe; only --steps or --epochs may change"
             )
         trainer = Trainer.resume(dataset, out, device, **changes)
     else:
         if (out / CHECKPOINT).exists():
-            raise ValueError(f"out: {out} already holds a run; pass --resume to go on with it, or name another folder")
+            raise ValueError(f"out: {out} already has a run; pass --resume to continue it, or another folder")
         preset = preset or "digits"
         config = network_for(preset, dataset, classes=dataset.classes)
         if dtype == "auto":
@@ -309,14 +325,14 @@ def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels
         f"steps {trainer.step} to {trainer.total} of batch {trainer.recipe.batch_size} in {trainer.recipe.dtype} on {device}"
     )
     if trainer.run():
-        click.echo(f"{out}: trained; draw with  fastddpm sample {out}")
+        click.echo(f"{out}: trained; draw images with  fastddpm sample {out}")
     else:
         command = ["fastddpm", "train", "--data", str(source), "--out", str(out), "--resume"]
         command += ["--labels"] * labels + ["--skip-damaged"] * skip_damaged
         command += [] if size is None else ["--size", str(size)]
         command += [] if alpha == "black" else ["--alpha", alpha]
         click.echo(
-            f"{out}: stopped and saved at step {trainer.step} of {trainer.total}; go on with  {shlex.join(command)}"
+            f"{out}: stopped and saved at step {trainer.step} of {trainer.total}; continue with  {shlex.join(command)}"
         )
 
 
@@ -324,34 +340,43 @@ def train_command(source, size, alpha, skip_damaged, out, preset, resume, labels
 @click.argument("model")
 @_data_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the samples and the result.")
-@click.option("--metrics", default="fid,kid,bpd", show_default=True, help="Some of these, with commas between.")
-@click.option("-n", default=50_000, show_default=True, help="Samples for fid and kid.")
-@click.option("--seed", default=0, show_default=True, help="In [0, 2^64).")
+@click.option("--metrics", default="fid,kid,bpd", show_default=True, help="Metrics to measure, separated by commas.")
+@click.option("-n", default=50_000, show_default=True, help="Number of samples for fid and kid.")
+@click.option("--seed", default=0, show_default=True, help="Seed in [0, 2^64).")
 @_sampler_options
-@click.option("--batch-size", type=int, help="Images per forward pass; default what fits.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Arithmetic of the network; default the model's own.")
+@click.option("--batch-size", type=int, help="Images per forward pass. Default: what fits in memory.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device of the computation: auto, cpu, cuda or cuda:N."
+)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Arithmetic of the network. Default: the model's own.")
 @click.option("--features", metavar="MODULE:NAME",
-              help="A network of your own for fid and kid, uint8 [N, C, H, W] -> float [N, D]; default Inception.")  # fmt: skip
-@click.option("--inception-weights", type=click.Path(path_type=Path), help="Inception's weights; default downloaded.")
+              help="Features for fid and kid, uint8 [N, C, H, W] -> float [N, D]. Default: Inception.")  # fmt: skip
+@click.option(
+    "--inception-weights", type=click.Path(path_type=Path), help="File of Inception's weights. Default: downloaded."
+)
 @click.option(
     "--subsample",
     type=int,
-    help="Timesteps drawn for each image's bpd; default all, which takes T evaluations an image.",
+    help="Timesteps drawn for each image's bpd. Default: all, which takes T evaluations per image.",
 )
-@click.option("--likelihood-images", type=int, help="How many images bpd is measured on; default all.")
+@click.option("--likelihood-images", type=int, help="Number of images that bpd is measured on. Default: all.")
 @click.option(
-    "--shard", type=int, help="Samples in one file, the most that an interruption loses; default 1000, on a CPU 100."
+    "--shard",
+    type=int,
+    help="Samples in one file. An interruption loses at most one file. Default: 1000, or 100 on a CPU.",
 )
 @click.option("--cache", type=click.Path(path_type=Path),
-              help="Folder for the reference's features; default evaluation-cache, beside --out.")  # fmt: skip
+              help="Folder for the reference's features. Default: evaluation-cache, next to --out.")  # fmt: skip
 def evaluate_command(model, source, out, metrics, seed, device, dtype, features, inception_weights, **options) -> None:
-    """Measure MODEL: FID, KID, bits per dimension; again, to go on after Ctrl-C. MODEL is what sample takes."""
+    """Measure FID, KID and bits per dimension of MODEL.
+
+    MODEL is as for fastddpm sample. After Ctrl-C, the same command continues.
+    """
     device = _device(device)
     metrics = [metric.strip() for metric in metrics.split(",") if metric.strip()]
     network = UNet.from_pretrained(model).to(device)
     if features is not None and inception_weights is not None:
-        raise ValueError("features, inception_weights: both given; expected one of them")
+        raise ValueError("features, inception_weights: got both; expected one of them")
     if features is not None:
         features = import_features(features, device)
     elif inception_weights is not None:
@@ -362,28 +387,30 @@ def evaluate_command(model, source, out, metrics, seed, device, dtype, features,
             dtype=None if dtype is None else DTYPES[dtype], **options,
         )  # fmt: skip
     except KeyboardInterrupt:
-        click.echo(f"{out}: stopped; the same command goes on", err=True)
+        click.echo(f"{out}: stopped; the same command continues", err=True)
         sys.exit(130)
-    click.echo(f"{result}\n{out / RESULT}: the same, for programs")
+    click.echo(f"{result}\n{out / RESULT}: the same as JSON")
 
 
 @cli.command("convert")
 @click.argument("source", metavar="IN")
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--to", "format", type=click.Choice(list(pretrained.FORMATS)), required=True,
-              help="What OUT is read by: this package, or diffusers' DDPMPipeline.from_pretrained.")  # fmt: skip
-@click.option("--revision", help="Branch, tag or commit, where IN is a model on the Hub.")
+              help="Format of OUT: that of this package, or of diffusers' DDPMPipeline.from_pretrained.")  # fmt: skip
+@click.option("--revision", help="Branch, tag or commit, if IN is a model on the Hub.")
 @click.option(
-    "--flags", help="Of OpenAI's files: what their sampling script takes, in quotes; published ones need none."
+    "--flags",
+    help="Flags of the sampling script, in quotes, if IN is a checkpoint of OpenAI's code. Not needed for published files.",
 )
 def convert_command(source, out, format, revision, flags) -> None:
-    """Write the model IN into the new folder OUT, and say what was found in it.
+    """Write the model IN to the new folder OUT, and print what was found in IN.
 
-    IN is what sample takes as MODEL, or a checkpoint of OpenAI's improved-diffusion or guided-diffusion, or a folder of them.
+    IN is a MODEL as for fastddpm sample, a checkpoint of OpenAI's improved-diffusion or guided-diffusion, or a folder of such
+    checkpoints.
     """
     folder = out.absolute()
     if not folder.parent.is_dir():
-        raise ValueError(f"out: the folder {folder.parent} does not exist; make it first")
+        raise ValueError(f"out: the folder {folder.parent} does not exist; create it first")
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise ValueError(f"out: {out} exists; expected a new or an empty folder")
     checkpoint = pretrained.read_checkpoint(source, revision=revision, flags=flags)
@@ -392,7 +419,7 @@ def convert_command(source, out, format, revision, flags) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         network = base.build_unet(checkpoint)
-        # The new folder states it, too.
+        # The new folder records it too.
         extra = {} if checkpoint.averaged is None else {"averaged": checkpoint.averaged}
         pretrained.FORMATS[format](network, temporary, extra=extra)
         if folder.is_dir():
@@ -421,16 +448,18 @@ def _described(checkpoint: base.Checkpoint) -> list[tuple[str, str]]:
         ("prediction", checkpoint.prediction),
         ("variance", checkpoint.variance),
         ("clip", str(checkpoint.clip)),
-        ("averaged", "yes (EMA)" if checkpoint.averaged else "not said"),
+        ("averaged", "yes (EMA)" if checkpoint.averaged else "not stated"),
         *([("classes", ", ".join(checkpoint.class_names))] if checkpoint.class_names else []),
         *(("note", note) for note in checkpoint.notes),
     ]
 
 
 @cli.command("check")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device of the computation: auto, cpu, cuda or cuda:N."
+)
 def check_command(device) -> None:
-    """Run every op on this machine's backends against float64 and print the parity table."""
+    """Compare every op on this machine's backends with float64, and print the table of errors."""
     from . import parity
 
     results = parity.run(_device(device))
@@ -440,9 +469,9 @@ def check_command(device) -> None:
 
 
 @cli.command("info")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info_command(as_json) -> None:
-    """What was built, what serves what, and why each missing backend is missing."""
+    """Print versions, the backend of each op, and why a backend is missing."""
     facts = {
         "fastddpm": __version__,
         "python": sys.version.split()[0],

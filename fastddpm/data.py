@@ -1,4 +1,4 @@
-"""Images to train on and to measure against: a .npz or .npy file, a folder of pictures, or any torch Dataset."""
+"""Images for training and evaluation, from a .npz or .npy file or a folder of pictures."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ from .utils.progress import bar as progress_bar
 from .utils.validation import LEAST_BYTE, as_python_number, check_choice, check_int
 from .utils.warn import warn_once
 
-# What np.load and reading a member of a .npz raise for a damaged file.
+# Exceptions of np.load, and of reading a member of a .npz, for a damaged file.
 NUMPY_LOAD_ERRORS = (ValueError, OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
 ALPHAS = ("black", "keep")
-ARRAY_CHUNK = 1000  # images of an array that are read at a time
-MANY_PICTURES = 1000  # from so many on, pictures are checked by worker processes and the result is cached
-WORKER_BATCH = 128  # pictures that a worker process reads at a time
-MAX_LISTED = 10  # names in a message
+ARRAY_CHUNK = 1000  # images read from an array at a time
+MANY_PICTURES = 1000  # minimum number for checking by worker processes and caching the result
+WORKER_BATCH = 128  # pictures read by a worker process at a time
+MAX_LISTED = 10  # maximum number of names in a message
 MAX_LABEL = 1 << 62
-HIDDEN_PREFIXES = (".", "__MACOSX")  # of files and folders that operating systems add
-DARK = 1 / 8  # a largest value below this share of the full range is warned about
+HIDDEN_PREFIXES = (".", "__MACOSX")  # prefixes of files and folders that operating systems add
+DARK = 1 / 8  # warn if the largest value is below this share of the full range
 
 
 class Images(Dataset):
-    """Images of one shape, read on access. Items are float32 [C, H, W] = x/127.5 - 1, as the paper scales them.
+    """A data set of images of one shape, read on access.
 
-    With labels, items are pairs (image, label).
+    Items are float32 [C, H, W] in [-1, 1], x / 127.5 - 1 as in the paper. With labels, items are pairs (image, label).
 
     Attributes:
         shape: (C, H, W).
         labels: int64 [N], or None.
-        class_names: the names of the classes 0..K-1, or None where the data's own ids are 0..K-1.
-        source: what the images are, for messages and for a run's config.json.
+        class_names: names of the classes 0..K-1; None if the data's own ids are 0..K-1.
+        source: description of the images, for messages and for the config.json of a run.
     """
 
     shape: tuple[int, int, int]
     labels: torch.Tensor | None
     class_names: list[str] | None
     source: str
-    on_disk = False  # whether every access decodes a file
+    on_disk = False  # whether each access decodes a file
 
     def _unpadded(self, i: int) -> np.ndarray:
-        """Return image i as uint8 [C, H, W], before it is padded."""
+        """Return image i without padding, as uint8 [C, H, W]."""
         raise NotImplementedError
 
     def digest(self) -> str:
@@ -72,7 +72,13 @@ class Images(Dataset):
         return None if self.labels is None else len(self.class_names or ()) or int(self.labels.max()) + 1
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """Return these images as uint8 [len(indices), C, H, W]; worker processes decode them if they are many files."""
+        """Return the images at `indices` as uint8 [len(indices), C, H, W].
+
+        If the images are many files, worker processes decode them.
+
+        Args:
+            indices: integers in 0..N-1.
+        """
         if self.on_disk and len(indices) >= WORKER_BATCH and torch.utils.data.get_worker_info() is None:
             batches = [indices[start : start + WORKER_BATCH] for start in range(0, len(indices), WORKER_BATCH)]
             return torch.cat(list(load_in_workers(_Batches(self), batch_size=None, sampler=batches)))
@@ -85,7 +91,7 @@ class Images(Dataset):
 
     @property
     def pixels(self) -> torch.Tensor:
-        """All images as uint8 [N, C, H, W], in memory."""
+        """All images in memory, uint8 [N, C, H, W]."""
         return self.read(range(len(self)))
 
     def __getitem__(self, i: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +99,11 @@ class Images(Dataset):
         return image if self.labels is None else (image, self.labels[i])
 
     def pad_to(self, side: int) -> Images:
-        """Return the images centred in a black square; larger images are returned unchanged."""
+        """Return the images centred in black squares. Images that are larger are returned unchanged.
+
+        Args:
+            side: side of the squares in pixels.
+        """
         if max(self.shape[1:]) > side:
             return self
         padded = copy.copy(self)
@@ -102,7 +112,7 @@ class Images(Dataset):
 
 
 class _Batches(Dataset):
-    """A data set whose index is a list of indices, and whose item is `Images.read` of it."""
+    """A data set whose items are `Images.read(indices)`, for a list of indices as index."""
 
     def __init__(self, images: Images) -> None:
         self.images = images
@@ -115,12 +125,13 @@ class ArrayImages(Images):
     """Images of one array.
 
     Args:
-        pixels: [N, C, H, W], uint8, or any numbers with `scale`. A memory-mapped array is read image by image.
+        pixels: array [N, C, H, W], uint8, or of any other dtype if `scale` is given. A memory-mapped array is read image by
+            image.
         labels: integers [N], or None.
-        source: what the images are.
-        class_names: the names of the classes.
-        scale: what the array's numbers are multiplied by to be in 0..255; None for uint8.
-        side: the smaller side that images are resized to before the middle is cut out as a square; None means unchanged.
+        source: description of the images.
+        class_names: names of the classes.
+        scale: factor that maps the array's values to 0..255; None for uint8.
+        side: images are resized so that their smaller side is `side`, and cropped to a centred square; None means unchanged.
     """
 
     def __init__(
@@ -168,12 +179,13 @@ class PictureImages(Images):
     Args:
         files: the files.
         labels: integers [N], or None.
-        source: what the images are.
-        class_names: the names of the classes.
-        mode: "L", "LA", "RGB" or "RGBA", what every picture is converted to. Without alpha, transparency is composed on black.
+        source: description of the images.
+        class_names: names of the classes.
+        mode: mode of Pillow that every picture is converted to: "L", "LA", "RGB" or "RGBA". In a mode without alpha,
+            transparent pictures are composed on black.
         size: (height, width) of the pictures.
-        side: the smaller side that pictures are resized to before the middle is cut out as a square; None means unchanged.
-        digest: a checksum of the files' contents.
+        side: pictures are resized so that their smaller side is `side`, and cropped to a centred square; None means unchanged.
+        digest: checksum of the files' contents.
     """
 
     on_disk = True
@@ -207,9 +219,7 @@ class PictureImages(Images):
         values = pictures.channels_first(image.convert(self._mode))
         if self._side is None and values.shape[1:] != self._size:
             height, width = self._size
-            raise DataError(
-                f"{self._files[i]}: its size was {width}x{height} pixels when it was checked, and is another one now"
-            )
+            raise DataError(f"{self._files[i]}: its size has changed from {width}x{height} pixels since it was checked")
         return values
 
     def digest(self) -> str:
@@ -225,27 +235,35 @@ def load(
     alpha: str = "black",
     skip_damaged: bool = False,
 ) -> Images:
-    """Load the images at `path`.
+    """Load the images at a path: a .npz or .npy file, or a folder of pictures.
 
-    - A .npz: the array x_train, x, images or the only one, with its labels in y_train, y or labels. A .npy: the array, which is
-      memory-mapped. Arrays are [N, H, W] or [N, H, W, C]; [N, C, H, W] where it cannot be mistaken. Their numbers are uint8;
-      wider unsigned integers are scaled by their full range, floats in [0, 1] by 255.
-    - A folder: its pictures and those of its subfolders, in the order of their names, with the subfolders as labels. A first
-      pass decodes every file, so that a damaged one shows before any work. Of a thousand pictures and more it is remembered
-      for the next call, in ~/.cache/fastddpm/pictures (or under XDG_CACHE_HOME).
+    - .npz: the images are the array x_train, x or images, or the only array. Their labels are in y_train, y or labels.
+    - .npy: the images are the array, which is memory-mapped.
+    - Folder: the images are the pictures in the folder and its subfolders, sorted by name. The names of the subfolders
+      are the labels.
+
+    Arrays have shape [N, H, W] or [N, H, W, C], or [N, C, H, W] if that is unambiguous. uint8 arrays are used
+    unmodified. Wider unsigned integers are scaled to 0..255 by their full range, and floats in [0, 1] by 255.
+
+    All files of a folder are decoded once before use, so that a damaged file is reported at once. For 1000 pictures or
+    more, the result is cached in ~/.cache/fastddpm/pictures (or below XDG_CACHE_HOME) for later calls.
 
     Args:
         path: the file or folder.
-        labels: whether items are pairs (image, label). Words and ids that are not 0..K-1 become classes in their order, and
-            `class_names` has their names.
-        classes: the classes that labels are of: K for 0..K-1, or their names; default what is found.
-        size: the smaller side that images are resized to, with antialiasing, before the middle is cut out as a square; default
-            images stay as they are and have to be of one size.
+        labels: whether items are pairs (image, label). Words, and ids that are not 0..K-1, become classes in sorted
+            order; `class_names` has their names.
+        classes: the classes that labels may have, as their number K, or as their names. Default: the classes found in
+            the data.
+        size: resize images so that their smaller side is `size`, with antialiasing, and crop them to a centred square.
+            Default: images are not resized and must have one size.
         alpha: "black" composes transparent pictures on black; "keep" keeps transparency as a channel.
-        skip_damaged: leave out pictures that cannot be read, and list them in a warning.
+        skip_damaged: whether to omit pictures that cannot be read, and to list them in a warning.
+
+    Returns:
+        The images, as `Images`.
 
     Raises:
-        DataError: the data cannot be used; the message says what is wrong, and with which file.
+        DataError: the data cannot be used. The message names the file and the reason.
     """
     path = Path(path)
     check_choice("alpha", alpha, ALPHAS)
@@ -253,9 +271,7 @@ def load(
     if path.is_dir():
         return _load_folder(path, labels, classes, size, alpha, skip_damaged)
     if alpha != "black" or skip_damaged:
-        raise DataError(
-            f"data: {path}: alpha and skip_damaged are for folders of pictures; leave them out for an array"
-        )
+        raise DataError(f"data: {path}: alpha and skip_damaged are for folders of pictures; omit them for an array")
     names = ("y_train", "y", "labels") if labels else None
     with _opened(path) as arrays:
         return _load_arrays(arrays, ("x_train", "x", "images"), names, path, classes, size)
@@ -268,7 +284,20 @@ def load_test(
     classes: int | Sequence[str] | None = None,
     size: int | None = None,
 ) -> Images | None:
-    """Load the x_test of a .npz, with labels=True its y_test, too; return None if `path` has no such array. See `load`."""
+    """Load the test images x_test of a .npz.
+
+    Args:
+        path: the file or folder.
+        labels: whether to load the labels y_test too.
+        classes: as for `load`.
+        size: as for `load`.
+
+    Returns:
+        The images, as `Images`; None if `path` has no x_test.
+
+    Raises:
+        DataError: the data cannot be used. The message names the file and the reason.
+    """
     path = Path(path)
     size, classes = None if size is None else check_int("size", size, 1), as_python_number(classes)
     if path.is_dir():
@@ -283,7 +312,7 @@ def load_test(
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[dict[str, np.ndarray]]:
-    """Yield a file's arrays by name; an array of a .npz is read on access."""
+    """Yield the arrays of a file by name. Arrays of a .npz are read on access."""
     if not path.is_file():
         raise DataError(f"data: {path}: no such file or folder")
     try:
@@ -310,10 +339,10 @@ def _load_arrays(
     classes: int | Sequence[str] | None,
     size: int | None,
 ) -> ArrayImages:
-    """Make images of the first of `names` that is in `arrays`, with the first of `labels`."""
+    """Return the images of the first array of `names` that is in `arrays`, with the first labels of `labels`."""
     pixels = _pick(arrays, names, path)
     if pixels.size == 0:
-        raise DataError(f"data: {path}: {list(pixels.shape)} holds no images")
+        raise DataError(f"data: {path}: {list(pixels.shape)} has no images")
     pixels, notes = _channels_first(pixels, path)
     scale = _scale(pixels, path, notes)
     y, class_names = None, None
@@ -322,7 +351,7 @@ def _load_arrays(
         if y.ndim == 2 and y.shape[1] == 1:
             y = y[:, 0]
         if y.shape != pixels.shape[:1]:
-            hint = ": of one-hot rows take y.argmax(1)" if y.ndim == 2 and len(y) == len(pixels) else ""
+            hint = ": for one-hot rows, write y.argmax(1)" if y.ndim == 2 and len(y) == len(pixels) else ""
             raise DataError(f"data: {path}: labels have shape {list(y.shape)}; expected [{len(pixels)}]{hint}")
         y, class_names = _number_labels(y, classes, path, notes)
     if size is not None:
@@ -345,21 +374,21 @@ def _pick(arrays: dict[str, np.ndarray], names: tuple[str, ...], path: Path) -> 
 
 
 def _channels_first(pixels: np.ndarray, path: Path) -> tuple[np.ndarray, list[str]]:
-    """Return the array as [N, C, H, W], and notes about it. It is a view, so that a memory-mapped array stays on the disk."""
+    """Return the array as a view [N, C, H, W], which leaves a memory-mapped array on disk, and notes about it."""
     shape = list(pixels.shape)
     expected = "expected images [N, H, W] or [N, H, W, C]"
     if pixels.ndim == 2:
-        raise DataError(f"data: {path}: got {shape}; {expected}: write one picture as x[None]")
+        raise DataError(f"data: {path}: got {shape}; {expected}: write one image as x[None]")
     if pixels.ndim == 3:
         if shape[2] in CHANNELS:
             raise DataError(
-                f"data: {path}: got {shape}, which may be one picture in colour; {expected}: write one picture as x[None], and "
-                f"{shape[0]} grey ones that are {shape[2]} wide as x[..., None]"
+                f"data: {path}: got {shape}, which may be one colour image; {expected}: write one image as x[None], or "
+                f"{shape[0]} grey images that are {shape[2]} pixels wide as x[..., None]"
             )
         notes = []
         if shape[0] == 3:
             notes.append(
-                f"read as {shape[0]} grey pictures of {shape[1]}x{shape[2]}; one picture in colour is x.transpose(1, 2, 0)[None]"
+                f"read as {shape[0]} grey images of {shape[1]}x{shape[2]}; for one colour image, write x.transpose(1, 2, 0)[None]"
             )
         return pixels[:, None], notes
     if pixels.ndim != 4:
@@ -370,7 +399,7 @@ def _channels_first(pixels: np.ndarray, path: Path) -> tuple[np.ndarray, list[st
         return pixels.transpose(0, 3, 1, 2), []
     if first in CHANNELS and last not in CHANNELS and first < min(shape[2:]):
         return pixels, [f"{shape} was read as [N, C, H, W]"]
-    if last < min(shape[1:3]):  # channels of another number, in the documented layout
+    if last < min(shape[1:3]):  # another number of channels, in the documented layout
         return pixels.transpose(0, 3, 1, 2), []
     raise DataError(
         f"data: {path}: got {shape}; {expected}. If its layout is [N, C, H, W], write x.transpose(0, 2, 3, 1)"
@@ -378,7 +407,7 @@ def _channels_first(pixels: np.ndarray, path: Path) -> tuple[np.ndarray, list[st
 
 
 def _scale(pixels: np.ndarray, path: Path, notes: list[str]) -> float | None:
-    """Return the factor that brings the array's numbers to 0..255; None if they are uint8."""
+    """Return the factor that maps the array's values to 0..255; None if they are uint8."""
     dtype = pixels.dtype
     if dtype == np.uint8:
         return None
@@ -406,7 +435,7 @@ def _scale(pixels: np.ndarray, path: Path, notes: list[str]) -> float | None:
 
 
 def _range(pixels: np.ndarray) -> tuple[float, float]:
-    """Return the smallest and the largest number, reading a chunk of the array at a time."""
+    """Return the smallest and the largest value. The array is read in chunks."""
     if pixels.dtype.kind not in "iuf":
         return float("nan"), float("nan")
     chunks = (pixels[i : i + ARRAY_CHUNK] for i in range(0, len(pixels), ARRAY_CHUNK))
@@ -417,7 +446,7 @@ def _range(pixels: np.ndarray) -> tuple[float, float]:
 def _number_labels(
     y: np.ndarray, classes: int | Sequence[str] | None, path: Path, notes: list[str]
 ) -> tuple[np.ndarray, list[str] | None]:
-    """Return labels in 0..K-1, and the names of the classes, or None if the labels are unchanged."""
+    """Return (labels in 0..K-1, the names of the classes or None if the labels are unchanged)."""
     if y.dtype.kind in "US":
         words = [word.decode(errors="replace") if isinstance(word, bytes) else str(word) for word in y.tolist()]
         if isinstance(classes, int):
@@ -453,7 +482,7 @@ def _indices_of(words: list[str], names: list[str], path: Path) -> np.ndarray:
     index = {name: i for i, name in enumerate(names)}
     unknown = next((word for word in words if word not in index), None)
     if unknown is not None:
-        raise DataError(f"data: {path}: label {unknown!r} is none of the classes {_shortened(names)}")
+        raise DataError(f"data: {path}: label {unknown!r} is not one of the classes {_shortened(names)}")
     return np.array([index[word] for word in words], dtype=np.int64)
 
 
@@ -463,7 +492,7 @@ def _indices_of(words: list[str], names: list[str], path: Path) -> np.ndarray:
 def _load_folder(
     path: Path, labels: bool, classes: int | Sequence[str] | None, size: int | None, alpha: str, skip_damaged: bool
 ) -> PictureImages:
-    """Make images of the pictures in a folder and its subfolders, after a check of every file."""
+    """Return the images of the pictures in a folder and its subfolders, after checking every file."""
     notes = []
     files, facts = _readable_pictures(path, skip_damaged, notes)
     mode = _common_mode(path, facts, alpha, notes)
@@ -474,7 +503,9 @@ def _load_folder(
         _note_enlarged(small, len(files), size, notes)
     _note_dark(float(np.fmax.reduce(facts["largest"])), notes)
     if facts["several"].any():
-        notes.append(f"{facts['several'].sum()} of {len(files)} files hold several pictures each; the first is taken")
+        notes.append(
+            f"{facts['several'].sum()} of {len(files)} files have several pictures each; the first picture is used"
+        )
     doubtful = np.flatnonzero(facts["doubt"] != "")
     if len(doubtful):
         i = doubtful[0]
@@ -498,13 +529,13 @@ def _load_folder(
 
 
 def _readable_pictures(path: Path, skip_damaged: bool, notes: list[str]) -> tuple[list[Path], np.ndarray]:
-    """Return the folder's pictures and their facts; raise DataError if there are none, or damaged ones not to be skipped."""
+    """Return the folder's pictures and their facts; raise DataError if there are none, or if damaged ones are not skipped."""
     files, others = _list_pictures(path)
     if not files:
         contents = f": {_summary(others)}" if others else ""
-        raise DataError(f"data: {path}: no pictures in it or its subfolders{contents}")
+        raise DataError(f"data: {path}: no pictures in the folder or its subfolders{contents}")
     if others:
-        notes.append(f"left out files that are not pictures: {_summary(others)}")
+        notes.append(f"omitted files that are not pictures: {_summary(others)}")
     facts = _check_pictures(path, files)
     damaged = np.flatnonzero(facts["fault"] != "")
     if not len(damaged):
@@ -513,10 +544,8 @@ def _readable_pictures(path: Path, skip_damaged: bool, notes: list[str]) -> tupl
         return files, facts
     if not skip_damaged:
         more = f"; so are {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        raise DataError(
-            f"data: {facts['fault'][damaged[0]]}{more}. skip_damaged (--skip-damaged) leaves such files out"
-        )
-    notes.append(f"left out {len(damaged)} damaged: {', '.join(str(files[i].relative_to(path)) for i in damaged)}")
+        raise DataError(f"data: {facts['fault'][damaged[0]]}{more}. skip_damaged (--skip-damaged) omits such files")
+    notes.append(f"omitted {len(damaged)} damaged: {', '.join(str(files[i].relative_to(path)) for i in damaged)}")
     readable = np.flatnonzero(facts["fault"] == "")
     if not len(readable):
         raise DataError(f"data: {path}: none of its {len(files)} pictures can be read; {facts['fault'][0]}")
@@ -538,26 +567,26 @@ def _check_sizes(files: list[Path], facts: np.ndarray) -> None:
 def _subfolder_labels(
     path: Path, files: list[Path], classes: int | Sequence[str] | None, notes: list[str]
 ) -> tuple[np.ndarray, list[str] | None]:
-    """Return the pictures' labels, from the subfolders that they are in, and the names of the classes."""
+    """Return (the pictures' labels, the names of the classes), from the subfolders of the pictures."""
     parts = [file.relative_to(path).parts for file in files]
     unlabelled = next((file for file, names in zip(files, parts, strict=True) if len(names) == 1), None)
     if unlabelled is not None:
         raise DataError(
-            f"data: {unlabelled}: has no class; with labels, every picture lies in the subfolder of its class"
+            f"data: {unlabelled}: has no class; with labels, every picture must be in the subfolder of its class"
         )
     words = [names[0] for names in parts]
     empty = sorted({entry.name for entry in os.scandir(path) if _is_visible_folder(entry)} - set(words))
     if empty:
-        notes.append(f"subfolders without a picture are no classes: {_shortened(empty)}")
+        notes.append(f"subfolders without pictures are not classes: {_shortened(empty)}")
     return _number_labels(np.array(words), classes, path, notes)
 
 
 def _list_pictures(path: Path) -> tuple[list[Path], Counter[str]]:
-    """Return the picture files, sorted, and how many other files there are of each suffix; hidden files don't count."""
+    """Return (the sorted picture files, the number of other files by suffix). Hidden files are ignored."""
     files, others, visited = [], Counter(), set()
     for folder, subfolders, names in os.walk(path, followlinks=True):
         target = os.path.realpath(folder)
-        if target in visited:  # a link to a folder that contains it
+        if target in visited:  # a link to a folder that contains the link
             subfolders.clear()
             continue
         visited.add(target)
@@ -581,14 +610,14 @@ FACTS = np.dtype(
     [
         *zip(pictures.Facts._fields, ("U4", "i4", "i4", "?", "f8", "?", "O"), strict=True),
         ("sha256", "S64"),
-        ("fault", "O"),  # why the file cannot be read; "" if it can
+        ("fault", "O"),  # the reason if the file cannot be read, else ""
     ]
 )
 NO_FACTS = pictures.Facts("", 0, 0, False, float("nan"), False, "")
 
 
 class _PictureChecks(Dataset):
-    """The FACTS of each file, which is decoded completely."""
+    """A data set of the FACTS of each file. Reading an item decodes the complete file."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -610,7 +639,7 @@ class _PictureChecks(Dataset):
 
 
 def _check_pictures(path: Path, files: list[Path]) -> np.ndarray:
-    """Return the FACTS of each file. Those of many files are cached until a file changes."""
+    """Return the FACTS of each file. The FACTS of MANY_PICTURES files or more are cached until a file changes."""
     checks = _PictureChecks(files)
     if len(files) < MANY_PICTURES:
         return np.array([checks[i] for i in range(len(files))], dtype=FACTS)
@@ -619,7 +648,7 @@ def _check_pictures(path: Path, files: list[Path]) -> np.ndarray:
         facts = np.empty(len(files), dtype=FACTS)
         for name in FACTS.names:
             facts[name] = columns[name]
-        for i in np.flatnonzero(facts["fault"] != ""):  # the fault may have been a network's
+        for i in np.flatnonzero(facts["fault"] != ""):  # the reason may have been a network that was down
             facts[i] = checks[i]
         return facts
     checked = []
@@ -638,12 +667,12 @@ def _check_pictures(path: Path, files: list[Path]) -> np.ndarray:
 
 
 def _listing_checksum(path: Path, files: list[Path]) -> str:
-    """Return a checksum of the files' names, sizes and times, and of everything else that a check depends on."""
+    """Return a checksum of the files' names, sizes and times, and of the versions that a check depends on."""
     checksum = hashlib.sha256(
         f"{path.resolve()} {pictures.READER_VERSION} {PIL.__version__}".encode(errors="surrogateescape")
     )
     for file in files:
-        with contextlib.suppress(OSError):  # the check reports it
+        with contextlib.suppress(OSError):  # `_PictureChecks` reports the error
             status = file.stat()
             checksum.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
     return checksum.hexdigest()
@@ -654,9 +683,9 @@ def _cache_folder() -> Path:
 
 
 def load_in_workers(dataset: Dataset, **options: object) -> Iterator:
-    """Yield the items of a DataLoader with these options, whose worker processes decode pictures in parallel.
+    """Yield the items of a DataLoader with these options, in which worker processes decode pictures in parallel.
 
-    A DataError has no worker's traceback in its message, and ends the processes at once.
+    A DataError of a worker ends all workers at once. It is raised again without the worker's traceback in its message.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     items = iter(DataLoader(dataset, num_workers=min(8, cores), worker_init_fn=_ignore_interrupts, **options))
@@ -668,36 +697,36 @@ def load_in_workers(dataset: Dataset, **options: object) -> Iterator:
             return
         except DataError as error:
             fault = DataError(str(error).rpartition("DataError: ")[2].strip())
-            # A frame of torch's in the traceback refers to the iterator, which would keep the processes running.
+            # A frame of torch in the traceback refers to the iterator, which keeps the worker processes running.
             error.__traceback__ = None
         else:
             yield item
-    del items  # outside of the except block, which holds a reference to the error's frames
+    del items  # outside the except block, which refers to the error's frames
     raise fault
 
 
 def _ignore_interrupts(_: int) -> None:
-    """In a worker process, ignore Ctrl-C: the main process handles it."""
+    """Ignore Ctrl-C in a worker process. The main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _common_mode(path: Path, facts: np.ndarray, alpha: str, notes: list[str]) -> str:
-    """Return the mode that every picture is converted to."""
+    """Return the mode of Pillow that every picture is converted to."""
     with_alpha = np.char.endswith(facts["mode"], "A")
     grey = np.char.startswith(facts["mode"], "L")
     if not grey.all() and grey.any():
-        notes.append(f"{grey.sum()} of {len(facts)} pictures are grey; all become RGB")
+        notes.append(f"{grey.sum()} of {len(facts)} pictures are grey; all are converted to RGB")
     mode = "L" if grey.all() else "RGB"
     if alpha == "keep":
         if not with_alpha.any():
             raise DataError(
-                f"data: {path}: alpha is to be kept, but no picture has an alpha channel; leave alpha (--alpha) out"
+                f"data: {path}: alpha: got 'keep', but no picture has an alpha channel; omit alpha (--alpha)"
             )
         return f"{mode}A"
     transparent = int(facts["transparent"].sum())
     if transparent:
         notes.append(
-            f"{transparent} of {len(facts)} pictures are transparent; they are composed on black (alpha keeps transparency)"
+            f"{transparent} of {len(facts)} pictures are transparent and composed on black (alpha='keep' keeps transparency)"
         )
     return mode
 
@@ -715,14 +744,14 @@ def _digest(path: Path, files: list[Path], facts: np.ndarray) -> str:
 
 def _note_enlarged(small: int, n: int, size: int, notes: list[str]) -> None:
     if small:
-        notes.append(f"{small} of {n} images are smaller than {size} pixels and are enlarged")
+        notes.append(f"{small} of {n} images are smaller than {size} pixels; they are enlarged")
 
 
 def _note_dark(largest: float, notes: list[str]) -> None:
-    """Note that images are dark. `largest` is a share of the full range, a NaN if no image has more than 8 bits."""
+    """Add a note if images are dark. `largest` is a share of the full range; NaN if no image has more than 8 bits."""
     if largest < DARK:
         notes.append(
-            f"integers of more than 8 bits are scaled by their full range, of which they use {100 * largest:.2g} %, so that "
+            f"integers of more than 8 bits are scaled by their full range, but use only {100 * largest:.2g} % of it, so that "
             "images are dark; scale them yourself, or state the largest value in the file"
         )
 

@@ -1,6 +1,6 @@
-"""Exceptions that reach a caller of this package.
+"""Exceptions that callers of this package may receive.
 
-An argument that does not fit raises ValueError or TypeError, as everywhere in Python.
+An invalid argument raises ValueError or TypeError, as elsewhere in Python.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ class FastddpmError(Exception):
 
 
 class BackendError(FastddpmError, RuntimeError):
-    """An explicitly chosen backend cannot serve this call."""
+    """The chosen backend does not support this call."""
 
 
 class CheckpointError(FastddpmError, ValueError):
-    """A checkpoint cannot be read. The message names the file and says what is wrong with it."""
+    """A checkpoint cannot be read. The message names the file and the reason."""
 
 
 class DataError(FastddpmError, ValueError):
-    """Images cannot be used. The message names the file and says what is wrong with it."""
+    """Images cannot be used. The message names the file and the reason."""
 
 
 class EvaluationError(FastddpmError, ValueError):
-    """An evaluation cannot start or go on. The message says why, and what to do."""
+    """An evaluation cannot start or continue. The message gives the reason and a remedy."""
 
 
 class LikelihoodError(FastddpmError, RuntimeError):
-    """The model's output cannot be used. The message says at which timestep, and why."""
+    """The model's output cannot be used. The message gives the timestep and the reason."""
 
 
 class SamplingError(FastddpmError, RuntimeError):
-    """The chain cannot go on. The message names the step and the timestep, and says what the model returned."""
+    """The chain cannot continue. The message gives the step, the timestep and the model's output."""
 
 
 class TrainingError(FastddpmError, ValueError):
-    """A run cannot start or go on. The message says why, and what to do."""
+    """A run cannot start or continue. The message gives the reason and a remedy."""

@@ -1,8 +1,8 @@
 """Read picture files as 8-bit images, for training, evaluation and the command line.
 
-Whatever a file stores, `read` returns one of four modes of Pillow: "L" (grey), "LA", "RGB" or "RGBA". Integers of more than 8
-bits are scaled by their full range, or by the smaller maximum that the file states; floats in [0, 1] by 255. The EXIF
-orientation is applied. A file that cannot be read that way raises `DataError`, which names it.
+`read` converts the content of a file to one of four modes of Pillow: "L" (grey), "LA", "RGB" or "RGBA". Integers of more than
+8 bits are scaled by their full range, or by the smaller maximum that the file states. Floats in [0, 1] are scaled by 255. The
+EXIF orientation is applied. `read` raises `DataError`, which names the file, if the content cannot be converted.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import DataError
 
-READER_VERSION = 1  # to be raised when `read` changes, as the results of checks are cached
+READER_VERSION = 1  # increment when `read` changes, because the results of checks are cached
 MODES = ("L", "LA", "RGB", "RGBA")
-CHANNELS = (1, 3, 4)  # of grey, RGB and RGBA
+CHANNELS = (1, 3, 4)  # numbers of channels of grey, RGB and RGBA
 
-# Pillow identifies these without decoding them, or runs another program to decode them.
+# Formats that Pillow identifies without decoding, or decodes with another program.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 BITS, PHOTOMETRIC, MAXIMUM, SAMPLE_FORMAT = 258, 262, 281, 339  # tags of TIFF
 WHITE_IS_ZERO, SIGNED = 0, 2  # a PhotometricInterpretation, a SampleFormat
 
 
 class Facts(NamedTuple):
-    """What `read` found in a picture besides its pixels."""
+    """Properties of a picture that `read` returns besides its pixels."""
 
     mode: str
     width: int
     height: int
-    transparent: bool  # whether a pixel is not opaque
-    largest: float  # the largest value as a share of the full range, for integers of more than 8 bits; else a NaN
-    several: bool  # whether the file holds more pictures; the first one is used
-    doubt: str  # Pillow's warning, mostly of damaged metadata; "" without one
+    transparent: bool  # whether any pixel is not opaque
+    largest: float  # largest value as a share of the full range, for integers of more than 8 bits; else NaN
+    several: bool  # whether the file has several pictures, of which the first is used
+    doubt: str  # Pillow's first warning, mostly about damaged metadata; "" if none
 
 
 @functools.cache
@@ -55,14 +55,14 @@ def _formats() -> tuple[str, ...]:
 
 
 def read(path: str | Path, content: bytes | None = None) -> tuple[Image.Image, Facts]:
-    """Read the picture in the file `path`; return it in one of `MODES`, with facts about it.
+    """Return the picture of a file in one of `MODES`, and facts about it.
 
     Args:
         path: the file.
-        content: the file's bytes, if they have been read already.
+        content: bytes of the file, if they have been read already.
 
     Raises:
-        DataError: the file is missing, damaged, too large, or holds values that cannot be scaled to 8 bits.
+        DataError: the file is missing, damaged or too large, or has values that cannot be scaled to 8 bits.
     """
     try:
         with (
@@ -70,7 +70,7 @@ def read(path: str | Path, content: bytes | None = None) -> tuple[Image.Image, F
             Image.open(path if content is None else io.BytesIO(content), formats=_formats()) as image,
         ):
             warnings.simplefilter("always")
-            # Pillow raises an error for twice as many pixels as it warns of.
+            # Pillow also raises an error, for twice the number of pixels of this warning.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             # An MPO file is a phone's photograph; its further pictures are previews and depth maps.
             several = image.format != "MPO" and getattr(image, "is_animated", False)
@@ -79,7 +79,7 @@ def read(path: str | Path, content: bytes | None = None) -> tuple[Image.Image, F
     except DataError:
         raise
     except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: too large a picture ({error}); make it smaller first") from error
+        raise DataError(f"{path}: too large a picture ({error}); reduce its size first") from error
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: not a readable picture (no format that Pillow decodes)") from error
     except Exception as error:  # damaged files make Pillow raise nearly anything
@@ -90,14 +90,16 @@ def read(path: str | Path, content: bytes | None = None) -> tuple[Image.Image, F
 
 
 def _to_8_bits(image: Image.Image, format: str, tags: dict, path: str | Path) -> tuple[Image.Image, float]:
-    """Return the image in one of `MODES`, and its largest value as a share of the full range. `tags` are a TIFF's."""
+    """Return (the image in one of `MODES`, its largest value as a share of the full range). `tags`: those of a TIFF."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode == "F":
             scaled, largest = _floats(values, path), math.nan
         else:
             scaled, largest = _integers(values, _full_range(image.mode, format, tags), path)
-        if _largest_in_tag(tags, PHOTOMETRIC, None) == WHITE_IS_ZERO:  # of such files Pillow inverts those of 8 bits
+        if (
+            _largest_in_tag(tags, PHOTOMETRIC, None) == WHITE_IS_ZERO
+        ):  # Pillow inverts such files only if they have 8 bits
             scaled, largest = 255 - scaled, math.nan
         grey = Image.fromarray(scaled)
         if image.has_transparency_data:
@@ -106,7 +108,7 @@ def _to_8_bits(image: Image.Image, format: str, tags: dict, path: str | Path) ->
         return grey, largest
     bits, stated = _largest_in_tag(tags, BITS, 8), _largest_in_tag(tags, MAXIMUM, None)
     if bits > 8 and stated and stated < (1 << bits) - 1:
-        # Pillow has dropped the low bits, the only ones that such a file uses.
+        # Pillow has dropped the low bits, which are the only bits that such a file uses.
         raise DataError(
             f"{path}: {image.mode} of {bits} bits with a maximum of {stated}; expected colours that use all of their "
             "bits: scale them, or store 8 bits"
@@ -117,31 +119,31 @@ def _to_8_bits(image: Image.Image, format: str, tags: dict, path: str | Path) ->
 
 
 def _largest_in_tag(tags: dict, tag: int, default: int | None) -> int | None:
-    """Return the largest of a tag's numbers."""
+    """Return the largest number of a tag."""
     value = tags.get(tag, default)
     return max(value) if isinstance(value, tuple) else value
 
 
 def _full_range(mode: str, format: str, tags: dict) -> range:
-    """Return the values that a picture of this mode can hold, 0 to the maximum that the file states or its bits allow."""
+    """Return the range of values of a picture, from 0 to the maximum that the file states or that its bits allow."""
     if tags:
         signed = _largest_in_tag(tags, SAMPLE_FORMAT, 1) == SIGNED
         bits = _largest_in_tag(tags, BITS, 16)
         largest = (1 << bits - signed) - 1
         return range(min(largest, _largest_in_tag(tags, MAXIMUM, None) or largest) + 1)
-    # Pillow scales a PGM by the maximum in its header, and any PNG, to 16 bits.
+    # Pillow scales every PNG to 16 bits, and a PGM too, by the maximum in its header.
     return range(1 << 16 if mode.startswith("I;16") or format in ("PNG", "PPM") else 1 << 31)
 
 
 def _floats(values: np.ndarray, path: str | Path) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
-    if not 0 <= low <= high <= 1:  # also where there is a NaN
+    if not 0 <= low <= high <= 1:  # also raised for NaN
         raise DataError(f"{path}: floats from {low:g} to {high:g}; expected floats in [0, 1], or 8-bit integers")
     return (values * 255).round().astype(np.uint8)
 
 
 def _integers(values: np.ndarray, full: range, path: str | Path) -> tuple[np.ndarray, float]:
-    if len(full) == 1 << 32:  # Pillow has put the unsigned numbers into signed ones
+    if len(full) == 1 << 32:  # Pillow stores the unsigned integers as signed ones
         values = values.view(np.uint32)
     low, high = int(values.min()), int(values.max())
     if low not in full or high not in full:
@@ -150,7 +152,7 @@ def _integers(values: np.ndarray, full: range, path: str | Path) -> tuple[np.nda
 
 
 def composed_on_black(image: Image.Image) -> Image.Image:
-    """Compose the image on black, without its alpha channel; return an image without alpha unmodified."""
+    """Return the image composed on black, without its alpha channel. An image without alpha is returned unmodified."""
     if "A" not in image.mode:
         return image
     opaque = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA"))
@@ -158,7 +160,7 @@ def composed_on_black(image: Image.Image) -> Image.Image:
 
 
 def center_cropped(image: Image.Image, side: int) -> Image.Image:
-    """Resize the image's smaller side to `side`, with antialiasing, and cut out the middle as a square."""
+    """Return the image cropped to a centred square and resized to side x side, with antialiasing."""
     width, height = image.size
     shorter = min(width, height)
     left, top = (width - shorter) / 2, (height - shorter) / 2

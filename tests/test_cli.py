@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what it writes, what it says, what it refuses."""
+"""The command line: its files, its output and its errors."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def model(tmp_path):
 
 
 def run(capsys, monkeypatch, *arguments):
-    """(exit code, stdout, stderr) of `fastddpm ARGUMENTS`."""
+    """Return (exit code, stdout, stderr) of `fastddpm ARGUMENTS`."""
     monkeypatch.setattr(sys, "argv", ["fastddpm", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -102,13 +102,13 @@ def test_samplers_and_the_progressive_strip(model, tmp_path, capsys, monkeypatch
         (("sample", "MODEL", "--label", "1"), "no classes"),
         (
             ("sample", "MODEL", "--label", "cat"),
-            "label: got 'cat'; expected a number, as this network's classes have no names",
+            "label: got 'cat'; expected a number",
         ),
         (("sample", "MODEL", "-n", "200000", "-o", "a.npy", "--strip", "s.png"), "strip: s.png would have"),
         (("sample", "MODEL", "-n", "1000000", "--gif", "s.gif"), "gif: s.gif would have 80016x80016 pixels"),
         (("train", "--data", "x.npy", "--out", "o", "--size", "0"), "size: got 0"),
         (("train", "--data", "x.npy", "--out", "o", "--alpha", "keep"), "alpha and skip_damaged are for folders"),
-        (("train", "--data", ".", "--out", "o", "--labels"), "no pictures in it"),
+        (("train", "--data", ".", "--out", "o", "--labels"), "no pictures in the folder"),
         (("sample", "MODEL", "--steps", "21"), "steps: got 21; expected an int in 1..20"),
         (("sample", "MODEL", "--sampler", "ddim", "--eta", "2"), "eta: got 2.0"),
         (("sample", "MODEL", "--sampler", "ddim", "--variance", "none"), "ddim's noise is eta"),
@@ -116,10 +116,10 @@ def test_samplers_and_the_progressive_strip(model, tmp_path, capsys, monkeypatch
         (("sample", "MODEL", "-n", "0", "-o", "a.npy", "--strip", "s.png"), "at least 1 image"),
         (("train", "--data", "none.npz", "--out", "runs"), "none.npz: no such file"),
         (("train", "--data", "x.npy", "--out", "MODEL", "--resume"), "nothing to resume"),
-        (("train", "--data", "x.npy", "--out", "o", "--resume", "--lr", "1"), "keeps its recipe"),
-        (("train", "--data", "x.npy", "--out", "o", "--resume", "--preset", "cifar10"), "preset: a resumed run keeps"),
+        (("train", "--data", "x.npy", "--out", "o", "--resume", "--lr", "1"), "only --steps or --epochs may change"),
+        (("train", "--data", "x.npy", "--out", "o", "--resume", "--preset", "cifar10"), "preset: a resumed run uses"),
         (("train", "--data", "x.npy", "--out", "o", "--resume"), "nothing to resume"),
-        (("train", "--data", "x.npy", "--out", "o", "--steps", "1", "--epochs", "1"), "both given"),
+        (("train", "--data", "x.npy", "--out", "o", "--steps", "1", "--epochs", "1"), "steps, epochs: got both"),
         (("train", "--data", "x.npy", "--out", "o", "--batch-size", "0"), "batch_size: got 0"),
     ],
 )
@@ -133,7 +133,7 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, says, model, tmp_pa
 
 
 def test_convert(model, tmp_path, capsys, monkeypatch):
-    """There and back: the same tensors, and what was found in words."""
+    """Converting to diffusers and back gives the same tensors, and prints what was found."""
     code, out, err = run(capsys, monkeypatch, "convert", model, tmp_path / "theirs", "--to", "diffusers")
     assert code == 0 and err == ""
     for line in (
@@ -143,7 +143,7 @@ def test_convert(model, tmp_path, capsys, monkeypatch):
         "prediction   epsilon",
         "variance     fixed_large",
         "clip         True",
-        "averaged     not said",
+        "averaged     not stated",
     ):
         assert line in out, line
     assert f"parameters   {sum(p.numel() for p in UNet.from_pretrained(model).parameters()):,}" in out
@@ -166,10 +166,10 @@ def test_convert(model, tmp_path, capsys, monkeypatch):
         (("MODEL", "full", "--to", "diffusers"), "full exists; expected a new or an empty folder"),
         (("MODEL", "file", "--to", "diffusers"), "file exists; expected a new or an empty folder"),
         (("MODEL", "out", "--to", "diffusers", "--revision", "v2"), "revision: got 'v2'"),
-        (("MODEL", "out", "--to", "fastddpm", "--flags", "--image_size 64"), "flags: given, but"),
+        (("MODEL", "out", "--to", "fastddpm", "--flags", "--image_size 64"), "flags: got '"),
         (("nothing", "out", "--to", "diffusers"), "neither a folder nor a bundled model"),
-        (("rescaled", "out", "--to", "diffusers"), "time_scale: got 0.5; diffusers' UNet2DModel has no such network"),
-        (("file", "out", "--to", "fastddpm"), "file: not a whole torch checkpoint"),
+        (("rescaled", "out", "--to", "diffusers"), "time_scale: got 0.5; diffusers' UNet2DModel does not support it"),
+        (("file", "out", "--to", "fastddpm"), "file: not a complete torch checkpoint"),
     ],
 )
 def test_convert_writes_nothing_where_it_fails(arguments, says, model, tmp_path, capsys, monkeypatch):
@@ -196,7 +196,7 @@ def test_convert_leaves_nothing_of_a_write_that_fails(model, tmp_path, capsys, m
 
 
 def test_a_forward_strip_of_a_diffusers_model(model, tmp_path, capsys, monkeypatch):
-    """sample takes all that from_pretrained does, also where it draws no images."""
+    """sample accepts every model that from_pretrained loads, also with --forward."""
     UNet.from_pretrained(model).save_pretrained(tmp_path / "ema", format="diffusers")
     Image.fromarray(np.full((6, 5, 3), 200, np.uint8)).save(tmp_path / "in.png")
     for options in (("--forward", tmp_path / "in.png"), ("-n", 2)):
@@ -205,7 +205,7 @@ def test_a_forward_strip_of_a_diffusers_model(model, tmp_path, capsys, monkeypat
 
 
 def test_train_interrupt_and_resume(tmp_path, capsys, monkeypatch):
-    """Ctrl-C in a process of its own: it saves and says how to go on, and a resumed run does."""
+    """Ctrl-C in a subprocess saves the run and prints the command that continues it, and the resumed run completes."""
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
     command = [sys.executable, "-m", "fastddpm", "train", "--data", "x.npz", "--out", "run"]
     options = ["--batch-size", "2", "--log-every", "1", "--save-every", "1", "--sample-every", "0", "--steps", "100000"]
@@ -221,13 +221,13 @@ def test_train_interrupt_and_resume(tmp_path, capsys, monkeypatch):
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, monkeypatch, *command[3:], *options)
-    assert code == 1 and "already holds a run; pass --resume" in err
+    assert code == 1 and "already has a run; pass --resume" in err
     code, out, err = run(capsys, monkeypatch, *command[3:], "--resume", "--steps", saved["step"] + 2)
     assert code == 0 and f"steps {saved['step']} to {saved['step'] + 2}" in out, err
 
 
 def test_class_folders_to_samples_of_a_class(tmp_path, capsys, monkeypatch):
-    """Pictures of several sizes and kinds, and a damaged one, in a folder for each class."""
+    """Pictures of several sizes and modes, one of them damaged, with one folder per class."""
     monkeypatch.chdir(tmp_path)
     smaller = {"channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 4}
     monkeypatch.setitem(PRESETS, "digits", dataclasses.replace(PRESETS["digits"], **smaller))
@@ -272,14 +272,14 @@ def test_class_folders_to_samples_of_a_class(tmp_path, capsys, monkeypatch):
             drawn.append(np.load("x.npy"))
         assert np.array_equal(*drawn)
     code, out, err = run(capsys, monkeypatch, "convert", "run", "theirs", "--to", "diffusers")
-    assert code == 0 and "classes      cat, dog" in out and "no place for names of classes" in err, out
+    assert code == 0 and "classes      cat, dog" in out and "diffusers' format has no names of classes" in err, out
     code, _, err = run(capsys, monkeypatch, "sample", "run", "--label", "cow")
     assert code == 1 and "label: got 'cow'; expected one of cat, dog" in err
     again = ["train", "--data", "pets", "--out", "run", "--resume", "--steps", "3"]
     code, _, err = run(capsys, monkeypatch, *again, *options)
     assert code == 0, err
     code, _, err = run(capsys, monkeypatch, *again, "--skip-damaged", "--size", "8")
-    assert code == 1 and "or other labels, or read with other options" in err
+    assert code == 1 and "content, labels or reading options differ" in err
     measure = ["evaluate", "run", "--data", "pets", "--out", "e", "--metrics", "bpd", "--subsample", "2", "--size", "8"]
     code, out, err = run(capsys, monkeypatch, *measure, "--skip-damaged")
     assert code == 0 and "bits per dimension" in out, err
@@ -312,7 +312,7 @@ def test_info_and_check(capsys, monkeypatch):
 
 
 def test_a_bundled_model_draws(tmp_path, capsys, monkeypatch):
-    """`fastddpm sample` with nothing else said, one image of it."""
+    """`fastddpm sample` with only -n 1."""
     assert run(capsys, monkeypatch, "sample", "-n", 1, "-o", tmp_path / "a.npy", "--seed", 0)[0] == 0
     x = np.load(tmp_path / "a.npy")
     assert x.shape == (1, 1, 32, 32) and np.abs(x).max() <= 1
@@ -330,7 +330,7 @@ print(*sys.modules)
 
 
 def test_imports_are_light(tmp_path):
-    """What `import fastddpm` adds to `import torch`: no heavy library, and little time. And evaluation adds none either."""
+    """`import fastddpm` adds no heavy library and little time to `import torch`; nor does evaluation add a library."""
     first, second = python(LIGHT, tmp_path).stdout.splitlines()
     seconds, *modules = first.split()
     assert not {"diffusers", "matplotlib", "sklearn", "click"} & set(modules)

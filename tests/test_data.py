@@ -1,4 +1,4 @@
-"""Training images from files and folders, pictures out of tensors, and files that are whole or not there."""
+"""Images from files and folders, image files from tensors, and files that are complete or absent."""
 
 import warnings
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_padding_is_black_and_centred(tmp_path):
 def test_bad_data(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         data.load(tmp_path / "none.npz")
-    with pytest.raises(DataError, match="no pictures in it"):
+    with pytest.raises(DataError, match="no pictures in the folder"):
         data.load(tmp_path)
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(DataError, match="not a readable"):
@@ -98,7 +98,7 @@ def test_bad_data(tmp_path):
 
 
 def said(call, *arguments, **options):
-    """(What the call returns, the warnings)."""
+    """Return (the result of the call, its warnings)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call(*arguments, **options)
@@ -137,7 +137,7 @@ def test_other_numbers_are_refused_with_the_line_that_mends_them(tmp_path, value
 
 def test_wide_integers_that_are_dark_are_told_of(tmp_path):
     np.save(tmp_path / "x.npy", np.full((2, 5, 6), 4095, np.uint16))
-    assert "of which they use 6.2 %, so that images are dark" in said(data.load, tmp_path / "x.npy")[1]
+    assert "use only 6.2 % of it, so that images are dark" in said(data.load, tmp_path / "x.npy")[1]
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -151,13 +151,13 @@ def test_layouts(tmp_path, channels):
 
 
 @pytest.mark.parametrize(("shape", "says"), [
-    ((64, 64), r"got \[64, 64\]; .*write one picture as x\[None\]"),
-    ((64, 64, 3), r"got \[64, 64, 3\], which may be one picture in colour; .*x\[None\]"),
+    ((64, 64), r"got \[64, 64\]; .*write one image as x\[None\]"),
+    ((64, 64, 3), r"got \[64, 64, 3\], which may be one colour image; .*x\[None\]"),
     ((10, 5, 32, 32), r"got \[10, 5, 32, 32\]; .*x.transpose\(0, 2, 3, 1\)"),
     ((10, 3, 4, 4), r"got \[10, 3, 4, 4\]; .*x.transpose\(0, 2, 3, 1\)"),
     ((1, 2, 3, 4, 5), r"got \[1, 2, 3, 4, 5\]; expected images"),
-    ((0, 8, 8), "holds no images"),
-    ((3, 0, 8), "holds no images"),
+    ((0, 8, 8), "has no images"),
+    ((3, 0, 8), "has no images"),
 ])  # fmt: skip
 def test_layouts_that_can_be_mistaken_are_refused(tmp_path, shape, says):
     np.save(tmp_path / "x.npy", np.zeros(shape, np.uint8))
@@ -173,7 +173,7 @@ def test_layouts_of_other_channels(tmp_path):
     np.save(tmp_path / "x.npy", mended)
     assert data.load(tmp_path / "x.npy").shape == (5, 16, 16)
     np.save(tmp_path / "x.npy", np.zeros((3, 32, 32), np.uint8))
-    assert "read as 3 grey pictures" in said(data.load, tmp_path / "x.npy")[1]
+    assert "read as 3 grey images" in said(data.load, tmp_path / "x.npy")[1]
 
 
 def test_an_npy_stays_on_the_disk(tmp_path):
@@ -195,7 +195,7 @@ def test_arrays_are_resized_like_pictures(tmp_path, channels):
             expected = np.asarray(pictures.center_cropped(Image.fromarray(np.ascontiguousarray(original[..., c])), 6))
             np.testing.assert_array_equal(image[c].numpy(), expected)
     assert (
-        "2 of 2 images are smaller than 16 pixels and are enlarged" in said(data.load, tmp_path / "x.npy", size=16)[1]
+        "2 of 2 images are smaller than 16 pixels; they are enlarged" in said(data.load, tmp_path / "x.npy", size=16)[1]
     )
 
 
@@ -229,13 +229,13 @@ def test_words_in_an_object_array_have_a_way_out(tmp_path):
 
 
 def test_labels_of_known_classes(tmp_path):
-    """A model's own, of which a data set needn't have all."""
+    """The classes of a model, of which a data set may lack some."""
     assert labelled(tmp_path, [0, 2], classes=4)[:2] == ([0, 2], None)
     assert labelled(tmp_path, [7, 20], classes=["3", "7", "20"])[:2] == ([1, 2], ["3", "7", "20"])
     assert labelled(tmp_path, ["dog"], classes=["cat", "dog"])[0] == [1]
     for y, classes, says in (
         ([0, 4], 4, r"label 1 is 4; expected 0..3"), (["dog"], 4, "labels are words, such as 'dog'; expected ids in 0..3"),
-        (["cow"], ["cat", "dog"], "label 'cow' is none of the classes cat, dog"), ([9], ["3", "7"], "label '9' is none"),
+        (["cow"], ["cat", "dog"], "label 'cow' is not one of the classes cat, dog"), ([9], ["3", "7"], "label '9' is not one"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=says):
             labelled(tmp_path, y, classes=classes)
@@ -244,7 +244,7 @@ def test_labels_of_known_classes(tmp_path):
 @pytest.mark.parametrize(("y", "says"), [
     ([0.1, 1.0], "label 0 is 0.1"), ([0, np.nan], "label 1 is nan"), ([0, np.inf], "label 1 is inf"),
     ([0, -1, -2], "label 1 is -1"), ([0.0, -1.0], "label 1 is -1.0"),
-    (np.eye(3, dtype=int), r"labels have shape \[3, 3\]; expected \[3\]: of one-hot rows take y.argmax"),
+    (np.eye(3, dtype=int), r"labels have shape \[3, 3\]; expected \[3\]: for one-hot rows, write y.argmax"),
     (np.array([2**63 + 5, 1, 2], np.uint64), "label 0 is 9223372036854775813"), ([1e300, 1, 2], "label 0 is 1e\\+300"),
     (np.array([1j, 2]), "labels are complex128"), (np.array(["2020-01-01"], "datetime64[D]"), "labels are datetime64"),
 ])  # fmt: skip
@@ -273,10 +273,10 @@ def test_subfolders_are_classes_with_labels(tmp_path):
     assert data.load(tmp_path, labels=True, classes=["bird", "cat", "dog"]).labels.tolist() == [1, 1, 2, 2]
     (tmp_path / "cow").mkdir()
     (tmp_path / ".git").mkdir()
-    assert "subfolders without a picture are no classes: cow" in said(data.load, tmp_path, labels=True)[1]
+    assert "subfolders without pictures are not classes: cow" in said(data.load, tmp_path, labels=True)[1]
     picture(tmp_path / "loose.png")
     with pytest.raises(
-        DataError, match=r"loose.png: has no class; with labels, every picture lies in the subfolder of its class"
+        DataError, match=r"loose.png: has no class; with labels, every picture must be in the subfolder"
     ):
         data.load(tmp_path, labels=True)
 
@@ -290,12 +290,12 @@ def test_what_is_no_picture_is_counted(tmp_path):
     images, notes = said(data.load, tmp_path)
     assert (
         len(images) == 1
-        and "left out files that are not pictures: 2 .txt, " in notes
+        and "omitted files that are not pictures: 2 .txt, " in notes
         and "1 .csv" in notes
         and "1 no suffix" in notes
     )
     (tmp_path / "a.png").unlink()
-    with pytest.raises(DataError, match="no pictures in it or its subfolders: 2 .txt"):
+    with pytest.raises(DataError, match="no pictures in the folder or its subfolders: 2 .txt"):
         data.load(tmp_path)
 
 
@@ -317,13 +317,13 @@ def test_modes_of_a_folder(tmp_path):
     assert data.load(tmp_path).shape == (1, 4, 4)
     picture(tmp_path / "b.png", np.full((4, 4, 3), 9, np.uint8))
     images, notes = said(data.load, tmp_path)
-    assert images.shape == (3, 4, 4) and "1 of 2 pictures are grey; all become RGB" in notes
+    assert images.shape == (3, 4, 4) and "1 of 2 pictures are grey; all are converted to RGB" in notes
     rgba = np.full((4, 4, 4), 200, np.uint8)
     rgba[0, 0, 3] = 0
     picture(tmp_path / "c.png", rgba)
     images, notes = said(data.load, tmp_path)
     assert images.shape == (3, 4, 4) and images.pixels[2, :, 0, 0].tolist() == [0, 0, 0]
-    assert "1 of 3 pictures are transparent; they are composed on black" in notes
+    assert "1 of 3 pictures are transparent and composed on black" in notes
     images, notes = said(data.load, tmp_path, alpha="keep")
     assert images.shape == (4, 4, 4) and images.pixels[2, 3, 0, 0] == 0 and (images.pixels[:2, 3] == 255).all()
     assert "composed" not in notes
@@ -331,7 +331,7 @@ def test_modes_of_a_folder(tmp_path):
 
 def test_alpha_that_is_not_there(tmp_path):
     picture(tmp_path / "a.png")
-    with pytest.raises(DataError, match="alpha is to be kept, but no picture has an alpha channel"):
+    with pytest.raises(DataError, match="alpha: got 'keep', but no picture"):
         data.load(tmp_path, alpha="keep")
     with pytest.raises(ValueError, match="alpha: got 'white'; expected one of black, keep"):
         data.load(tmp_path, alpha="white")
@@ -347,7 +347,7 @@ def test_pictures_of_many_sizes_are_cropped(tmp_path):
     images, notes = said(data.load, tmp_path, size=16)
     assert images.shape == images[2].shape == (1, 16, 16) and notes == ""
     np.testing.assert_array_equal(images.pixels[1, 0].numpy(), np.asarray(Image.open(tmp_path / "1.png")))
-    assert "2 of 3 images are smaller than 18 pixels and are enlarged" in said(data.load, tmp_path, size=18)[1]
+    assert "2 of 3 images are smaller than 18 pixels; they are enlarged" in said(data.load, tmp_path, size=18)[1]
     for size in (0, 2.5, True):
         with pytest.raises(ValueError, match="size: got"):
             data.load(tmp_path, size=size)
@@ -360,11 +360,11 @@ def test_damaged_pictures_are_named_or_left_out(tmp_path):
         path = tmp_path / f"{i}.png"
         path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(
-        DataError, match=r"1.png: not a readable picture .*; so are 1 more. skip_damaged \(--skip-damaged\) leaves"
+        DataError, match=r"1.png: not a readable picture .*; so are 1 more. skip_damaged \(--skip-damaged\) omits"
     ):
         data.load(tmp_path)
     images, notes = said(data.load, tmp_path, skip_damaged=True)
-    assert images.pixels[:, 0, 0, 0].tolist() == [0, 2, 4] and "left out 2 damaged: 1.png, 3.png" in notes
+    assert images.pixels[:, 0, 0, 0].tolist() == [0, 2, 4] and "omitted 2 damaged: 1.png, 3.png" in notes
     for i in (0, 2, 4):
         (tmp_path / f"{i}.png").unlink()
     with pytest.raises(DataError, match="none of its 2 pictures can be read"):
@@ -374,13 +374,13 @@ def test_damaged_pictures_are_named_or_left_out(tmp_path):
 def test_further_pictures_and_doubtful_ones_are_told_of(tmp_path):
     frame = Image.fromarray(np.full((4, 4), 9, np.uint8))
     frame.save(tmp_path / "a.gif", save_all=True, append_images=[frame.rotate(90), Image.new("L", (4, 4))])
-    assert "1 of 1 files hold several pictures each; the first is taken" in said(data.load, tmp_path)[1]
+    assert "1 of 1 files have several pictures each; the first picture is used" in said(data.load, tmp_path)[1]
 
 
 def test_dark_pictures_are_told_of_beside_others(tmp_path):
     picture(tmp_path / "a.png", np.full((4, 4), 1000, np.uint16))
     picture(tmp_path / "b.png")
-    assert "of which they use 1.5 %, so that images are dark" in said(data.load, tmp_path)[1]
+    assert "use only 1.5 % of it, so that images are dark" in said(data.load, tmp_path)[1]
 
 
 def test_many_pictures_are_read_by_worker_processes(tmp_path, monkeypatch):
@@ -439,7 +439,7 @@ def test_a_check_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
         patched.setattr(pictures, "read", lambda path, content: seen.append(path.name) or read(path, content))
         again, notes = said(data.load, folder, skip_damaged=True)
     assert seen == ["5.png"]  # which may have been mended without a trace
-    assert again.digest() == first.digest() and "left out 1 damaged: 5.png" in notes
+    assert again.digest() == first.digest() and "omitted 1 damaged: 5.png" in notes
     picture(folder / "4.png", np.full((4, 4), 77, np.uint8))
     assert data.load(folder, skip_damaged=True).digest() != first.digest()
     (kept, *_) = (tmp_path / "cache").rglob("*.npz")
@@ -466,7 +466,7 @@ def test_a_picture_that_changes_afterwards_is_named(tmp_path, size):
     picture(tmp_path / "a.png")
     images = data.load(tmp_path).pad_to(12)
     picture(tmp_path / "a.png", np.zeros(size, np.uint8))
-    with pytest.raises(DataError, match="a.png: its size was 4x4 pixels when it was checked, and is another one now"):
+    with pytest.raises(DataError, match="a.png: its size has changed from 4x4 pixels"):
         images[0]
 
 
@@ -504,7 +504,9 @@ def test_grids_of_any_channels(channels):
 
 def test_a_grid_that_no_file_can_hold_is_refused():
     layout = images.grid_layout(1_000_000, (1, 64, 64))
-    with pytest.raises(ValueError, match=r"gif: x.gif would have 66002x66002 pixels; a .gif has at most 65535 a side"):
+    with pytest.raises(
+        ValueError, match=r"gif: x.gif would have 66002x66002 pixels; a .gif has at most 65535 per side"
+    ):
         images.check_grid_size("gif", Path("x.gif"), layout)
     images.check_grid_size("output", Path("x.png"), layout)
 

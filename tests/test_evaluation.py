@@ -1,4 +1,4 @@
-"""FID, KID and bits per dimension: the arithmetic against closed forms and a real library, and evaluations that are cut short."""
+"""FID, KID and bits per dimension against closed forms and another library, and interrupted evaluations."""
 
 import dataclasses
 import itertools
@@ -114,7 +114,7 @@ def low(pixels):
 
 
 class Counted:
-    """Features that count the images they see."""
+    """Features that count the images they receive."""
 
     def __init__(self, function=low):
         self.function, self.images = function, 0
@@ -143,7 +143,7 @@ spectra = st.lists(st.sampled_from([0.0, 0.0, 1e-6, 0.3, 1.0, 7.0, 1e3]), min_si
 
 @given(spectra, spectra, st.integers(0, 99))
 def test_frechet_of_covariances_with_one_basis(a, b, seed):
-    """Where they commute the distance is |m1 - m2|^2 + sum (sqrt a - sqrt b)^2; singular ones (zeros) included."""
+    """If S1 and S2 commute, the distance is |m1 - m2|^2 + sum (sqrt a - sqrt b)^2, also for singular ones."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
     m1, m2 = torch.randn(2, 6, generator=generator, dtype=torch.float64)
@@ -165,7 +165,7 @@ def test_frechet_of_covariances_that_do_not_commute():
 
 
 class AsGiven(nn.Module):
-    """The library's network: what it gets is features already."""
+    """The library's network, which receives features and returns them unchanged."""
 
     def __init__(self, width):
         super().__init__()
@@ -265,7 +265,7 @@ def test_draw_is_the_sequence_of_the_seed(tmp_path):
         "00000008-00000009.npy",
     ]
     whole = fastddpm.to_uint8(fastddpm.sample(model, 10, seed=3, progress=False))
-    # Other batch sizes: pictures are the same to the tolerance of test_sampling.py, 1e-3, so at most a grey level off.
+    # With other batch sizes, images agree to the tolerance of test_sampling.py, 1e-3, so at most a grey level off.
     assert np.abs(shards.load(range(10)).astype(int) - whole.numpy()).max() <= 1
     assert len(np.unique(whole.reshape(10, -1), axis=0)) == 10
     alike = sampling.draw(model, tmp_path / "f", 10, seed=3, progress=False)  # as sample does it: to the bit
@@ -316,7 +316,7 @@ def test_a_folder_holds_one_set_of_samples(tmp_path):
         ({"schedule": Schedule.linear(12, 1e-3, 0.81)}, "chain "),
         ({"model": deeper}, r"config.attention \[\], now \[4\]"),
     ):
-        with pytest.raises(EvaluationError, match=f"drawn otherwise .*{says}.*name another folder, or delete this"):
+        with pytest.raises(EvaluationError, match=f"settings .*{says}.*pass another folder, or delete this"):
             sampling.draw(options.pop("model", model), folder, 4, **options, **draw)
     with pytest.raises(EvaluationError, match="weights [0-9a-f]{12}, now "):
         sampling.draw(network(seed=1), folder, 4, **draw)
@@ -328,7 +328,7 @@ def test_a_folder_holds_one_set_of_samples(tmp_path):
 
 
 def test_settings_keep_the_old_names_of_the_networks_options(tmp_path):
-    """Folders are recognised by them, and named by their hash."""
+    """These settings identify folders, and their hash names folders, so they must not change."""
     config = dataclasses.replace(network(classes=3).config, num_heads=2, downsample_padding="both")
     sampling.draw(UNet(config, schedule=Schedule.linear(2, 1e-3, 0.8)), tmp_path, 1, progress=False)
     settings = json.loads((tmp_path / "settings.json").read_text())
@@ -353,19 +353,19 @@ def test_a_broken_or_foreign_file_is_an_error_and_stays(tmp_path):
 
     for content in (good[:-1], good[:90], b""):
         second.write_bytes(content)
-        refused("00000004-00000007.npy: not a whole .npy file .*delete it, and it is made anew")
+        refused("00000004-00000007.npy: not a complete .npy file .*delete it")
     for array in (np.zeros((3, 1, 8, 8), np.uint8), np.zeros((4, 1, 8, 8)), np.zeros((4, 8, 8), np.uint8)):
         np.save(second, array)
         refused(r"00000004-00000007.npy: holds .*; expected uint8 \[4, 1, 8, 8\]")
     np.save(second, np.array([{}]), allow_pickle=True)
-    refused("not a whole .npy file")
+    refused("not a complete .npy file")
     np.savez(folder / "x.npz", good=np.zeros(4))
     archive = (folder / "x.npz").read_bytes()
     for content in (archive, archive[:-30]):
         second.write_bytes(content)
-        refused("00000004-00000007.npy: not a whole .npy file .*delete it, and it is made anew")
+        refused("00000004-00000007.npy: not a complete .npy file .*delete it")
     second.write_bytes(good)
-    for name, says in (("notes.txt", "not written by an evaluation"), ("00000003-00000006.npy", "item 3 is in 0")):
+    for name, says in (("notes.txt", "not written by an evaluation"), ("00000003-00000006.npy", "item 3 is also in 0")):
         foreign = folder / "samples" / name
         foreign.write_bytes(good)
         refused(says, foreign)
@@ -375,9 +375,9 @@ def test_a_broken_or_foreign_file_is_an_error_and_stays(tmp_path):
     assert second.read_bytes() == good
     for content in ("[]", "{", "[[1, 2]]"):
         (folder / "settings.json").write_text(content)
-        refused("e: its settings.json is not a JSON object; name another folder, or delete this")
+        refused("e: its settings.json is not a JSON object; pass another folder, or delete this")
     (folder / "settings.json").unlink()
-    refused("holds samples, but no settings.json")
+    refused("contains samples, but no settings.json")
 
 
 def test_classes_are_drawn_in_turn(tmp_path):
@@ -401,7 +401,7 @@ def test_a_bare_callable(tmp_path):
 
 
 class Scaled(nn.Module):
-    """A model whose number is no parameter."""
+    """A model with an attribute that is not a parameter."""
 
     def __init__(self, model, scale):
         super().__init__()
@@ -414,7 +414,7 @@ class Scaled(nn.Module):
 @pytest.mark.filterwarnings("ignore:Fréchet distance .low features", "ignore:fastddpm. Scaled is not")
 @pytest.mark.parametrize("metric", ["fid", "bpd"])
 def test_a_model_is_told_by_what_it_answers_too(metric, here):
-    """Another callable, or a module with another attribute, has the same weights or none."""
+    """The probe distinguishes callables, and modules that differ only in an attribute."""
     options = {"metrics": [metric], "n": 4, "features": Features(low, "low"), "shape": (1, 8, 8)}
     options |= {"likelihood_images": 4, "schedule": Schedule.linear(4, 0.1, 0.4)}
     network8 = network()
@@ -425,10 +425,10 @@ def test_a_model_is_told_by_what_it_answers_too(metric, here):
     }
     for name, (model, other) in pairs.items():
         first = evaluated(here, name, model=model, **options)
-        with pytest.raises(EvaluationError, match="another model.*name another folder"):
+        with pytest.raises(EvaluationError, match="another model.*another folder"):
             evaluated(here, name, model=other, **options)
         assert str(evaluated(here, name, model=model, **options)) == str(first)
-    # Other machines' roundings, and bfloat16's, tell no models apart.
+    # The probe ignores rounding differences of other machines, and those of bfloat16.
     evaluated(here, "callable", model=lambda x, t: (x * 0.5).bfloat16().float(), **options)
     evaluated(here, "module", model=Scaled(network8, 1.005), **options)
     network8.train()
@@ -436,7 +436,7 @@ def test_a_model_is_told_by_what_it_answers_too(metric, here):
 
 
 def test_the_probe_lets_bfloat16_pass():
-    """The bundled network in bfloat16 answers as in float32, to the tolerance: machines differ by less."""
+    """bfloat16 outputs of the bundled network agree with float32 to the tolerance; machines differ by less."""
     model = fastddpm.UNet.from_pretrained("digits")
     exact, rounded = (identity.probe_outputs(resolve(model), model.shape, None, d) for d in (None, torch.bfloat16))
     assert exact.shape == (8 * 32 * 32, 2) and not np.array_equal(exact, rounded)
@@ -470,7 +470,7 @@ def test_an_unknown_sampler_is_refused_whatever_the_metrics_are(here):
 
 
 def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
-    """Both made, and so both looked, before either drew."""
+    """Both calls check the folder before either draws."""
     model = network()
 
     def drawing(model=model, folder="e", **changed):
@@ -493,7 +493,7 @@ def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
     equal.plan = None  # all is there, and nothing drawn again
     assert np.array_equal(equal.run(False).load(range(9)), drawn)
     for later in (other, further):
-        with pytest.raises(EvaluationError, match="drawn otherwise .seed 0, now 1"):
+        with pytest.raises(EvaluationError, match="settings .seed 0, now 1"):
             later.run(False)
     assert (tmp_path / "e" / "settings.json").read_bytes() == settings
     assert np.array_equal(samples(tmp_path / "e", 9).numpy(), drawn) and len(list((tmp_path / "e").iterdir())) == 3
@@ -503,12 +503,12 @@ def test_of_two_processes_in_one_folder_the_later_finds_the_first(tmp_path):
     half.run(False)
     with pytest.raises(EvaluationError, match="f: its samples are another model's"):
         drawing(less.plan.model.network, "f", chain_options=options)  # before anything is run
-    with pytest.raises(EvaluationError, match="f: its samples are another model's; name another folder, or delete"):
+    with pytest.raises(EvaluationError, match="f: its samples are another model's; pass another folder, or delete"):
         less.run(False)
 
 
 def test_settings_are_written_by_one_process(tmp_path, monkeypatch):
-    """The file appears between the look and the writing, on disks with hard links and on such without."""
+    """The file appears between the check and the write, on disks with and without hard links."""
     path = tmp_path / "s.json"
 
     def late(temporary):
@@ -616,13 +616,13 @@ def test_ctrl_c_says_how_to_go_on(here, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "run", interrupted)
         code, _, err = run(capsys, monkeypatch, *arguments)
-    assert code == 130 and err.endswith("e: stopped; the same command goes on\n")
+    assert code == 130 and err.endswith("e: stopped; the same command continues\n")
     code, out, _ = run(capsys, monkeypatch, *arguments, "--sampler", "ddpm", "--variance", "fixed_large")
     assert code == 0 and "kernel distance (mine:low features)" in out
 
 
 def test_a_killed_command_goes_on(here, capsys, monkeypatch):
-    """The real process, really killed: the result is that of an unbroken one, and what was drawn is kept."""
+    """After a process is killed, its images are kept, and the result is that of an uninterrupted one."""
     options = ["--data", "x.npz", "-n", "40", "--shard", "2", "--features", "mine:Pooled", "--metrics", "fid,bpd"]
     command = [sys.executable, "-m", "fastddpm", "evaluate", "model", "--out", "killed", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -674,26 +674,24 @@ def test_features_are_taken_once(here):
 
 
 def test_features_that_changed_are_noticed(here):
-    scale = torch.tensor(
-        [1e4, 1, 1, 1, 1, 1, 1, 0], dtype=torch.float64
-    )  # of features of which one is larger, one dead
+    # One feature is larger than the rest, and one is always 0.
+    scale = torch.tensor([1e4, 1, 1, 1, 1, 1, 1, 0], dtype=torch.float64)
 
     def scaled(changes=None):
         return Features(lambda p: low(p) * scale * (1 if changes is None else torch.tensor(changes)), "low")
 
     evaluated(here, features=scaled())
     for changed in (scaled([1.1] * 8), scaled([1] * 3 + [1.1] + [1] * 4), Features(lambda p: low(p)[:, :3], "low")):
-        with pytest.raises(EvaluationError, match="evaluation-cache.*of another low; delete it, or name another cache"):
+        with pytest.raises(EvaluationError, match="evaluation-cache.*of another low; delete it, or pass another cache"):
             evaluated(here, features=changed)
-        with pytest.raises(EvaluationError, match="e/features.*of another low; delete it, or name another folder"):
+        with pytest.raises(EvaluationError, match="e/features.*of another low; delete it, or pass another folder"):
             evaluated(here, features=changed, cache="other")
-    evaluated(
-        here, features=Features(lambda p: low(p) * scale * (1 + 1e-5) + 1e-5, "low")
-    )  # another machine's arithmetic
+    # Rounding differences, as of another machine, are accepted.
+    evaluated(here, features=Features(lambda p: low(p) * scale * (1 + 1e-5) + 1e-5, "low"))
 
 
 def test_features_of_samples_that_went_are_not_used(here):
-    """Whoever deletes the samples and their settings, and leaves the features."""
+    """The features of deleted samples, whose settings are deleted too, are not used for other samples."""
     counted = Counted()
     evaluated(here, features=Features(counted, "low"))
     counted.images = 0
@@ -722,13 +720,13 @@ def test_a_module_is_known_by_its_weights(here):
     damaged = (b"cut", b"", good[:-30], bytes(flipped))
     for content in (*damaged, (here / "other.npz").read_bytes(), (here / "array.npy").read_bytes()):
         kept.write_bytes(content)
-        with pytest.raises(EvaluationError, match="npz: not readable .*delete it, and it is made anew"):
+        with pytest.raises(EvaluationError, match="npz: not readable .*delete it"):
             evaluated(here, features=Features(net, "net"))
     kept.write_bytes(good)
     probe = kept.parent / "probe.npy"
     for content in (probe.read_bytes()[:-1], good):
         probe.write_bytes(content)
-        with pytest.raises(EvaluationError, match="probe.npy: not readable .*delete it, and it is made anew"):
+        with pytest.raises(EvaluationError, match="probe.npy: not readable .*delete it"):
             evaluated(here, features=Features(net, "net"))
 
 
@@ -856,13 +854,13 @@ def test_images_of_the_models_size_are_not_padded(here):
 
 @pytest.mark.parametrize("metric", ["fid", "kid"])
 def test_the_reference_is_looked_at_before_hours_of_sampling(metric, here, monkeypatch):
-    """A network that fails on real images does so before anything is drawn."""
+    """A network that fails on real images fails before the first image is drawn."""
     monkeypatch.setattr(sampling, "run", None)
     with np.load("x.npz") as arrays:
         black = {**arrays, "x_train": np.zeros_like(arrays["x_train"])}
     np.savez("x.npz", **black)
     light = Counted(lambda pixels: pixels.double().flatten(1).sum(1, keepdim=True).log())  # -inf where all is black
-    with pytest.raises(ValueError, match="features: light gave a NaN or an infinity"):
+    with pytest.raises(ValueError, match="features: light returned a NaN or an infinity"):
         evaluated(here, metrics=[metric], features=Features(light, "light"))
     assert light.images > 8  # the probe did not show it
 
@@ -892,16 +890,16 @@ def test_the_reference_is_looked_at_before_hours_of_sampling(metric, here, monke
         ),
         (("model", "--features", "mine:lower"), "features: mine has no lower"),
         (("model", "--features", "mine:NUMBER"), "features: got 3; expected a callable"),
-        (("model", "--features", "mine:Wants"), "mine:Wants cannot be made without arguments"),
+        (("model", "--features", "mine:Wants"), "mine:Wants cannot be constructed without arguments"),
         (
             ("model", "--features", "mine:flat"),
-            "flat gave torch.float32 [] for uint8 [8, 1, 8, 8]; expected floats [8, D]",
+            "flat returned torch.float32 [] for uint8 [8, 1, 8, 8]; expected floats [8, D]",
         ),
-        (("model", "--features", "mine:nan"), "features: mine:nan gave a NaN or an infinity"),
+        (("model", "--features", "mine:nan"), "features: mine:nan returned a NaN or an infinity"),
         (("model", "--likelihood-images", "0"), "likelihood_images: got 0"),
         (("model", "--subsample", "12"), "subsample: got 12"),
         (("model", "--variance", "none"), "the variational bound needs a density"),
-        (("model", "--inception-weights", "x.npz"), "both given"),
+        (("model", "--inception-weights", "x.npz"), "features, inception_weights: got both"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(arguments, says, here, capsys, monkeypatch):
@@ -950,7 +948,7 @@ class FeatureExtractorInceptionV3(nn.Module):
 
 
 def library(tmp_path, monkeypatch, code):
-    """A torch_fidelity that is this code, for the test."""
+    """Install this code as torch_fidelity for the test."""
     (tmp_path / "torch_fidelity").mkdir(exist_ok=True)
     (tmp_path / "torch_fidelity" / "__init__.py").write_text("")
     (tmp_path / "torch_fidelity" / "feature_extractor_inceptionv3.py").write_text(code)
@@ -966,7 +964,7 @@ def test_inception_is_called_so_and_sees_three_channels(here, monkeypatch):
     features = inception(here / "w.pth")
     grey = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     assert torch.equal(features(grey), features(grey.repeat(1, 3, 1, 1)))
-    with pytest.raises(ValueError, match="1 or 3 channels; these have 2"):
+    with pytest.raises(ValueError, match="features: got images of 2 channels"):
         features(grey.expand(-1, 2, -1, -1))
     with pytest.warns(UserWarning, match="FID: 30 samples for 64 features"):
         result = evaluated(here, metrics=("fid", "kid"), features=features)
@@ -989,7 +987,7 @@ def test_inception_that_cannot_be_had_is_one_line(here, monkeypatch, capsys):
         library(here, monkeypatch, STAND_IN.replace("DOWNLOAD = None", f"DOWNLOAD = {error}"))
         err = said()
         assert f"inception weights: {torch.hub.get_dir()}/checkpoints/weights.pth: damaged (" in err
-        assert "); delete it, and it is downloaded anew from https://example.org/weights.pth" in err
+        assert "); delete it; the next call downloads it again from https://example.org/weights.pth" in err
     library(here, monkeypatch, STAND_IN)
     assert "no.pth: not readable" in said("--inception-weights", "no.pth")
     assert "x.npz: not a file of weights; expected https://example.org" in said("--inception-weights", "x.npz")
@@ -1004,7 +1002,7 @@ def test_inception_that_cannot_be_had_is_one_line(here, monkeypatch, capsys):
 
 
 def test_the_librarys_inception(tmp_path, monkeypatch):
-    """The real network with random weights, where torch-fidelity is installed: it needs torchvision, which the tests don't."""
+    """The real network with random weights, if torch-fidelity is installed; it needs torchvision, which the tests don't."""
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as library
         from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric

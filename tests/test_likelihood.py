@@ -1,4 +1,4 @@
-"""The bound: closed forms for Gaussian images, seeds and batches, estimates from drawn timesteps, what is refused."""
+"""The bound: closed forms for Gaussian images, seeds and batches, estimates from drawn timesteps, invalid arguments."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ ENTROPY = float(-(MASS * MASS.clamp(min=1e-300).log2()).sum())  # the best possi
 
 
 def gaussian(n, seed=0, shape=SHAPE):
-    """Normal pixels rounded to the grid, uint8."""
+    """Return normal pixels rounded to the grid, uint8."""
     z = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return ((MEAN + STD * z + 1) * 127.5).round().to(torch.uint8)
 
@@ -50,7 +50,7 @@ def gain_of(schedule):
 
 
 def ideal(schedule, prediction="epsilon", v=None):
-    """The network that knows E[x0 | x_t], and says v (float64 [T]) of the variance; in float64 inside."""
+    """The ideal network, which computes E[x0 | x_t] in float64 and returns v (float64 [T]) for the variance."""
     gain, _ = gain_of(schedule)
     a, b = coefficients.to_x0(schedule, prediction)
     offset = MEAN * (1 - gain * schedule.alphas_cumprod.sqrt())
@@ -120,7 +120,7 @@ CASES = [
 
 @pytest.mark.parametrize(("schedule", "variance"), CASES)
 def test_every_term_has_its_closed_form(schedule, variance):
-    """5 standard errors of a mean of squares of normals; with the few hundred rounding errors of the network behind them."""
+    """5 standard errors of a mean of squares of normals; plus a few hundred rounding errors of the network."""
     v = known_v(schedule) if variance == "learned_range" else None
     n, T = 40, len(schedule)
     prediction = "v_prediction" if schedule is ZERO else "epsilon"
@@ -144,7 +144,7 @@ def test_every_term_has_its_closed_form(schedule, variance):
 
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
 def test_the_bound_is_the_true_code_length_and_its_gap(variance):
-    """The gap as the KL between the forward and the reverse path, step by step from the noise: nothing of eq. 5 is in it."""
+    """The gap equals the KL between the forward and the reverse path, computed step by step without eq. 5."""
     schedule = Schedule.linear(200, 5e-4, 0.1)
     bar, lv = schedule.alphas_cumprod, log_variance(schedule, variance)
     _, mse = gain_of(schedule)
@@ -185,7 +185,7 @@ def test_prediction_types_give_the_same_numbers(prediction, variance):
 @pytest.mark.parametrize("prediction", coefficients.PREDICTIONS)
 @pytest.mark.parametrize("clip", [True, False, 0.3, 1.5])
 def test_equals_the_terms_written_out(prediction, clip):
-    """One pair after another with the seed's noise; x0_hat far outside [-1, 1] shows where it is clipped."""
+    """Each pair is evaluated alone with the seed's noise. An x0_hat far outside [-1, 1] shows where it is clipped."""
     s, images = SHORT, torch.randint(0, 256, (2, 2, 3, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     a, b = coefficients.to_x0(s, prediction)
 
@@ -214,7 +214,7 @@ def test_equals_the_terms_written_out(prediction, clip):
 
 
 def test_training_on_the_bound_is_this_bound():
-    """T times its expectation, plus L_T, with the same noise and nothing clipped."""
+    """T times the loss's expectation, plus L_T, is the bound with the same noise and without clipping."""
     images, T = gaussian(3), len(SHORT)
     result = likelihood(ideal(SHORT), images, schedule=SHORT, clip=False, seed=6)
     t = torch.arange(T)
@@ -273,7 +273,7 @@ def test_seeds():
 
 
 def test_drawn_timesteps_follow_the_contract():
-    """One in each of K parts: t_j = lo_j + (w0 size_j >> 32), w0 of stream 3 with the part's number for t."""
+    """One timestep in each of K parts: t_j = lo_j + (w0 size_j >> 32), w0 of stream 3 at t = j."""
     seen, n, K = [], 30, 4
 
     def model(x, t):
@@ -315,7 +315,7 @@ def test_all_timesteps_drawn_are_the_bound():
 
 @pytest.mark.parametrize(("subsample", "n"), [(None, 32), (12, 100)])
 def test_estimates_are_unbiased_and_their_intervals_cover(subsample, n):
-    """400 estimates from small images, each with images, noise and timesteps of its own."""
+    """400 estimates from small images, each with its own images, noise and timesteps."""
     runs, shape = 400, (3, 2, 2)
     prior, terms = expected(SHORT, "fixed_large")
     truth = prior + float(terms.sum())
@@ -379,7 +379,7 @@ def test_each_image_of_a_batch_may_have_its_own_timestep(kind, dtype):
 
 
 def test_a_unet_goes_through_its_engine():
-    """The same numbers as from the bare callable, in float32 and nearly so in bfloat16; the model is left as it was."""
+    """The numbers are those of the bare callable in float32, and nearly so in bfloat16. The model is not changed."""
     model, images = unet().train(), gaussian(3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -411,7 +411,7 @@ def test_a_model_brings_its_schedule_prediction_and_variance():
     learned.variance = "learned_range"
     same = likelihood(lambda x, t: learned(x, t), gaussian(2), schedule=SHORT, variance="learned_range", seed=1)
     torch.testing.assert_close(likelihood(learned, gaussian(2), seed=1).terms, same.terms, rtol=1e-4, atol=0)
-    # A variance that isn't asked for may be there.
+    # The output may have a variance that is not used.
     extra = likelihood(ideal(SHORT, v=known_v(SHORT)), gaussian(2), schedule=SHORT, variance="fixed_small", seed=1)
     plain = likelihood(ideal(SHORT), gaussian(2), schedule=SHORT, variance="fixed_small", seed=1)
     assert torch.equal(extra.terms, plain.terms)
@@ -430,7 +430,7 @@ def test_labels_go_with_their_images():
 
 
 def test_a_single_timestep_and_a_single_image():
-    """T = 1: the decoder and L_T are all there is. One image has no spread."""
+    """With T = 1 the bound is the decoder's term and L_T. One image has no spread."""
     result = likelihood(lambda x, t: x * 0, gaussian(1), schedule=Schedule([0.01]), seed=0)
     assert result.terms.shape == (1,) and result.terms[0] > 0
     assert result.bits_per_dim == pytest.approx(result.prior + float(result.terms[0]))
@@ -584,7 +584,7 @@ def test_images_that_the_network_cannot_take():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_output_that_is_not_finite_is_an_error(value):
-    """Also an infinity, which clipping would hide; with image and timestep."""
+    """The error names image and timestep, also for an infinity, which clipping would hide."""
 
     def model(x, t):
         o = ideal(SHORT)(x, t)
@@ -593,7 +593,7 @@ def test_an_output_that_is_not_finite_is_an_error(value):
 
     for batch_size in (3, 1000):
         with pytest.raises(
-            LikelihoodError, match="model: its output for image 0 at timestep 7 holds a NaN or an infinity"
+            LikelihoodError, match="model: its output for image 0 at timestep 7 contains a NaN or an infinity"
         ):
             likelihood(model, gaussian(2), schedule=SHORT, batch_size=batch_size)
     likelihood(model, gaussian(2), schedule=Schedule.cosine(7))  # never asked for
@@ -608,7 +608,7 @@ def test_an_output_of_another_kind_is_an_error():
         likelihood(lambda x, t: x, gaussian(2), schedule=SHORT, variance="learned_range")
     with pytest.raises(LikelihoodError, match="model: it returned tuple; expected a tensor"):
         likelihood(lambda x, t: (x,), gaussian(2), schedule=SHORT)
-    with pytest.raises(LikelihoodError, match="holds a NaN or an infinity, or gives one"):  # e^10000
+    with pytest.raises(LikelihoodError, match="contains a NaN or an infinity, or leads to one"):  # e^10000
         far = lambda x, t: torch.cat((x, torch.full_like(x, -1e4)), dim=1)  # noqa: E731
         likelihood(far, gaussian(2), schedule=SHORT, variance="learned_range")
 

@@ -19,20 +19,20 @@ VARIANCES = ["fixed_large", "fixed_small", "learned_range"]
 
 
 def on_grid(*shape):
-    """Random 8-bit images, both ends among them."""
+    """Return random 8-bit images that contain both ends of the grid."""
     pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
     pixels[:, :, 0, 0], pixels[:, :, 0, 1] = 0, 255
     return pixels.double() / 127.5 - 1
 
 
 def output(prediction, schedule, x0, x_t, t, error):
-    """What a network answers whose x0_hat is x0 - error."""
+    """Return the output of a network whose x0_hat is x0 - error."""
     a, b = (v[t][:, None, None, None] for v in coefficients.to_x0(schedule, prediction))
     return (x0 - error - a * x_t) / b
 
 
 def log_mass(x0, mean, std):
-    """log of the normal's mass around x0, with as many digits as it takes."""
+    """Return the log of the normal's mass around x0 in multiple precision."""
     with mpmath.workdps(60):
         x0, mean, std = mpmath.mpf(x0), mpmath.mpf(mean), mpmath.mpf(std)
         half = mpmath.mpf(1) / 255
@@ -45,7 +45,7 @@ def log_mass(x0, mean, std):
 
 @pytest.mark.parametrize("T", [2, 1000])
 def test_decoder_is_exact_in_both_tails(T):
-    """Against 60 digits: from the middle of the mode to where the mass is exp(-10^8), inside and at both open ends."""
+    """Agrees with 60 digits, from the mode to a mass of exp(-10^8), inside and at both open ends."""
     schedule = Schedule.linear(T, 1e-4, 0.02)
     bound = Bound(schedule, "fixed_large")
     std = math.exp(float(bound.log_variance[0]) / 2)
@@ -58,7 +58,7 @@ def test_decoder_is_exact_in_both_tails(T):
 
 
 def test_the_decoder_is_a_distribution():
-    """The masses of all 256 values sum to 1, wherever the mean is."""
+    """The masses of all 256 values sum to 1 for any mean."""
     x0 = (torch.arange(256).double() / 127.5 - 1).reshape(-1, 1, 1, 1)
     for variance in VARIANCES:
         bound = Bound(SHORT, variance)
@@ -120,7 +120,7 @@ def test_bound_is_the_definition(prediction, variance):
 @pytest.mark.parametrize("prediction", ["sample", "v_prediction", "mean"])
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_losses_with_zero_snr(prediction, variance):
-    """The network that is right has none; L_T is 0, L_{T-1} a KL of two normals, and gradients are finite."""
+    """A correct network has no error: L_T is 0, L_{T-1} is a KL of two normals, and gradients are finite."""
     s, x0, t = Schedule([*SHORT.betas[:-1], 1.0]), on_grid(4, 1, 3, 3), TIMES
     eps, error = torch.randn_like(x0), 0.1 * torch.randn_like(x0)
     x_t, options = s.add_noise(x0, eps, t), {"schedule": s, "prediction": prediction, "t": t, "noise": eps}
@@ -130,9 +130,8 @@ def test_losses_with_zero_snr(prediction, variance):
     bound, v = Bound(s, variance), torch.rand_like(x0) * 2 - 1 if variance == "learned_range" else None
     assert (bound.prior(x0) == 0).all()
     prev = s.alphas_cumprod[-2]
-    log_variance = (1 - prev).log() * (
-        1 if v is None else (1 - v[3:]) / 2
-    )  # of 1 and 1 - prev; fixed_large has 1 - prev
+    # Learned log variances are between those of 1 and 1 - prev. fixed_large has 1 - prev.
+    log_variance = (1 - prev).log() * (1 if v is None else (1 - v[3:]) / 2)
     q = Normal(prev.sqrt() * x0[3:], (1 - prev).sqrt())
     exact = kl_divergence(q, Normal(prev.sqrt() * (x0 - error)[3:], (log_variance / 2).exp())).mean() / math.log(2)
     got = bound.kl(t[3:], error[3:], None if v is None else v[3:])
@@ -172,7 +171,7 @@ def test_the_bound_can_be_differentiated(prediction, variance):
 
 @pytest.mark.parametrize("variance", VARIANCES[:2])
 def test_its_gradient_is_equation_12s(variance):
-    """For t >= 1 that of beta^2 / (2 sigma^2 alpha (1 - alpha-bar)) |eps - eps_hat|^2, in float32 as in float64."""
+    """For t >= 1 the loss is beta^2 / (2 sigma^2 alpha (1 - alpha-bar)) |eps - eps_hat|^2, in float32 and float64."""
     s, t = Schedule.linear(), torch.tensor([1, 40, 500, 999])
     x0 = on_grid(4, 1, 6, 6)
     eps, given = torch.randn_like(x0), torch.randn_like(x0)
@@ -216,7 +215,7 @@ def test_gradients_are_finite_for_a_network_that_knows_nothing():
 
 
 def test_simple_is_what_it_was():
-    """Bit for bit the mean squared error, with no variance asked for."""
+    """The simple objective is bitwise the mean squared error, and requires no variance."""
     x0 = on_grid(5, 2, 3, 3).float()
     t = draw_timesteps(5, 20, seed=4)
     eps = draw_noise(x0, t, seed=4)

@@ -1,4 +1,4 @@
-"""Picture files as 8-bit images: what they store, what they say of it, and what is damaged."""
+"""Picture files as 8-bit images: values, metadata and damaged files."""
 
 import io
 import struct
@@ -30,7 +30,7 @@ def pgm(path, values, maximum, plain=False):
 
 
 def tiff(path, values, more):
-    """A TIFF of kinds that Pillow reads and does not write: unsigned integers [H, W] or [H, W, 3]. more: tags of its own."""
+    """Write a TIFF of a kind that Pillow only reads: unsigned integers [H, W] or [H, W, 3]. more: additional tags."""
     height, width, *colours = values.shape
     samples = colours[0] if colours else 1
     tags = {
@@ -86,7 +86,7 @@ def test_32_bit_integers(tmp_path):
 
 
 def test_white_is_zero(tmp_path):
-    """Of such files Pillow inverts those of 8 bits and fewer."""
+    """Pillow inverts such files only up to 8 bits."""
     tiff(tmp_path / "x.tiff", RAMP.astype("<u2"), {pictures.PHOTOMETRIC: pictures.WHITE_IS_ZERO})
     np.testing.assert_allclose(read(tmp_path / "x.tiff"), 255 - RAMP / 65535 * 255, atol=0.5001)
     tiff(tmp_path / "y.tiff", COLOUR[..., 0], {pictures.PHOTOMETRIC: pictures.WHITE_IS_ZERO})
@@ -108,7 +108,7 @@ def test_floats_are_in_0_to_1_or_refused(tmp_path):
 
 
 def test_colours_whose_low_bits_pillow_drops_are_refused(tmp_path):
-    """Pillow reads 16-bit colours by their high bytes."""
+    """Pillow reads only the high bytes of 16-bit colours."""
     tiff(tmp_path / "x.tiff", np.full((1, 2, 3), 4095, "<u2"), {pictures.MAXIMUM: (4095, 4095, 4095)})
     with pytest.raises(DataError, match="x.tiff: RGB of 16 bits with a maximum of 4095"):
         pictures.read(tmp_path / "x.tiff")
@@ -202,9 +202,8 @@ def test_cropped_is_the_middle(width, height, side):
 
 def test_cropped_is_antialiased():
     checkers = Image.fromarray((np.indices((64, 96)).sum(0) % 2 * 255).astype(np.uint8))
-    assert (
-        np.abs(np.asarray(pictures.center_cropped(checkers, 8)).astype(float) - 127.5).max() < 2
-    )  # picked pixels are 0 or 255
+    # Without antialiasing, pixels are 0 or 255.
+    assert np.abs(np.asarray(pictures.center_cropped(checkers, 8)).astype(float) - 127.5).max() < 2
     wide = np.zeros((8, 16), np.uint8)
     wide[:, 4:12] = 200
     assert (np.asarray(pictures.center_cropped(Image.fromarray(wide), 8)) == 200).all()
@@ -219,7 +218,7 @@ FORMATS = {
 
 
 def damaged(seed, count):
-    """(Suffix, bytes) of files of each format with a few bytes changed or the end cut off."""
+    """Yield (suffix, bytes) of files of each format with a few bytes changed or the end removed."""
     rng, image = np.random.default_rng(seed), Image.fromarray(RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     for suffix, kind in FORMATS.items():
         buffer = io.BytesIO()
@@ -263,7 +262,7 @@ def test_missing_and_empty_files_are_named(tmp_path):
 
 
 def test_no_other_program_is_run(tmp_path):
-    """An .eps would be handed to Ghostscript."""
+    """An .eps is not passed to Ghostscript."""
     assert ".eps" not in pictures.suffixes() and {".png", ".avif", ".jfif", ".jp2", ".ppm"} <= pictures.suffixes()
     Image.fromarray(COLOUR).save(tmp_path / "x.eps")
     (tmp_path / "x.eps").rename(tmp_path / "x.png")

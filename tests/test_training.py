@@ -1,4 +1,4 @@
-"""The objective, the recipe, and runs that go on as if unbroken."""
+"""The objective, the recipe, and resumed runs, which are identical to uninterrupted ones."""
 
 import csv
 import dataclasses
@@ -104,7 +104,7 @@ def test_timesteps_are_uniform_and_follow_the_contract():
 
 
 def test_a_loss_of_ones_own():
-    """training_loss in a plain loop with given t and noise, and gradients that reach every parameter but dead ends."""
+    """training_loss works in a plain loop with given t and noise, and all parameters that affect the output have gradients."""
     model, x0 = UNet(TINY), torch.rand(2, 1, 8, 8)
     loss = fastddpm.training_loss(model, x0, t=torch.tensor([0, 999]), noise=torch.randn_like(x0))
     assert loss.dtype == torch.float32 and loss.dim() == 0
@@ -152,8 +152,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, changes, trained_for):
 
 
 def test_a_run_begun_before_there_was_a_choice_goes_on(tmp_path):
-    """Its checkpoint names neither prediction, variance nor objective: they are the paper's. The network's options have their
-    old names."""
+    """A run of an earlier version: its checkpoint has old option names, and no prediction, variance or objective."""
     whole, old = tmp_path / "whole", tmp_path / "old"
     trainer(whole).run(progress=False)
     trainer(old, dataclasses.replace(SHORT, steps=3)).run(progress=False)
@@ -175,7 +174,7 @@ def test_a_run_begun_before_there_was_a_choice_goes_on(tmp_path):
 )
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "mean"])
 def test_every_choice_trains_and_samples(tmp_path, prediction, objective, variance):
-    """A run's first loss is that of the objective chosen, and what is saved draws as what was trained for."""
+    """The first loss of a run is that of its objective, and the saved model draws with its settings."""
     config, choices = dataclasses.replace(TINY, dropout=0.0), {"prediction": prediction, "variance": variance}
     recipe = dataclasses.replace(SHORT, objective=objective, steps=4, accumulate=1, flips=False)
     run = trainer(tmp_path, recipe, config=config, **choices)
@@ -215,7 +214,7 @@ def test_the_command_line_chooses_and_a_resumed_run_keeps_the_choice(tmp_path, m
     assert fastddpm_train(*choices, *length)[0] == 0
     for i in range(0, 6, 2):
         code, err = fastddpm_train("--resume", *choices[i : i + 2])
-        assert code == 1 and f"{choices[i][2:]}: a resumed run keeps its recipe" in err and err.count("\n") == 1
+        assert code == 1 and f"{choices[i][2:]}: a resumed run uses its own recipe" in err and err.count("\n") == 1
     assert fastddpm_train("--resume", "--steps", "3")[0] == 0
     saved, drawn = torch.load("run/checkpoint.pt", weights_only=True), UNet.from_pretrained("run")
     assert (saved["step"], saved["recipe"]["objective"]) == (3, "bound")
@@ -316,7 +315,7 @@ def test_flips_mirror_about_half(tmp_path):
 
 
 def test_learns(tmp_path):
-    """A few dozen steps on one picture: far below the loss of answering 0, which is 1."""
+    """After a few dozen steps on one image, the loss is far below 1, the loss of predicting 0."""
     pixels = np.repeat(np.random.default_rng(0).integers(0, 2, (1, 1, 8, 8), dtype=np.uint8) * 255, 4, 0)
     recipe = dataclasses.replace(SHORT, steps=80, batch_size=8, accumulate=1, lr=2e-3, flips=False, log_every=50)
     run = trainer(tmp_path, recipe, data.ArrayImages(pixels, None, "one"), dataclasses.replace(TINY, dropout=0.0))
@@ -342,7 +341,7 @@ def picture_folder(folder, n=10, size=8):
 
 
 def test_pictures_train_as_an_array_does(tmp_path):
-    """Decoded by worker processes, in the same order."""
+    """Worker processes decode the pictures in the same order."""
     pictures = data.load(picture_folder(tmp_path / "pictures"))
     runs = [trainer(tmp_path / name, dataset=dataset) for name, dataset in (("a", pictures), ("b", images()))]
     for run in runs:
@@ -368,14 +367,14 @@ def test_a_run_goes_on_with_what_it_began_with(tmp_path):
     moved = folder.rename(tmp_path / "moved")
     Trainer.resume(data.load(moved), tmp_path / "run", torch.device("cpu"))
     Image.new("L", (8, 8)).save(moved / "03.png")
-    with pytest.raises(TrainingError, match="as many as the run in .* began with, but other ones"):
+    with pytest.raises(TrainingError, match="data: got .* as many as at the start of the run in .* differ"):
         Trainer.resume(data.load(moved), tmp_path / "run", torch.device("cpu"))
     with_labels = data.ArrayImages(images().pixels.numpy(), np.arange(10) % 2, "noise")
     trainer(tmp_path / "two", dataset=with_labels, config=dataclasses.replace(TINY, num_classes=2)).run()
     other = data.ArrayImages(images().pixels.numpy(), np.arange(10) % 2 == 0, "noise")
     more = data.ArrayImages(images().pixels.numpy(), np.arange(10) % 3, "noise", class_names=["a", "b", "c"])
     for dataset in (other, more):
-        with pytest.raises(TrainingError, match="or other labels"):
+        with pytest.raises(TrainingError, match="data: got .* labels or reading options differ"):
             Trainer.resume(dataset, tmp_path / "two", torch.device("cpu"))
 
 
@@ -412,7 +411,7 @@ def test_grids_show_classes_in_rows(tmp_path, monkeypatch, classes, rows):
 
 
 def test_bytes_are_not_trained_on(tmp_path):
-    """Floats in 0..255, which a loop of one's own gets from a decoder."""
+    """Floats in 0..255, as a user's own loop may get from a decoder, are refused."""
     with pytest.raises(
         ValueError, match=r"x0: values from 0 to 255; expected images in \[-1, 1\]: write x / 127.5 - 1"
     ):
@@ -420,7 +419,7 @@ def test_bytes_are_not_trained_on(tmp_path):
     dataset = TensorDataset(torch.linspace(0, 255, 640).reshape(10, 1, 8, 8))
     with pytest.raises(ValueError, match="data: image 0: values from 0 to"):
         trainer(tmp_path, dataset=dataset)
-    fastddpm.training_loss(UNet(TINY), torch.randn(1, 1, 8, 8) * 9)  # standardised numbers are nobody's bytes
+    fastddpm.training_loss(UNet(TINY), torch.randn(1, 1, 8, 8) * 9)  # standardised values are not bytes
 
 
 def test_arguments_of_a_loss_that_mean_nothing_are_refused():
@@ -450,7 +449,7 @@ def test_an_iterable_dataset_is_refused(tmp_path):
         def __iter__(self):
             yield torch.zeros(1, 8, 8)
 
-    with pytest.raises(TrainingError, match="data: Stream is an IterableDataset; .* expected a map-style Dataset"):
+    with pytest.raises(TrainingError, match="data: Stream is an IterableDataset; expected a map-style Dataset"):
         trainer(tmp_path, dataset=Stream())
 
 
@@ -469,7 +468,7 @@ def test_network_for_other_images():
     ("change", "says"),
     [
         ({"batch_size": 0}, "batch_size: got 0"),
-        ({"accumulate": 3}, "accumulate: batch_size 4 cannot be taken in 3"),
+        ({"accumulate": 3}, "accumulate: got 3; batch_size 4"),
         ({"epochs": 2}, "steps, epochs: got 6 and 2"),
         ({"steps": None}, "steps, epochs: got None and None"),
         ({"steps": -1}, "steps, epochs: got -1"),
@@ -486,7 +485,7 @@ def test_bad_recipe(change, says):
 def test_bad_runs(tmp_path):
     with pytest.raises(TrainingError, match="nothing to resume"):
         Trainer.resume(images(), tmp_path, torch.device("cpu"))
-    with pytest.raises(TrainingError, match=r"images of shape \[3, 8, 8\]; the network takes \[1, 8, 8\]"):
+    with pytest.raises(TrainingError, match=r"data: got images of shape \[3, 8, 8\]; expected \[1, 8, 8\]"):
         trainer(tmp_path, dataset=TensorDataset(torch.zeros(1, 3, 8, 8)))
     with pytest.raises(TrainingError, match="empty"):
         trainer(tmp_path, dataset=TensorDataset(torch.zeros(0, 1, 8, 8)))
@@ -497,11 +496,11 @@ def test_bad_runs(tmp_path):
     with pytest.raises(TrainingError, match="variance: got 'none'; expected one of fixed_large, fixed_small"):
         trainer(tmp_path, variance="none")
     trainer(tmp_path, dataclasses.replace(SHORT, steps=1)).run(progress=False)
-    with pytest.raises(TrainingError, match="11 images, but the run in .* began with 10"):
+    with pytest.raises(TrainingError, match="data: got 11 images; expected 10"):
         Trainer.resume(images(11), tmp_path, torch.device("cpu"))
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(TrainingError, match="not a whole training checkpoint"):
+    with pytest.raises(TrainingError, match="not a complete training checkpoint"):
         Trainer.resume(images(), tmp_path, torch.device("cpu"))
     with pytest.raises(ValueError, match="prediction: got 'x'"):
         fastddpm.training_loss(UNet(TINY), torch.zeros(1, 1, 8, 8), prediction="x")

@@ -1,1 +1,1 @@
-"""Networks from files, and files from networks: this package's folders and other libraries' formats."""
+"""Reading and writing of networks, in this package's folders and in other libraries' formats."""

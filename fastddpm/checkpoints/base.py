@@ -1,4 +1,4 @@
-"""The checkpoint that every format is read into, and the network built from it."""
+"""The `Checkpoint` that every format is read into, and the network built from it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,28 @@ from ..errors import CheckpointError
 from ..models.config import UNetConfig
 from ..models.unet import UNet
 
-MAX_KEYS_SHOWN = 3  # of those that differ, in a message
+MAX_KEYS_SHOWN = 3  # maximum number of differing names in a message
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A checkpoint in any of the formats.
+    """A checkpoint of any format.
 
-    path: file of the weights, for messages. state: tensors by UNet's names, of any floating-point dtype. averaged: True if a
-    name or an entry says that the weights are averages over training (EMA). notes: warnings for the caller. read_tensors:
-    reads the tensors of `state` from the file, shared between all threads that call it; None if they are read already, into
-    memory that may be the file's.
+    Attributes:
+        format: name of the format.
+        path: file of the weights, for messages.
+        config: configuration of the network.
+        state: tensors of any floating-point dtype, by UNet's names.
+        schedule: noise schedule that the network was trained with.
+        prediction: what the network predicts.
+        variance: variance of the reverse steps.
+        clip: bound on x0_hat.
+        averaged: True if a name or an entry shows that the weights are averages over training (EMA), False if nothing
+            does in a format of another library, None if unknown.
+        notes: warnings for the caller.
+        read_tensors: function that reads the tensors of `state` from the file. All threads that call it share the work.
+            None if the tensors have been read, possibly into memory that is mapped from the file.
+        class_names: names of the classes, or None.
     """
 
     format: str
@@ -46,12 +57,12 @@ class Checkpoint:
 
 
 def build_unet(checkpoint: Checkpoint) -> UNet:
-    """Return the network, in float32, in eval mode and on torch's default device. No tensor shares memory with the file."""
+    """Return the network in eval mode, in float32 on torch's default device. No tensor shares memory with the file."""
     try:
         check_prediction(checkpoint.schedule, checkpoint.prediction)
     except ValueError as error:
         raise CheckpointError(
-            f"{checkpoint.path}: {error}. If its network predicts this, correct the entry in its config (diffusers' "
+            f"{checkpoint.path}: {error}. If the network predicts something else, correct the entry in its config (diffusers' "
             "prediction_type)"
         ) from error
     device = torch.empty(0).device
@@ -72,14 +83,14 @@ def build_unet(checkpoint: Checkpoint) -> UNet:
         check_state_dict(dict(model.named_parameters()), state, checkpoint.path)
         set_parameters(model, {name: nn.Parameter(value) for name, value in state.items()})
         if checkpoint.read_tensors is not None:
-            checkpoint.read_tensors()  # those that the other thread has not begun
+            checkpoint.read_tensors()  # the tensors that the other thread has not begun
             reading.result()
     same = device.type == "cpu" and all(value.dtype == torch.float32 for value in state.values())
     return model if same else model.to(device, torch.float32)
 
 
 def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Replace the model's parameters by those of the same names; load_state_dict(assign=True) takes five times as long."""
+    """Replace the model's parameters by name; load_state_dict(assign=True) takes five times as long."""
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -87,15 +98,15 @@ def set_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 
 
 def _own_copy(name: str, value: torch.Tensor, path: Path) -> torch.Tensor:
-    """Copy a tensor out of the mapped file: mapped tensors read the file when they are used, and may be unaligned."""
+    """Copy a tensor out of the mapped file: mapped tensors read the file on use, and may be unaligned."""
     if value.layout != torch.strided or value.is_meta or value.untyped_storage().nbytes() < value.nbytes:
-        raise CheckpointError(f"{path}: {name} isn't a plain tensor with memory of its own; save it as one")
+        raise CheckpointError(f"{path}: {name} isn't a dense tensor with its own memory; save it as one")
     return value.clone(memory_format=torch.contiguous_format)
 
 
 @contextlib.contextmanager
 def garbage_collector_disabled() -> Iterator[None]:
-    """Disable the garbage collector: reading and building a network trigger collections that can take longer than both."""
+    """Disable the garbage collector: building a network triggers collections that can take longer than the reading."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -106,15 +117,15 @@ def garbage_collector_disabled() -> Iterator[None]:
 
 
 def channel_multipliers(widths: Iterable[int], channels: int) -> tuple[int | float, ...]:
-    """Return UNetConfig.channel_mult for levels of these widths, as ints if they are whole."""
+    """Return UNetConfig.channel_mult for levels of these widths, as ints where possible."""
     return tuple(width / channels if width % channels else width // channels for width in widths)
 
 
 def check_state_dict(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Raise CheckpointError, with the differences and the likely cause, unless `state` has the names and shapes expected."""
+    """Raise CheckpointError, with the differences and the likely cause, if `state` has other names or shapes."""
     missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
     shapes = [
-        f"{name} has shape {list(state[name].shape)}, and the network {list(value.shape)}"
+        f"{name} has shape {list(state[name].shape)}, expected {list(value.shape)}"
         for name, value in expected.items()
         if name in state and state[name].shape != value.shape
     ]
@@ -131,20 +142,20 @@ def check_state_dict(expected: Mapping[str, torch.Tensor], state: Mapping[str, t
     ]
     if faults:
         cause = _likely_cause(expected, state, missing, unknown)
-        raise CheckpointError(f"{path}: its tensors are not those of this network: {'; '.join(faults)}{cause}")
+        raise CheckpointError(f"{path}: its tensors do not fit this network: {'; '.join(faults)}{cause}")
 
 
 def _likely_cause(expected: Mapping, state: Mapping, missing: Iterable[str], unknown: Iterable[str]) -> str:
     last = "conv_out.weight"
     if not expected.keys() & state.keys():
-        return ". It is another network's checkpoint"
+        return ". It is the checkpoint of another network"
     if any("attn2" in name or "transformer_blocks" in name for name in unknown):
-        return ". It attends to text or the like (UNet2DConditionModel), which this network doesn't"
+        return ". It has cross-attention to text or other conditions (UNet2DConditionModel), which UNet doesn't support"
     differing = [*missing, *unknown]
     if differing and all(".attentions." in name for name in differing):
-        return ". Its attention is at other levels than the config says"
+        return ". Its attention is at other levels than the config specifies"
     if missing and not unknown and all(state[name].shape == expected[name].shape for name in state):
-        return ". A part of the network is not in the file: was it copied or saved whole?"
+        return ". A part of the network is not in the file; check that it was copied and saved completely"
     if last in state and last in expected and state[last].shape[0] == 2 * expected[last].shape[0]:
         return f". It has {state[last].shape[0]} output channels, half of them for a learned variance"
-    return ". Does its config, or do its flags, belong to other weights?"
+    return ". Check that its config or flags belong to these weights"

@@ -1,4 +1,4 @@
-"""diffusers' folders: UNet2DModel's config and weights, and a scheduler's config. Imports nothing of diffusers."""
+"""Folders of diffusers: UNet2DModel's config and weights, and a scheduler's config. Never imports diffusers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .base import Checkpoint
 from .diffusers_options import DIFFUSERS_OPTION_OF, UNET2D_DEFAULTS, unet_config, unet_options
 
 CONFIG, INDEX, SCHEDULER = "config.json", "model_index.json", "scheduler_config.json"
-MARKER_KEY = "time_embedding.linear_1.weight"  # in no other format
+MARKER_KEY = "time_embedding.linear_1.weight"  # no other format has this name
 WEIGHTS_STEM = "diffusion_pytorch_model"
 WEIGHTS = tuple(  # the first that exists is read
     WEIGHTS_STEM + ending
@@ -42,7 +42,7 @@ EMA_OPTIONS = (
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
 )  # fmt: skip
 
-# Attention's layers up to diffusers 0.12, by their present names. Layers of both names may be 1x1 convolutions.
+# Names of attention layers up to diffusers 0.12, and their present names. Layers of both may be 1x1 convolutions.
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 ATTENTION_KEY = re.compile(
     r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)\.(weight|bias)"
@@ -50,11 +50,11 @@ ATTENTION_KEY = re.compile(
 
 
 class ModelFiles(NamedTuple):
-    """The names of a network's files within a folder or repository; None for one that isn't there."""
+    """The names of a network's files within a folder or repository; None for a missing file."""
 
     config: str
     weights: str | None
-    weight_parts: list[str]  # if the weights are split
+    weight_parts: list[str]  # files of split weights
     scheduler: str | None
     pipeline_index: str | None
 
@@ -68,7 +68,7 @@ class ModelFiles(NamedTuple):
 
 
 def find_model_files(files: Collection[str]) -> ModelFiles | None:
-    """Choose a network's files from all names in a folder or repository, averaged weights before raw ones."""
+    """Return the files of a network, given all names in a folder or repository. Averaged weights are preferred to raw ones."""
     folder = next((folder for folder in ("unet_ema/", "unet/", "") if folder + CONFIG in files), None)
     if folder is None:
         return None
@@ -91,24 +91,24 @@ def read_folder(folder: Path, files: ModelFiles) -> Checkpoint:
         ]
         if foreign:
             raise CheckpointError(
-                f"{folder / files.pipeline_index}: the pipeline has {', '.join(foreign)} beside its unet and scheduler; a UNet "
-                "alone wouldn't draw its images"
+                f"{folder / files.pipeline_index}: the pipeline has {', '.join(foreign)} besides a unet and a scheduler; a UNet "
+                "alone cannot draw its images"
             )
     path = folder / files.config
     notes: list[str] = []
     options = _read_json(path)
     config = _unet_config(options, path, notes)
     if files.weights is None:
-        raise CheckpointError(f"{path.parent}: no weights beside {CONFIG}; expected one of {', '.join(WEIGHTS)}")
+        raise CheckpointError(f"{path.parent}: has no weights; expected next to {CONFIG} one of {', '.join(WEIGHTS)}")
     state, averaged, read_tensors = _open_state_dict(folder / files.weights)
-    # When diffusers saves a network that it loaded, and perhaps trained, it keeps _averaged and adds its version.
+    # If diffusers saves a network that it has loaded, and perhaps trained, it copies _averaged and adds its version.
     if files.config.startswith("unet_ema/") or (
         options.get("_averaged") is True and "_diffusers_version" not in options
     ):
         averaged = True
     scheduler_path = None if files.scheduler is None else folder / files.scheduler
     if scheduler_path is None and folder.name in ("unet", "unet_ema"):
-        scheduler_path = folder.parent / "scheduler" / SCHEDULER  # `folder` is the unet's, in a pipeline's folder
+        scheduler_path = folder.parent / "scheduler" / SCHEDULER  # `folder` is the unet folder of a pipeline
     if scheduler_path is not None and scheduler_path.is_file():
         try:
             settings = scheduler.settings_from_config(_read_json(scheduler_path), f"{scheduler_path}:")
@@ -118,7 +118,7 @@ def read_folder(folder: Path, files: ModelFiles) -> Checkpoint:
         variance = "learned_range" if config.out_channels == 2 * config.in_channels else "fixed_large"
         settings = (Schedule.linear(), "epsilon", variance, True)
         notes.append(
-            f"{folder}: no {SCHEDULER}; assumed the paper's linear schedule of 1000 steps, epsilon, {variance} and clipping"
+            f"{folder}: has no {SCHEDULER}; assuming the paper's linear schedule of 1000 steps, epsilon, {variance} and clipping"
         )
     return Checkpoint(
         "diffusers", folder / files.weights, config, rename_attention(state), *settings, averaged, notes, read_tensors
@@ -126,12 +126,18 @@ def read_folder(folder: Path, files: ModelFiles) -> Checkpoint:
 
 
 def write_folder(model: UNet, folder: Path, extra: dict | None = None) -> None:
-    """Write a folder that DDPMPipeline.from_pretrained opens. Raises ValueError before the first file is written.
+    """Write a folder that DDPMPipeline.from_pretrained opens.
 
-    extra: entries for the network's config, whose names get the prefix "_", since diffusers ignores such entries.
+    Args:
+        model: the network.
+        folder: folder to write.
+        extra: additional entries of the network's config. Their names get the prefix "_", because diffusers ignores such entries.
+
+    Raises:
+        ValueError: the model cannot be written in this format. No file has been written.
     """
     if model.class_names is not None:
-        warn_once(model, "class_names: left out, as diffusers' format has no place for names of classes")
+        warn_once(model, "class_names: not written, because diffusers' format has no names of classes")
     index = {
         "_class_name": "DDPMPipeline",
         "scheduler": ["diffusers", "DDPMScheduler"],
@@ -145,7 +151,7 @@ def write_folder(model: UNet, folder: Path, extra: dict | None = None) -> None:
         INDEX: index,
     }
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    # All files are written before the first one is renamed to its name; the weights are renamed first, then the configs.
+    # All files are written before the first one is renamed. The weights are renamed first, then the configs.
     with contextlib.ExitStack() as stack:
         for name in ("unet", "scheduler"):
             stack.enter_context(created_folder(folder / name))
@@ -157,7 +163,7 @@ def write_folder(model: UNet, folder: Path, extra: dict | None = None) -> None:
 
 
 def rename_attention(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the state dict of any version of diffusers with the names and shapes that UNet's attention layers have."""
+    """Return a state dict of any version of diffusers with the names and shapes of UNet's attention layers."""
     result = {}
     for name, value in state.items():
         if match := ATTENTION_KEY.fullmatch(name):
@@ -170,7 +176,7 @@ def rename_attention(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def _open_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], bool | None, Callable[[], None] | None]:
-    """Return (tensors by name, whether they are averaged ones or None, Checkpoint.read_tensors)."""
+    """Return (tensors by name, True if they are averages or None, Checkpoint.read_tensors)."""
     parts = [path]
     if path.name.endswith(".index.json"):
         try:
@@ -179,36 +185,38 @@ def _open_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], bool | None, 
         except (KeyError, AttributeError, TypeError):
             inside = False
         if not inside:
-            raise CheckpointError(f"{path}: weight_map: expected the names of files beside it, by those of tensors")
+            raise CheckpointError(f"{path}: weight_map: expected names of files in its folder, by names of tensors")
         parts = [path.parent / name for name in names]
         if missing := [part.name for part in parts if not part.is_file()]:
-            raise CheckpointError(f"{path}: of its parts {', '.join(missing)} aren't beside it")
+            raise CheckpointError(f"{path}: {', '.join(missing)} missing in its folder")
     contents, read_tensors = tensors.open_tensors(parts)
     return *tensors.find_state_dict(contents, path, (MARKER_KEY,)), read_tensors
 
 
 def _unet_config(config: dict, path: Path, notes: list[str]) -> UNetConfig:
-    """Return `unet_config(config)`, with errors that name the file and diffusers' option."""
+    """Return `unet_config(config)`. Errors name the file and diffusers' option."""
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
-        raise CheckpointError(f"{path}: _class_name: got {kind!r}; expected 'UNet2DModel', the one that UNet can be")
+        raise CheckpointError(
+            f"{path}: _class_name: got {kind!r}; expected 'UNet2DModel', the only class that UNet supports"
+        )
     known = {*UNET2D_DEFAULTS, *EMA_OPTIONS}
     unknown = [name for name, value in config.items() if name not in known and not name.startswith("_") and value]
     if unknown:
-        notes.append(f"{path}: {', '.join(unknown)}: unknown to UNet2DModel, and ignored")
+        notes.append(f"{path}: {', '.join(unknown)}: not an option of UNet2DModel; ignored")
     try:
         network_config = unet_config(config)
         if network_config.attention_channels and "attention_head_dim" not in config:
             notes.append(
                 f"{path}: no attention_head_dim, so heads are {UNET2D_DEFAULTS['attention_head_dim']} channels wide, as in "
-                "diffusers; the paper's networks have one head, for which null has to stand there"
+                "diffusers; the paper's networks have one head, for which the entry must be null"
             )
         return network_config
     except ValueError as error:
         option, colon, message = str(error).partition(":")
         raise CheckpointError(f"{path}: {DIFFUSERS_OPTION_OF.get(option, option)}{colon}{message}") from error
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        raise CheckpointError(f"{path}: an option is of another kind than UNet2DModel's ({error})") from error
+        raise CheckpointError(f"{path}: an option has another type than UNet2DModel's ({error})") from error
 
 
 def _read_json(path: Path) -> dict:

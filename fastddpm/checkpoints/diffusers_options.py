@@ -1,4 +1,4 @@
-"""UNet2DModel's options as a `UNetConfig`, and the other way round. Imports nothing of diffusers."""
+"""Conversion between UNet2DModel's options and a `UNetConfig`. Never imports diffusers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from ..models.config import UNetConfig
 from .base import channel_multipliers
 
-# The options of UNet2DModel with the values that its class gives to those that a config leaves out.
+# The options of UNet2DModel with its defaults, which apply if a config omits an option.
 UNET2D_DEFAULTS = {
     "sample_size": None, "in_channels": 3, "out_channels": 3, "center_input_sample": False,
     "time_embedding_type": "positional", "time_embedding_dim": None, "freq_shift": 0, "flip_sin_to_cos": True,
@@ -22,7 +22,7 @@ UNET2D_DEFAULTS = {
     "num_train_timesteps": None,
 }  # fmt: skip
 
-# UNetConfig's options with the names that UNet2DModel has for the same options, and for related ones.
+# UNetConfig's options and UNet2DModel's names of the same options. DIFFUSERS_OPTION_OF adds related options.
 SHARED_OPTIONS = {
     "in_channels": "in_channels", "out_channels": "out_channels", "num_res_blocks": "layers_per_block",
     "dropout": "dropout", "norm_groups": "norm_num_groups", "num_classes": "num_class_embeds", "norm_eps": "norm_eps",
@@ -33,7 +33,7 @@ DIFFUSERS_OPTION_OF = SHARED_OPTIONS | {
     "channels": "block_out_channels", "channel_mult": "block_out_channels", "middle_groups": "attn_norm_num_groups",
 }  # fmt: skip
 
-# Block types: (whether it has attention, how it resamples; None if down- or upsample_type specifies that).
+# Block type: (whether it has attention, how it resamples; None if downsample_type or upsample_type specifies it).
 BLOCK_TYPES = {
     "DownBlock2D": (False, "conv"), "ResnetDownsampleBlock2D": (False, "resnet"), "AttnDownBlock2D": (True, None),
     "UpBlock2D": (False, "conv"), "ResnetUpsampleBlock2D": (False, "resnet"), "AttnUpBlock2D": (True, None),
@@ -41,14 +41,15 @@ BLOCK_TYPES = {
 
 
 def unet_config(config: Mapping) -> UNetConfig:
-    """Return the network that UNet2DModel builds from these options. Raises ValueError, naming the option, if UNet cannot."""
+    """Return the config of the network of these options; raise ValueError, naming the option, if UNet cannot be it."""
     options = UNET2D_DEFAULTS | config
 
     def expect(option: str, *values: object) -> None:
         if options[option] not in values:
             wanted = " or ".join(map(repr, values))
             raise ValueError(
-                f"{option}: got {options[option]!r}; expected {wanted}, as UNet has nothing else; diffusers' own runs as it is"
+                f"{option}: got {options[option]!r}; expected {wanted}, "
+                "as UNet supports nothing else; diffusers' own model runs unmodified"
             )
 
     expect("time_embedding_type", "positional")
@@ -70,7 +71,7 @@ def unet_config(config: Mapping) -> UNetConfig:
         raise ValueError(
             f"down_block_types, up_block_types: got {list(options['down_block_types'])} and {list(options['up_block_types'])} "
             f"(downsample_type {options['downsample_type']!r}, upsample_type {options['upsample_type']!r}), which resample by "
-            "convolutions at some levels and by residual blocks at others; expected one of both, as UNet has nothing else"
+            "convolutions at some levels and by residual blocks at others; expected one kind, as UNet supports only that"
         )
     scale_shift, groups = options["resnet_time_scale_shift"] == "scale_shift", options["norm_num_groups"]
     middle_groups = options["attn_norm_num_groups"] or (0 if scale_shift else groups)
@@ -89,19 +90,19 @@ def unet_config(config: Mapping) -> UNetConfig:
     head = options["attention_head_dim"]
     for width in config.attention_channels:
         if head is not None and (not isinstance(head, int) or head < 1 or width % head):
-            raise ValueError(f"attention_head_dim: got {head!r}; expected None or what divides {width} channels")
+            raise ValueError(f"attention_head_dim: got {head!r}; expected None or a divisor of {width} channels")
     return dataclasses.replace(config, num_head_channels=head if config.attention_channels else None)
 
 
 def _block_types(options: Mapping, direction: str, resolutions: list[int]) -> tuple[tuple[int, ...], set[str]]:
-    """Return (the resolutions with attention, from the largest; the ways of resampling) of the block types "down" or "up"."""
+    """Return (the resolutions with attention, descending; the kinds of resampling) of the "down" or "up" blocks."""
     option, default = f"{direction}_block_types", options[f"{direction}sample_type"] or "conv"
     types = [name.removeprefix("UNetRes") for name in options[option]]
     known = [
         name for name in BLOCK_TYPES if name.startswith(("Down", "AttnDown", "ResnetDown")) == (direction == "down")
     ]
     if len(types) != len(resolutions) or not set(types) <= set(known):
-        raise ValueError(f"{option}: got {options[option]}; expected for each level one of {', '.join(known)}")
+        raise ValueError(f"{option}: got {options[option]}; expected, for each level, one of {', '.join(known)}")
     kinds = {BLOCK_TYPES[name][1] or default for name in types[:-1]}  # nothing is resampled after the last block
     if not kinds <= {"conv", "resnet"}:
         raise ValueError(f"{direction}sample_type: got {default!r}; expected 'conv' or 'resnet'")
@@ -110,21 +111,21 @@ def _block_types(options: Mapping, direction: str, resolutions: list[int]) -> tu
 
 
 def unet_options(config: UNetConfig) -> dict:
-    """Return UNet2DModel's config of this network. Raises ValueError, naming the option, if UNet2DModel cannot be it."""
+    """Return UNet2DModel's config of this network; raise ValueError, naming the option, if UNet2DModel cannot be it."""
 
     def refuse(option: str, why: str) -> None:
         raise ValueError(
-            f"{option}: got {getattr(config, option)!r}; diffusers' UNet2DModel has no such network: {why}"
+            f"{option}: got {getattr(config, option)!r}; diffusers' UNet2DModel does not support it: {why}"
         )
 
     if config.time_scale != 1:
-        refuse("time_scale", "it embeds t as it is")
+        refuse("time_scale", "it embeds t unscaled")
     if config.stem_width != config.channels:
         refuse("stem_channels", f"its first convolution is as wide as the timestep's embedding, {config.channels}")
     if config.widths[0] != config.channels:
         refuse("channel_mult", "its first level is as wide as the timestep's embedding")
     if config.middle_groups == 0 and config.middle_attention and not config.scale_shift:
-        refuse("middle_groups", "without scale_shift the middle's attention has a norm")
+        refuse("middle_groups", "without scale_shift, the attention of the middle block has a norm")
     heads = (
         {width // config.num_heads for width in config.attention_channels}
         if config.num_heads
@@ -133,10 +134,10 @@ def unet_options(config: UNetConfig) -> dict:
     if len(heads) > 1:
         refuse(
             "num_heads",
-            f"its heads are equally wide everywhere, and {config.attention_channels} channels have attention",
+            f"its heads have the same width at all levels, and attention is at {config.attention_channels} channels",
         )
     groups = config.norm_groups if config.middle_groups is None else config.middle_groups
-    default = 0 if config.scale_shift else config.norm_groups  # where attn_norm_num_groups is left out
+    default = 0 if config.scale_shift else config.norm_groups  # the value if attn_norm_num_groups is omitted
     without_attention = {
         "conv": ("DownBlock2D", "UpBlock2D"),
         "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),

@@ -1,4 +1,4 @@
-"""fastddpm's own folder: config.json (architecture, schedule and training settings) and model.safetensors."""
+"""Folders of fastddpm: config.json (architecture, schedule and training settings) and model.safetensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bundled_models() -> list[str]:
 
 
 def find_folder(name: str | Path) -> Path:
-    """Return the folder with this path, or of the bundled model with this name."""
+    """Return the folder with this path, or the folder of the bundled model with this name."""
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -37,14 +37,21 @@ def find_folder(name: str | Path) -> Path:
         return BUNDLED / str(name)
     raise CheckpointError(
         f"model: {str(name)!r} is neither a folder nor a bundled model ({', '.join(bundled_models()) or 'none is bundled'}), "
-        "nor a file, nor a model on the Hugging Face Hub, as those are called owner/name"
+        "nor a file, nor a model on the Hugging Face Hub, whose names have the form owner/name"
     )
 
 
 def write_folder(
     model: UNet, folder: str | Path, *, state: dict[str, torch.Tensor] | None = None, extra: dict | None = None
 ) -> None:
-    """Write the model, or the weights in `state` instead of its own, and config.json with the additional entries of `extra`."""
+    """Write the model to a folder.
+
+    Args:
+        model: the network.
+        folder: folder to write.
+        state: weights to write instead of the model's own.
+        extra: additional entries of config.json.
+    """
     folder = Path(folder)
     state = model.state_dict() if state is None else state
     config = {
@@ -59,19 +66,19 @@ def write_folder(
     }
     clip_bound(model.clip)
     if (folder / CONFIG).exists() and not is_own(folder):
-        raise ValueError(f"folder: {folder} has the {CONFIG} of another model; name another folder")
+        raise ValueError(f"folder: {folder} has the {CONFIG} of another model; pass another folder")
     dense = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with (
         created_folder(folder),
         atomic_write(folder / CONFIG) as config_file,
         atomic_write(folder / WEIGHTS) as weights_file,
-    ):  # the weights are renamed to their name first
-        weights_file.write_bytes(safetensors.torch.save(dense))  # save_file makes a file that only its owner can read
+    ):  # the weights are renamed first
+        weights_file.write_bytes(safetensors.torch.save(dense))  # save_file creates a file that only its owner can read
         config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def is_own(folder: Path) -> bool:
-    """Return whether the folder's config.json is one of this format."""
+    """Return whether the folder's config.json has this format."""
     path = folder / CONFIG
     return path.is_file() and f'"{ARCHITECTURE}"' in path.read_text(encoding="utf-8", errors="replace")
 
@@ -83,7 +90,7 @@ def read_folder(folder: Path) -> Checkpoint:
     prediction, variance = (
         _choice(config, name, choices, path) for name, choices in (("prediction", PREDICTIONS), ("variance", VARIANCES))
     )
-    clip = config.get("clip", True)  # older folders have no such entry
+    clip = config.get("clip", True)  # older folders lack this entry
     try:
         clip_bound(clip)
     except ValueError as error:
@@ -109,7 +116,7 @@ def read_folder(folder: Path) -> Checkpoint:
 
 
 def load_state(model: UNet, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Call model.load_state_dict(state), with an error that names the differences."""
+    """Call model.load_state_dict(state); the error for another network names the differences."""
     check_state_dict(model.state_dict(), state, path)
     model.load_state_dict(state)
 
@@ -124,13 +131,13 @@ def read_config(folder: Path) -> dict:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(config, dict) or config.get("architecture") != ARCHITECTURE:
         raise CheckpointError(
-            f'{path}: no "architecture": "{ARCHITECTURE}" in it; is it another library\'s checkpoint?'
+            f'{path}: has no "architecture": "{ARCHITECTURE}"; it may be the checkpoint of another library'
         )
     return config
 
 
 def _schedule_entry(schedule: Schedule) -> dict:
-    """Return config.json's entry for the schedule: a linear one by its ends, any other by its betas."""
+    """Return config.json's entry for the schedule: the ends of a linear one, the betas of any other."""
     linear = {"kind": "linear", "T": len(schedule), "start": float(schedule.betas[0]), "end": float(schedule.betas[-1])}
     line = torch.linspace(linear["start"], linear["end"], linear["T"], dtype=torch.float64, device="cpu")
     if torch.equal(line, schedule.betas):
@@ -142,7 +149,8 @@ def _schedule(config: dict, path: Path) -> Schedule:
     try:
         kind, values = config["schedule"]["kind"], config["schedule"]
         if kind == "linear":
-            start, end = float(values["start"]), float(values["end"])  # None would mean the default
+            # float() refuses None, which Schedule.linear would replace by its default.
+            start, end = float(values["start"]), float(values["end"])
             return Schedule.linear(values["T"], start, end)
         if kind == "betas":
             return Schedule(values["betas"])

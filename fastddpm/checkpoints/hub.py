@@ -9,11 +9,11 @@ from pathlib import Path
 from ..errors import CheckpointError
 
 FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-TIMEOUT = 10.0  # seconds for the Hub to answer
+TIMEOUT = 10.0  # seconds to wait for the Hub
 
 
 def is_id(name: str) -> bool:
-    """Return whether the name has the form "owner/name" and no suffix of a checkpoint file."""
+    """Return whether the name has the form "owner/name", without the suffix of a checkpoint file."""
     return (
         Path(name).suffix not in FILE_SUFFIXES
         and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
@@ -21,16 +21,21 @@ def is_id(name: str) -> bool:
 
 
 def fetch(name: str, revision: str | None, choose_files: Callable[[Collection[str]], list[str] | None]) -> Path:
-    """Return the folder in huggingface_hub's cache with the files that `choose_files` returns, given all in the repository.
+    """Download files of a model and return their folder, in the cache of huggingface_hub.
 
-    If the Hub cannot be reached, or HF_HUB_OFFLINE is set, the files that the cache has already are used.
+    If the Hub cannot be reached, or HF_HUB_OFFLINE is set, the files in the cache are used.
+
+    Args:
+        name: "owner/name".
+        revision: branch, tag or commit; None means the default branch.
+        choose_files: function from all file names of the repository to those to download, or None if it has no model.
     """
     try:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError as error:
         raise CheckpointError(
-            f"model: {name!r} is no folder or file here, and to look for it on the Hugging Face Hub takes huggingface_hub: "
+            f"model: {name!r} is no local folder or file, and loading it from the Hugging Face Hub requires huggingface_hub: "
             'pip install "fastddpm[hub]"'
         ) from error
     try:
@@ -38,16 +43,18 @@ def fetch(name: str, revision: str | None, choose_files: Callable[[Collection[st
         siblings = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=TIMEOUT).siblings
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"model: {name!r} on the Hugging Face Hub asks for its terms to be accepted: do so at "
+            f"model: {name!r} on the Hugging Face Hub requires accepting its terms: accept them at "
             f"https://huggingface.co/{name}, then  hf auth login"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"revision: {revision!r} is no branch, tag or commit of {name!r} on the Hub") from error
+        raise CheckpointError(
+            f"revision: {revision!r} is not a branch, tag or commit of {name!r} on the Hub"
+        ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise CheckpointError(
-            f"model: {name!r} is no folder or file here and no model on the Hugging Face Hub (or a private one: hf auth login)"
+            f"model: {name!r} is no local folder or file, and no model on the Hugging Face Hub (or a private one: hf auth login)"
         ) from error
-    except Exception as error:  # the HTTP library, and so its errors, differ between versions of huggingface_hub
+    except Exception as error:  # versions of huggingface_hub use different HTTP libraries, with different errors
         folder = _cached(name, revision, error)
         if choose_files([path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]) is None:
             raise _unreachable(name, revision, error) from error
@@ -56,12 +63,12 @@ def fetch(name: str, revision: str | None, choose_files: Callable[[Collection[st
     chosen = choose_files(files)
     if chosen is None:
         raise CheckpointError(
-            f"model: {name!r} on the Hub holds no diffusers or fastddpm model; it has {_first_names(files)}"
+            f"model: {name!r} on the Hub has no diffusers or fastddpm model; its files are {_first_names(files)}"
         )
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=chosen))
     except Exception as error:
-        raise CheckpointError(f"model: {name!r} could not be fetched from the Hub ({error})") from error
+        raise CheckpointError(f"model: {name!r} could not be downloaded from the Hub ({error})") from error
 
 
 def _cached(name: str, revision: str | None, reason: Exception) -> Path:
@@ -80,9 +87,9 @@ def _cached(name: str, revision: str | None, reason: Exception) -> Path:
 def _unreachable(name: str, revision: str | None, reason: Exception) -> CheckpointError:
     why = (str(reason).strip() or type(reason).__name__).splitlines()[0]
     return CheckpointError(
-        f"model: {name!r} is no folder or file here, the Hugging Face Hub cannot be reached ({why}), and its cache hasn't "
-        f"{'that model' if revision is None else f'revision {revision!r} of it'}. On a machine with a network,  hf download "
-        f"{name} --local-dir FOLDER  makes a folder to copy here and name instead"
+        f"model: {name!r} is no local folder or file, the Hugging Face Hub cannot be reached ({why}), and its cache has no "
+        f"{'such model' if revision is None else f'revision {revision!r} of it'}. Run  hf download {name} "
+        "--local-dir FOLDER  on a machine with a network, copy the folder here and pass its path instead"
     )
 
 

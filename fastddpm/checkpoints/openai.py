@@ -1,7 +1,7 @@
-"""The files of OpenAI's improved-diffusion and guided-diffusion, which hold tensors alone.
+"""The files of OpenAI's improved-diffusion and guided-diffusion, which have only tensors.
 
-The tensors' names and shapes determine most of the network. The rest is in the flags of those libraries' scripts: the side
-of the images, attention's heads and their order, the schedule, and whether t is rescaled.
+The names and shapes of the tensors determine most of the network. The flags of those libraries' scripts specify the rest: the
+size of the images, the attention heads and their order, the schedule, and whether t is rescaled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .base import Checkpoint, channel_multipliers
 
 MARKER_KEY = "input_blocks.0.0.weight"
 
-# The two libraries' defaults, which differ for rescale_timesteps alone: it has no default here.
+# The two libraries' defaults. They differ only in rescale_timesteps, which has no default here.
 FLAG_DEFAULTS = {
     "image_size": 64, "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1,
     "num_head_channels": -1, "attention_resolutions": "16,8", "channel_mult": "", "dropout": 0.0, "class_cond": False,
@@ -31,7 +31,7 @@ FLAG_DEFAULTS = {
 }  # fmt: skip
 TRUE_WORDS, FALSE_WORDS = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 BOOL_FLAGS = {name for name, value in FLAG_DEFAULTS.items() if isinstance(value, bool)} | {"rescale_timesteps"}
-# These say how the network is trained, computed or sampled, not what it is. timestep_respacing is sample's `steps`.
+# Flags of training, computation and sampling, not of the network. timestep_respacing is sample's `steps`.
 IGNORED_FLAGS = (
     "use_fp16", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "timestep_respacing", "batch_size", "num_samples",
     "use_ddim", "model_path", "data_dir", "lr", "weight_decay", "lr_anneal_steps", "microbatch", "ema_rate", "log_interval",
@@ -49,7 +49,7 @@ _IMPROVED = "--num_res_blocks 3 --learn_sigma True --diffusion_steps 4000 --nois
 _IMPROVED_LSUN = (
     "--image_size 256 --num_heads 1 --learn_sigma True --use_scale_shift_norm False --attention_resolutions 16"
 )
-# The flags, from OpenAI's READMEs, of the files that it published. All are averaged weights.
+# The flags of OpenAI's published files, from OpenAI's READMEs. All files have averaged weights.
 PUBLISHED_FLAGS = {
     "64x64_diffusion.pt": f"{_GUIDED} --class_cond True --dropout 0.1 --image_size 64 --noise_schedule cosine "
     "--num_channels 192 --num_head_channels 64 --num_res_blocks 3 --use_new_attention_order True",
@@ -85,17 +85,24 @@ SUBLAYERS = {
 def read_state_dict(
     path: Path, state: Mapping[str, torch.Tensor], averaged: bool | None, flags: str | None
 ) -> Checkpoint:
-    """Return the checkpoint. flags: as those libraries' scripts take them; None: those of the published file of this name."""
+    """Return the checkpoint.
+
+    Args:
+        path: file of the tensors.
+        state: the tensors by name.
+        averaged: True if the weights are averages, None if unknown.
+        flags: flags of the libraries' scripts; None means those of OpenAI's published file of this name.
+    """
     if "output_blocks.0.0.in_layers.0.weight" not in state:
-        raise CheckpointError(f"{path}: a classifier, as it has no way up; expected a network that draws images")
+        raise CheckpointError(f"{path}: this is a classifier (no decoder); expected a network that draws images")
     if state[MARKER_KEY].shape[1] == 6:
         raise CheckpointError(
-            f"{path}: an upsampler, as it is given two images; expected a network that draws from noise"
+            f"{path}: this is an upsampler (its input is two images); expected a network that draws from noise"
         )
     published = path.name in PUBLISHED_FLAGS
     if flags is None and not published:
         raise CheckpointError(
-            f"{path}: OpenAI's files don't say how their network was made; pass what its publisher passes to the sampling "
+            f"{path}: OpenAI's files don't specify their network; pass the flags that its publisher passes to the sampling "
             'script: flags="--image_size 64 --num_channels 128 ..." (on the command line, fastddpm convert --flags)'
         )
     source = f"flags of the published {path.name}" if flags is None else "flags"
@@ -105,7 +112,7 @@ def read_state_dict(
         _check_flags(passed, shapes)
         config, schedule = _unet_config(values, shapes), _schedule(values)
     except (KeyError, IndexError) as error:
-        raise CheckpointError(f"{path}: not a whole network of OpenAI's: {error} is missing") from error
+        raise CheckpointError(f"{path}: not a complete network of OpenAI's: {error} is missing") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {source}: {error}") from error
     return Checkpoint(
@@ -122,7 +129,7 @@ def read_state_dict(
 
 
 def parse_flags(flags: str) -> dict[str, object]:
-    """Return the values of the flags that concern the network or its schedule, by name."""
+    """Return the values of the flags of the network and its schedule, by name."""
     words = _split_flags(flags)
     values: dict[str, object] = {}
     while words:
@@ -132,19 +139,19 @@ def parse_flags(flags: str) -> dict[str, object]:
             raise ValueError(f"got {word!r}; expected --name value --name value ...")
         value = value if equals else words.pop(0)
         if name in ("large_size", "small_size"):
-            raise ValueError(f"{name} is an upsampler's; expected the flags of a network that draws from noise")
+            raise ValueError(f"{name} is a flag of an upsampler; expected the flags of a network that draws from noise")
         if name in IGNORED_FLAGS:
             continue
         if name not in FLAG_DEFAULTS:
             raise ValueError(f"unknown --{name}; expected some of {', '.join(FLAG_DEFAULTS)}")
         value = _flag_value(name, value)
         if values.setdefault(name, value) != value:
-            raise ValueError(f"--{name} stands there twice, as {values[name]} and as {value}")
+            raise ValueError(f"--{name} is given twice with different values: {values[name]} and {value}")
     return values
 
 
 def _split_flags(flags: str) -> list[str]:
-    """Split the flags like a shell. Quoted flags, and MODEL_FLAGS="--image_size ..." as in READMEs, are split too."""
+    """Return the words of the flags, split as by a shell. Quoted flags, and MODEL_FLAGS="--image_size ...", are split too."""
     words = []
     for word in shlex.split(re.sub(r"\\(\s*\n|\s*$|\s+(?=--))", " ", flags)):
         quoted = re.fullmatch(r"[A-Z_]+=(\s*--.*)?|(\s*--\w+(?:\s|=.*\s--\w).*)", word, re.DOTALL)
@@ -166,16 +173,18 @@ def _flag_value(name: str, text: str) -> object:
 def _schedule(flags: Mapping) -> Schedule:
     T, kind = flags["diffusion_steps"], flags["noise_schedule"]
     if kind == "linear":
-        return Schedule.linear(T, 1000 / T * 1e-4, 1000 / T * 0.02)  # as noisy in T steps as the paper's in 1000
+        return Schedule.linear(T, 1000 / T * 1e-4, 1000 / T * 0.02)  # T steps with the noise of the paper's 1000
     if kind == "cosine":
         return Schedule.cosine(T)
     raise ValueError(f"--noise_schedule: got {kind!r}; expected linear or cosine")
 
 
 class _Shapes(NamedTuple):
-    """The network's options that the names and shapes of its tensors determine.
+    """Options of the network, as determined by the names and shapes of its tensors.
 
-    attention_levels: levels with attention, 0 the first. resblock_updown: whether residual blocks change the resolution.
+    Attributes:
+        attention_levels: levels with attention; the first level is 0.
+        resblock_updown: whether residual blocks change the resolution.
     """
 
     in_channels: int
@@ -194,7 +203,7 @@ def _shapes(state: Mapping[str, torch.Tensor]) -> _Shapes:
     num_output_blocks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("output_blocks."))
     upsamplers = [_upsampler(state, i) for i in range(num_output_blocks)]
     ups = [i for i, name in enumerate(upsamplers) if name is not None]
-    num_res_blocks = ups[0] if ups else num_output_blocks - 1  # of a level going down, which has one more going up
+    num_res_blocks = ups[0] if ups else num_output_blocks - 1  # of a level of the encoder; the decoder's has one more
     num_levels = num_output_blocks // (num_res_blocks + 1)
     firsts = [f"input_blocks.{1 + level * (num_res_blocks + 1)}" for level in range(num_levels)]  # of each level
     widths = [state[f"{first}.0.out_layers.3.weight"].shape[0] for first in firsts]
@@ -215,16 +224,17 @@ def _shapes(state: Mapping[str, torch.Tensor]) -> _Shapes:
 
 
 def _upsampler(state: Mapping[str, torch.Tensor], i: int) -> str | None:
-    """Return the name of a tensor of the layer that doubles the resolution after output block i, if there is one."""
+    """Return the name of a tensor of the layer that doubles the resolution after output block i; None if there is none."""
     names = (f"output_blocks.{i}.{j}.{layer}.weight" for j in (1, 2) for layer in ("conv", "in_layers.0"))
     return next((name for name in names if name in state), None)
 
 
 def _check_flags(passed: Mapping, shapes: _Shapes) -> None:
-    """Raise ValueError if the passed flags and the defaults contradict the shapes, or leave something open."""
+    """Raise ValueError if the passed flags and the defaults contradict the shapes, or do not specify the network."""
     flags, num_levels = FLAG_DEFAULTS | passed, len(shapes.channel_mult)
     size, T = flags["image_size"], flags["diffusion_steps"]
-    steps = [size // int(side) for side in flags["attention_resolutions"].split(",")]  # as the scripts round it
+    # The scripts round these quotients in the same way.
+    steps = [size // int(side) for side in flags["attention_resolutions"].split(",")]
     default = DEFAULT_CHANNEL_MULT.get(size, shapes.channel_mult)
     channel_mult = flags["channel_mult"].split(",") if flags["channel_mult"] else default
     pairs = {  # (the flag's value, the file's value)
@@ -241,7 +251,7 @@ def _check_flags(passed: Mapping, shapes: _Shapes) -> None:
         "learn_sigma": (flags["learn_sigma"], shapes.out_channels == 2 * shapes.in_channels),
     }
     contradictions = [
-        f"--{name} {'' if name in passed else 'by default '}means {wanted}, and the file has {actual}"
+        f"--{name} {'' if name in passed else 'by default '}means {wanted}, but the file has {actual}"
         for name, (wanted, actual) in pairs.items()
         if wanted != actual
     ]
@@ -249,13 +259,13 @@ def _check_flags(passed: Mapping, shapes: _Shapes) -> None:
         raise ValueError("; ".join(contradictions))
     if flags["num_head_channels"] == -1 and flags["num_heads_upsample"] not in (-1, flags["num_heads"]):
         raise ValueError(
-            f"--num_heads_upsample: got {flags['num_heads_upsample']}, and --num_heads {flags['num_heads']}; UNet has as "
-            "many heads going up as going down"
+            f"--num_heads_upsample: got {flags['num_heads_upsample']}, but --num_heads {flags['num_heads']}; UNet has as "
+            "many heads in the decoder as in the encoder"
         )
     if T != 1000 and flags["rescale_timesteps"] is None:
         raise ValueError(
-            f"rescale_timesteps: missing; with --diffusion_steps {T} the network is given other timesteps if they are "
-            "rescaled, which improved-diffusion does unless told otherwise and guided-diffusion doesn't: add "
+            f"rescale_timesteps: missing; with --diffusion_steps {T}, rescaling changes the timesteps that the network "
+            "receives. improved-diffusion rescales by default, and guided-diffusion doesn't: add "
             "--rescale_timesteps True or False"
         )
 
@@ -293,13 +303,13 @@ def _unet_state_dict(
     for name, value in state.items():
         layer, _, kind = name.rpartition(".")
         layer = _unet_layer(layer, config.num_res_blocks)
-        if ".attentions." in layer and value.dim() == 3:  # a convolution of size 1
+        if ".attentions." in layer and value.dim() == 3:  # a convolution with kernel size 1
             value = value.squeeze(2)
         if not layer.endswith(".qkv"):
             result[f"{layer}.{kind}" if layer else kind] = value
             continue
         heads = config.num_heads or len(value) // 3 // config.num_head_channels
-        # In the new order q's rows come first, then k's, then v's. In the old one each head has its q, k and v in turn.
+        # New order: all rows of q, then k, then v. Old order: q, k and v of the first head, then of the second, and so on.
         parts = value.unflatten(0, (3, -1) if new_attention_order else (heads, 3, -1))
         parts = parts if new_attention_order else parts.transpose(0, 1).flatten(1, 2)
         for letter, part in zip("qkv", parts, strict=True):
@@ -308,7 +318,7 @@ def _unet_state_dict(
 
 
 def _unet_layer(layer: str, num_res_blocks: int) -> str:
-    """Return UNet's name of a layer; an unknown name stays."""
+    """Return UNet's name of a layer; an unknown name is returned unchanged."""
     if layer in LAYERS:
         return LAYERS[layer]
     match = re.fullmatch(rf"(.*?)\.({'|'.join(map(re.escape, SUBLAYERS))})", layer)

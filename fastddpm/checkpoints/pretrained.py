@@ -1,4 +1,4 @@
-"""Read a checkpoint of any format, and write one of two formats."""
+"""Read checkpoints of any format, and write one of two formats."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from . import diffusers, fastddpm_folder, hub, openai, pytorch_diffusion, tensor
 from .base import Checkpoint, build_unet, garbage_collector_disabled
 
 FORMATS = {"fastddpm": fastddpm_folder.write_folder, "diffusers": diffusers.write_folder}
-# Files that OpenAI's training scripts write: averaged weights by their rate and step, and raw ones by their step.
+# Files of OpenAI's training scripts: averaged weights, named by rate and step, and raw weights, named by step.
 EMA_FILE, RAW_FILE = re.compile(r"ema_(?P<rate>[\d.]+)_(?P<step>\d+)\.pt"), re.compile(r"model(?P<step>\d+)\.pt")
-# Networks that UNet cannot be, by a part of their tensors' names.
+# Unsupported networks, by a part of the names of their tensors.
 UNSUPPORTED_FORMATS = {
     "init_conv.": "denoising-diffusion-pytorch's",
-    "transformer_blocks.": "one that attends to text or the like",
+    "transformer_blocks.": "cross-attention to text or other conditions",
     "x_embedder.": "a diffusion transformer",
     "map_layer0.": "EDM's",
     "all_modules.": "score_sde's",
@@ -29,7 +29,7 @@ UNSUPPORTED_FORMATS = {
 
 
 def load(name: str | Path, *, revision: str | None = None, flags: str | None = None) -> UNet:
-    with torch.inference_mode(False):  # a tensor made in inference mode cannot be trained or changed
+    with torch.inference_mode(False):  # tensors created in inference mode cannot be trained or changed
         checkpoint = read_checkpoint(name, revision=revision, flags=flags)
         model = build_unet(checkpoint)
     for note in checkpoint.notes:
@@ -42,9 +42,9 @@ def save(model: UNet, folder: str | Path, format: str) -> None:
         raise ValueError(f"format: got {format!r}; expected one of {', '.join(FORMATS)}")
     folder = Path(folder)
     if format == "fastddpm":
-        rivals = {"a model of diffusers, which diffusers would go on reading": (folder / diffusers.INDEX).exists()}
+        rivals = {"a model of diffusers, which diffusers would continue to read": (folder / diffusers.INDEX).exists()}
     else:
-        first = "which would be read in place of what is written"
+        first = "which would be read instead of the new files"
         rivals = {
             f"a model of fastddpm, {first}": fastddpm_folder.is_own(folder),
             f"unet_ema, {first}": (folder / "unet_ema").exists(),
@@ -52,16 +52,16 @@ def save(model: UNet, folder: str | Path, format: str) -> None:
         }
     for what, there in rivals.items():
         if there:
-            raise ValueError(f"folder: {folder} already has {what}; name another folder")
+            raise ValueError(f"folder: {folder} already has {what}; pass another folder")
     check_prediction(model.schedule, model.prediction)
     FORMATS[format](model, folder)
 
 
 def read_checkpoint(name: str | Path, *, revision: str | None = None, flags: str | None = None) -> Checkpoint:
-    """Return the checkpoint that `UNet.from_pretrained` builds a network from."""
+    """Return the checkpoint from which `UNet.from_pretrained` builds a network."""
     on_hub = hub.is_id(str(name)) and not Path(name).exists()
     if revision is not None and not on_hub:
-        raise ValueError(f"revision: got {revision!r}, but {str(name)!r} is no model on the Hub; expected None")
+        raise ValueError(f"revision: got {revision!r}, but {str(name)!r} is not a model on the Hub; expected None")
     if on_hub:
         path, name_hints = hub.fetch(str(name), revision, _needed_files), [str(name).split("/")[1]]
     else:
@@ -70,14 +70,14 @@ def read_checkpoint(name: str | Path, *, revision: str | None = None, flags: str
     with garbage_collector_disabled():
         checkpoint = _read_folder(path, flags) if path.is_dir() else _read_file(path, flags)
     if flags is not None and checkpoint.format != "openai":
-        raise ValueError(f"flags: given, but {name} is no file of OpenAI's; expected None")
+        raise ValueError(f"flags: got {flags!r}, but {name} is not a checkpoint of OpenAI's; expected None")
     if checkpoint.format != "fastddpm":
         checkpoint.averaged = bool(checkpoint.averaged or tensors.averaged_by_name(*name_hints, checkpoint.path.name))
     wanted, outputs = 2 * checkpoint.config.in_channels, checkpoint.config.out_channels
     if checkpoint.variance == "learned_range" and outputs != wanted:
         checkpoint.notes.append(
-            f"{checkpoint.path}: learned_range, as its variance is said to be, takes {wanted} output channels, and it has "
-            f"{outputs}; pass sample another variance"
+            f"{checkpoint.path}: its variance is learned_range, which requires {wanted} output channels, but it has "
+            f"{outputs}; pass another variance to sample"
         )
     if checkpoint.averaged is False:
         checkpoint.notes.append(_raw_weights_note(checkpoint.path))
@@ -85,7 +85,7 @@ def read_checkpoint(name: str | Path, *, revision: str | None = None, flags: str
 
 
 def _needed_files(files: Collection[str]) -> list[str] | None:
-    """Choose the files to download from those of a repository; None if it has no model."""
+    """Return the files of a repository to download; None if it has no model."""
     model_files = diffusers.find_model_files(files)
     if model_files is not None and model_files.weights is not None:
         return model_files.files
@@ -107,14 +107,14 @@ def _read_folder(folder: Path, flags: str | None) -> Checkpoint:
     if checkpoints:
         return _read_file(folder / checkpoints[0], flags)
     raise CheckpointError(
-        f"{folder}: a folder without a model; looked for config.json with its weights (fastddpm's and diffusers'), "
-        "unet/config.json (diffusers') and ema_RATE_STEP.pt or modelSTEP.pt (OpenAI's); a checkpoint with another name is "
-        "named itself, not its folder"
+        f"{folder}: has no model; expected config.json with its weights (fastddpm and diffusers), "
+        "unet/config.json (diffusers), or ema_RATE_STEP.pt or modelSTEP.pt (OpenAI). For a checkpoint with another name, pass "
+        "the file instead of its folder"
     )
 
 
 def _newest_first(files: Collection[str]) -> list[str]:
-    """Return the names of OpenAI's training checkpoints: averaged ones, newest and slowest first, then raw ones."""
+    """Return the names of OpenAI's training checkpoints: averaged ones by descending step and rate, then raw ones."""
     averaged = [(int(m["step"]), float(m["rate"]), m[0]) for m in map(EMA_FILE.fullmatch, files) if m]
     raw = [(int(m["step"]), 0.0, m[0]) for m in map(RAW_FILE.fullmatch, files) if m]
     return [name for *_, name in sorted(averaged, reverse=True) + sorted(raw, reverse=True)]
@@ -131,22 +131,20 @@ def _read_file(path: Path, flags: str | None) -> Checkpoint:
         folder = path.absolute().parent
         folder = folder.parent if folder.name.startswith("unet") else folder
         raise CheckpointError(
-            f"{path}: the weights of a diffusers or fastddpm network, whose architecture is in the config.json beside them; "
-            f"name the folder instead, {folder}"
+            f"{path}: these are the weights of a diffusers or fastddpm network, whose architecture is in config.json; "
+            f"pass the folder instead, {folder}"
         )
-    other = next(
-        (kind for part, kind in UNSUPPORTED_FORMATS.items() if any(part in name for name in state)), "an unknown one"
-    )
+    other = next((kind for part, kind in UNSUPPORTED_FORMATS.items() if any(part in name for name in state)), "unknown")
     raise CheckpointError(
-        f"{path}: not a network that UNet can be, but {other}; its tensors are {', '.join(list(state)[:3])}, ... Expected "
-        "those of diffusers' UNet2DModel, of pytorch_diffusion, or of OpenAI's improved- or guided-diffusion"
+        f"{path}: unsupported architecture ({other}); its tensors are {', '.join(list(state)[:3])}, ... Expected a network "
+        "of diffusers' UNet2DModel, of pytorch_diffusion, or of OpenAI's improved-diffusion or guided-diffusion"
     )
 
 
 def _raw_weights_note(path: Path) -> str:
     note = (
-        f"{path}: nothing says that its weights are averages over training (EMA), and raw ones draw visibly worse images (the "
-        "paper's CIFAR-10 network: FID 12 for 3)"
+        f"{path}: its weights are not known to be averages over training (EMA), and raw weights draw visibly worse images "
+        "(the paper's CIFAR-10 network: FID 12 instead of 3)"
     )
     beside = [name for name in _newest_first([p.name for p in path.parent.iterdir()]) if EMA_FILE.fullmatch(name)]
-    return f"{note}; {beside[0]}, beside it, has averaged ones" if RAW_FILE.fullmatch(path.name) and beside else note
+    return f"{note}; {beside[0]} in the same folder has averages" if RAW_FILE.fullmatch(path.name) and beside else note

@@ -1,6 +1,6 @@
-"""Files with the names of Esser's conversions of the paper's weights (pytorch_diffusion), which the DDIM authors' have too.
+"""Files of pytorch_diffusion, Esser's conversions of the paper's weights. The DDIM authors' files have the same names.
 
-A file has tensors alone. The rest is the paper's: attention at 16x16, and the settings of Ho et al.'s code.
+A file has only tensors. Everything else is as in Ho et al.'s code: attention at 16x16, and the training settings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..models.config import UNetConfig
 from .base import Checkpoint, channel_multipliers
 
 MARKER_KEY = "temb.dense.0.weight"
-ATTENTION_RESOLUTION = 16  # of the paper's networks
+ATTENTION_RESOLUTION = 16  # as in the paper's networks
 LAYERS = {
     "temb.dense.0": "time_embedding.linear_1",
     "temb.dense.1": "time_embedding.linear_2",
@@ -38,11 +38,11 @@ def read_state_dict(path: Path, state: Mapping[str, torch.Tensor], averaged: boo
     try:
         config = _config(state, levels)
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a network of pytorch_diffusion's names: {error}") from error
+        raise CheckpointError(f"{path}: not a network of pytorch_diffusion: {error}") from error
     variance = "fixed_large" if config.sample_size == 32 else "fixed_small"
     unet_state = {_unet_name(name, levels): value for name, value in state.items()}
     for name, value in unet_state.items():
-        if ".attentions." in name and value.dim() == 4:  # a 1x1 convolution, which is a linear layer of UNet's
+        if ".attentions." in name and value.dim() == 4:  # a 1x1 convolution, which is a linear layer in UNet
             unet_state[name] = value.flatten(1)
     return Checkpoint(
         "pytorch_diffusion", path, config, unet_state, Schedule.linear(), "epsilon", variance, True, averaged
@@ -56,7 +56,7 @@ def _config(state: Mapping[str, torch.Tensor], levels: int) -> UNetConfig:
     if len(attention_levels) != 1:
         raise ValueError(
             f"attention at {len(attention_levels)} levels; expected one, at {ATTENTION_RESOLUTION}x{ATTENTION_RESOLUTION}, "
-            "which tells the images' size"
+            "which determines the size of the images"
         )
     size = ATTENTION_RESOLUTION << attention_levels[0]
     return UNetConfig(
@@ -72,7 +72,7 @@ def _config(state: Mapping[str, torch.Tensor], levels: int) -> UNetConfig:
 
 
 def _unet_name(name: str, levels: int) -> str:
-    """Return UNet's name of a tensor; an unknown name stays."""
+    """Return UNet's name of a tensor; an unknown name is returned unchanged."""
     layer, _, kind = name.rpartition(".")
     if match := re.fullmatch(r"(down|up)\.(\d+)\.([a-z]+)(.*)", layer):
         way, level, part, rest = match.groups()

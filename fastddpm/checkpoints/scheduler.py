@@ -1,4 +1,4 @@
-"""Training settings from the config of a diffusers scheduler, and a config from training settings."""
+"""Conversion between the config of a diffusers scheduler and training settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ..diffusion.coefficients import PREDICTIONS, VARIANCES
 from ..diffusion.schedule import Schedule
 
-# Options that a config may leave out, with their values in the classes that have all of them.
+# Options that a config may omit, with their defaults in the classes that have all options.
 SCHEDULER_DEFAULTS = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
@@ -33,24 +33,27 @@ PREDICTION_TYPES = tuple(name for name in PREDICTIONS if name != "mean")
 def settings_from_config(config: Mapping, prefix: str) -> tuple[Schedule, str, str, bool | float]:
     """Return (schedule, prediction, variance, clip) of the config of a scheduler of any class that has betas.
 
-    Betas are computed in float64 from the config's numbers. An option that the class doesn't have (DDIMScheduler no
-    variance_type, PNDMScheduler no clip_sample) is DDPMScheduler's default. The spacing of timesteps isn't used.
-    prefix: begins the messages of ValueErrors, f"{prefix} beta_schedule: got ...".
+    Betas are computed in float64 from the config's numbers. If the class lacks an option, the default of DDPMScheduler is
+    used: DDIMScheduler has no variance_type, and PNDMScheduler has no clip_sample. The spacing of timesteps is ignored.
+
+    Args:
+        config: the scheduler's config.
+        prefix: start of the messages of ValueErrors, as in f"{prefix} beta_schedule: got ...".
     """
     options = SCHEDULER_DEFAULTS | config
     if options.get("thresholding"):
         raise ValueError(
-            f"{prefix} thresholding: got {options['thresholding']}; expected False: it bounds x0 by a quantile of each image, "
-            "which no sampler here does"
+            f"{prefix} thresholding: got {options['thresholding']}; expected False, because no sampler supports "
+            "a bound on x0 by a quantile of each image"
         )
     if config.get("_class_name") not in CLASSES_WITH_DEFAULTS and config.get("trained_betas") is None:
         missing = [name for name in (*BETA_OPTIONS, "beta_schedule") if name not in config]
         if missing:
             raise ValueError(
-                f"{prefix} {', '.join(missing)}: missing; a {config['_class_name']} doesn't say which betas the network was "
-                "trained with; expected e.g. a DDPMScheduler"
+                f"{prefix} {', '.join(missing)}: missing; {config['_class_name']} doesn't specify the betas that the "
+                "network was trained with; expected for example a DDPMScheduler"
             )
-    if options["variance_type"] is None:  # as in some classes that have none
+    if options["variance_type"] is None:  # as in some classes without this option
         options["variance_type"] = SCHEDULER_DEFAULTS["variance_type"]
     variance = VARIANCE_TYPES[_choice(options, "variance_type", VARIANCE_TYPES, prefix)]
     prediction = _choice(options, "prediction_type", PREDICTION_TYPES, prefix)
@@ -62,7 +65,7 @@ def settings_from_config(config: Mapping, prefix: str) -> tuple[Schedule, str, s
 
 
 def config_from_settings(schedule: Schedule, prediction: str, variance: str, clip: bool | float) -> dict:
-    """Return the config of a DDPMScheduler. Raises ValueError, naming the option, for a setting that it doesn't have."""
+    """Return the config of a DDPMScheduler; raise ValueError, naming the option, if it does not support a setting."""
     if prediction not in PREDICTION_TYPES:
         raise ValueError(f"prediction: {prediction!r} isn't one of DDPMScheduler's ({', '.join(PREDICTION_TYPES)})")
     if variance not in VARIANCE_TYPES:
@@ -117,23 +120,23 @@ def _schedule(options: Mapping, prefix: str) -> Schedule:
 
 
 def _with_zero_terminal_snr(schedule: Schedule) -> Schedule:
-    """Shift and scale sqrt(alphas_cumprod) to end at 0 and begin where it did (Lin et al. 2023, algorithm 1)."""
+    """Return the schedule with sqrt(alphas_cumprod) shifted and scaled to end at 0 (Lin et al. 2023, algorithm 1)."""
     signal = schedule.alphas_cumprod.sqrt()
-    if float(signal[-1]) == 0:  # as `config_from_settings` writes it, so that it is read back to the bit
+    if float(signal[-1]) == 0:  # as written by `config_from_settings`; reading it is then exact
         return schedule
     if len(signal) == 1:
         raise ValueError(
-            "rescale_betas_zero_snr has the first beta stay and the last be 1; expected at least 2 timesteps"
+            "rescale_betas_zero_snr keeps the first beta and sets the last to 1; expected at least 2 timesteps"
         )
     bar = ((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))).square()
     return Schedule(torch.cat((schedule.betas[:1], 1 - bar[1:] / bar[:-1])))
 
 
 def _beta_options(schedule: Schedule) -> dict:
-    """Return the options for these betas: a beta_schedule by its name if it has the very same betas, else the numbers."""
+    """Return the options of these betas: the name of a beta_schedule if its betas are identical, else the betas."""
     if float(schedule.alphas_cumprod[-1]) == 0:
-        # Rescaling doesn't change such betas; schedulers that divide by alphas_cumprod (DPM-Solver) need the option to avoid
-        # the 0.
+        # Rescaling doesn't change such betas. Schedulers that divide by alphas_cumprod, such as DPM-Solver, need the option to
+        # avoid a division by 0.
         return {
             "num_train_timesteps": len(schedule), "trained_betas": schedule.betas.tolist(), "rescale_betas_zero_snr": True,
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""How good a model is: the variational bound, FID and KID."""
+"""Evaluation of models: the variational bound, FID and KID."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import what measures samples when it is first used: `import fastddpm` needs the likelihood alone."""
+    """Import the modules that measure samples on first use: `import fastddpm` needs only the likelihood."""
     if name in _MODULES:
         return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

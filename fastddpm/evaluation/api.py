@@ -27,11 +27,11 @@ RESULT, CACHE = "result.json", "evaluation-cache"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `evaluate` measured; str() is a table.
+    """The result of `evaluate`; str() returns it as a table.
 
-    Args:
-        metrics: the figures.
-        settings: what the figures depend on, for JSON.
+    Attributes:
+        metrics: the measured values.
+        settings: everything that the values depend on, ready for JSON.
     """
 
     metrics: list[Metric]
@@ -67,24 +67,49 @@ def evaluate(
     progress: bool | None = None,
     **options: object,
 ) -> Result:
-    """Measure `model` against the images at `source`, which `fastddpm.data.load` reads; write folder/result.json, too.
+    """Measure FID, KID and bits per dimension of a model by the protocol of Ho et al. 2020, section 4.
 
-    metrics: some of "fid" and "kid", which compare the seed's first n images, in 8 bits, with all training images, and "bpd", the
-        bits per dimension of the .npz's x_test, or of the training images if it has none.
-    features: default `inception()`; only with it are the metrics named FID and KID.
-    cache: folder for the reference's features and statistics; default evaluation-cache, beside `folder`.
-    size, alpha, skip_damaged: how the images are read, as in `fastddpm.data.load`.
-    subsample: timesteps drawn for each image's bits per dimension; default all T. likelihood_images: how many; default all.
-    shard, options: see `draw`. The other arguments are `fastddpm.sample`'s.
+    By default, 50,000 samples are drawn with the full chain. A run's folder holds the averaged weights, as the paper
+    uses. An interrupted call can be repeated with the same arguments; it continues from the files in `folder`. All
+    arguments and files are checked before the first image is drawn.
 
-    Defaults are the paper's: 50,000 samples of the full chain with the averaged weights, which are those in a run's folder.
-    After an interruption, the same call goes on where it stopped. Everything that can be checked is checked before anything is
-    drawn.
+    Args:
+        model: a `UNet`, a diffusers UNet2DModel, or any callable model(x, t), as for `fastddpm.sample`.
+        source: the reference images, a path that `fastddpm.data.load` reads.
+        folder: the evaluation's folder. Samples, features, bounds and result.json are written to it.
+        metrics: some of "fid", "kid" and "bpd". "fid" and "kid" compare the first n images of the seed's sequence, as
+            uint8, with all training images. "bpd" is the bits per dimension of the .npz's x_test, or of the training
+            images if it has none.
+        n: number of samples for "fid" and "kid".
+        seed: seed of the samples and of the bound's noise, in [0, 2^64).
+        features: network of the features. Default: `inception()`, the only network whose metrics are named FID and KID.
+        cache: folder for the features and statistics of the reference. Default: evaluation-cache, next to `folder`.
+        shard: number of images in one file, as for `draw`.
+        subsample: number of timesteps drawn for each image's bits per dimension, as for `fastddpm.likelihood`. Default:
+            all T timesteps.
+        likelihood_images: number of images whose bits per dimension are measured. Default: all.
+        size: as for `fastddpm.data.load`.
+        alpha: as for `fastddpm.data.load`.
+        skip_damaged: as for `fastddpm.data.load`.
+        batch_size: images per forward. Default: what fits in memory.
+        device: device of the computation. Default: the model's device.
+        dtype: dtype of the network's arithmetic. Default: the model's own.
+        progress: whether to show progress bars. Default: on a terminal or in a notebook.
+        **options: as for `draw`.
+
+    Returns:
+        A `Result`.
+
+    Raises:
+        ValueError: an argument is invalid. The message names it.
+        DataError: the images at `source` cannot be used.
+        EvaluationError: `folder` or `cache` belongs to another model or other settings, or has a damaged file.
+        LikelihoodError: the network's output for the bound has the wrong shape or is not finite.
     """
     metrics = _checked_metrics(metrics)
     options = checked_chain_options(options)
     arguments = chain_arguments(options)
-    if "bpd" in metrics:  # the bound has a variance whatever the sampler is
+    if "bpd" in metrics:  # the bound needs a variance, whatever the sampler
         model = resolve(model, arguments.schedule, arguments.prediction, arguments.variance, arguments.clip)
     else:
         model = resolve_for(model, arguments)
@@ -123,7 +148,7 @@ def _measure(
     measured = []
     if distances is not None:
         distances.warn(metrics)
-    if bits_per_dim is not None:  # first, as the rest of its arguments is checked when it begins
+    if bits_per_dim is not None:  # first, because `measure` checks the remaining arguments
         measured.append(bits_per_dim.measure(progress))
     if distances is not None:
         measured[:0] = distances.measure(metrics, progress)
@@ -147,9 +172,9 @@ def _load_images(
     size: int | None,
     **picture_options,
 ) -> tuple[data.Images, data.Images | None]:
-    """Load the reference and, for bits per dimension, the held-out images, or None if `source` has none.
+    """Return the reference images and the held-out images, or None if `source` has none or they are not needed.
 
-    Labels are loaded if bits per dimension need them: with the held-out images, else with the reference.
+    If bits per dimension need labels, they are loaded with the held-out images, else with the reference images.
     """
     classes = None
     with_labels = bits_per_dim and model.num_classes is not None
@@ -165,7 +190,7 @@ def _load_images(
 
 
 def _padded_to_model(images: data.Images, shape: tuple[int, int, int]) -> data.Images:
-    """Pad the images as for training, and name that in their source; raise ValueError if the model takes another shape."""
+    """Pad the images as in training and append that to `source`; raise ValueError if their shape is not the model's."""
     unpadded = images.shape
     padded = images.pad_to(shape[1]) if shape[1] == shape[2] else images
     if padded.shape != shape:

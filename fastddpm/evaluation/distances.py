@@ -7,19 +7,20 @@ from typing import NamedTuple
 
 import torch
 
-SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance
+SUBSETS, SUBSET_SIZE = 100, 1000  # defaults of the kernel distance
 
 
 class Statistics(NamedTuple):
     count: int
     mean: torch.Tensor  # float64 [D]
-    covariance: torch.Tensor  # float64 [D, D], over count - 1
+    covariance: torch.Tensor  # float64 [D, D], divided by count - 1
 
 
 def statistics(batches: Iterable[torch.Tensor]) -> Statistics:
-    """Compute the mean and covariance of batches of features [N, D], in float64; the split changes a few roundings.
+    """Return the mean and covariance of batches of features [N, D], in float64.
 
-    Each batch is centred by itself and then merged (Chan, Golub & LeVeque 1983): no mean's square is ever subtracted.
+    Each batch is centred on its own mean and then merged (Chan, Golub & LeVeque 1983), so no squared mean is
+    subtracted. Another split into batches changes only rounding.
     """
     count, mean, scatter = 0, 0.0, 0.0
     for batch in batches:
@@ -38,9 +39,10 @@ def statistics(batches: Iterable[torch.Tensor]) -> Statistics:
 
 
 def frechet(p: Statistics, q: Statistics) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64 (Heusel et al. 2017).
+    """Return the Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64 (Heusel et al. 2017).
 
-    S1 S2 has the eigenvalues of R S2 R with R = S1^(1/2), which is symmetric: no complex square root is met.
+    S1 S2 has the same eigenvalues as R S2 R with R = S1^(1/2). That matrix is symmetric, so no complex square root is
+    needed.
     """
     (_, m1, s1), (_, m2, s2) = p, q
     values, vectors = torch.linalg.eigh(s1)
@@ -52,9 +54,16 @@ def frechet(p: Statistics, q: Statistics) -> float:
 def kernel_distance(
     p: torch.Tensor, q: torch.Tensor, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
 ) -> tuple[float, float]:
-    """(mean, standard deviation) over subsets of the unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
+    """Return (mean, standard deviation) over subsets of the unbiased MMD^2, in float64 (Binkowski et al. 2018).
 
-    p, q: features [N, D] and [M, D]; each subset takes min(size, N, M) of either, without replacement. In float64.
+    The kernel is (x.y / D + 1)^3. Each subset has min(size, N, M) features of each set, drawn without replacement.
+
+    Args:
+        p: features [N, D].
+        q: features [M, D].
+        subsets: number of subsets.
+        size: number of features in a subset.
+        seed: seed of the subsets.
     """
     size = min(size, len(p), len(q))
     if size < 2:

@@ -1,4 +1,4 @@
-"""Which model the files of an evaluation belong to: its weights and options, and what it returns for some noise."""
+"""Identification of the model that an evaluation's files belong to, by its weights, its options and its output for noise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .shards import load_arrays
 
 PROBE = "probe.npy"
 PROBE_IMAGES = 8  # images of noise
-# Share of an output's magnitude: three times the error of bfloat16. TF32's is far smaller, two networks' difference far larger.
+# Relative to an output's magnitude: three times bfloat16's error. TF32's error is far smaller; two networks differ far more.
 PROBE_TOLERANCE = 0.02
 FIELDS_ADDED_LATER = list(itertools.dropwhile(lambda field: field.name != "norm_eps", dataclasses.fields(UNetConfig)))
 
@@ -34,15 +34,15 @@ FIELDS_ADDED_LATER = list(itertools.dropwhile(lambda field: field.name != "norm_
 
 
 def model_identity(model: ResolvedModel, dtype: torch.dtype | None) -> dict:
-    """Return what identifies a model, for JSON. A bare callable has no weights: only its probe tells it from another."""
+    """Return the entries that identify a model, for JSON. A bare callable has no weights and is identified by its probe."""
     network = model.network
     is_module = isinstance(network, nn.Module)
     own_dtype = next((p.dtype for p in network.parameters()), torch.float32) if is_module else torch.float32
     config = {} if model.unet is None else dataclasses.asdict(model.unet.config)
-    for field in FIELDS_ADDED_LATER:  # defaults are left out, so that folders from before these fields stay valid
+    for field in FIELDS_ADDED_LATER:  # omit defaults, so that folders written before these fields existed stay valid
         if config.get(field.name) == field.default:
             config.pop(field.name, None)
-    # Folders are named after a hash of these entries, so that they keep the names that fields had before.
+    # Folders are named after a hash of these entries, so the entries use the fields' old names.
     old_names = {new: old for old, new in OLD_NAMES.items()}
     config = {old_names.get(name, name): value for name, value in config.items()}
     return {
@@ -57,7 +57,7 @@ def to_json(content: dict) -> str:
 
 
 def to_digits(values: torch.Tensor) -> str:
-    """Print numbers for a checksum, rounded: their last digits may differ between machines."""
+    """Return numbers as text for a checksum, rounded, because their last digits may differ between machines."""
     return " ".join(f"{value:.5e}" for value in values.flatten().tolist())
 
 
@@ -69,7 +69,7 @@ def sha256(text: str) -> str:
 
 
 def labels_in_turn(model: ResolvedModel, label: int | None, span: range) -> torch.Tensor | int | None:
-    """Return the labels of the images of `span`: `label`, or for a network with classes image number mod classes."""
+    """Return `label`, or if it is None and the network has classes, the labels i mod classes of the images i of `span`."""
     if label is not None or model.num_classes is None:
         return label
     return torch.arange(span.start, span.stop) % model.num_classes
@@ -78,7 +78,7 @@ def labels_in_turn(model: ResolvedModel, label: int | None, span: range) -> torc
 def probe_outputs(model: ResolvedModel, shape, device, dtype, label: int | None = None) -> np.ndarray:
     """Return the model's outputs for noise at two of its T timesteps, [values, channels].
 
-    T - 1 is not one of them: every good network returns the noise itself there.
+    The timesteps are 0 and T // 2. T - 1 is not used because every good network returns the noise itself there.
     """
     device, T = device_of(model.network, device), len(model.settings.schedule)
     labels = class_labels_of(model, labels_in_turn(model, label, range(PROBE_IMAGES)), PROBE_IMAGES)
@@ -95,18 +95,18 @@ def probe_outputs(model: ResolvedModel, shape, device, dtype, label: int | None 
             if fault is not None:
                 raise EvaluationError(f"model: {fault}")
             outputs.append(o.float().transpose(0, 1).flatten(1))
-    return np.nan_to_num(torch.cat(outputs).T.cpu().numpy())  # a NaN for noise needn't mean that the chain has one
+    return np.nan_to_num(torch.cat(outputs).T.cpu().numpy())  # a NaN for this noise does not imply one in the chain
 
 
 class Probe:
-    """A network's outputs for some noise, stored beside what was computed with it.
+    """A network's outputs for fixed noise, stored with the files that were computed with the network.
 
-    They tell two networks apart whose names and weights are the same, or which have none.
+    The outputs distinguish networks with the same name and weights, or without weights.
 
     Args:
-        folder: the folder of the file.
-        outputs: [values, groups]; each group has a magnitude of its own.
-        message: the error's message if the folder holds another network's outputs.
+        folder: folder of the file.
+        outputs: [values, groups]; each group is compared on its own scale.
+        message: message of the error if the folder holds another network's outputs.
     """
 
     def __init__(self, folder: Path, outputs: np.ndarray, message: str) -> None:
@@ -118,13 +118,13 @@ class Probe:
             return
         (stored,) = load_arrays(self.path, ...)
         scale = np.abs(self.outputs).max(0)
-        # A group that is nearly 0 has the rounding errors of the others that it is computed from.
+        # A group of values near 0 has rounding errors of the scale of the groups that it is computed from.
         scale = np.maximum(scale, np.quantile(scale, 0.5, method="lower") / 10)
         if stored.shape != self.outputs.shape or not (np.abs(stored - self.outputs) <= PROBE_TOLERANCE * scale).all():
             raise EvaluationError(self.message)
 
     def save(self) -> None:
-        """Write the outputs unless the folder has some; raise EvaluationError if those are another network's."""
+        """Write the outputs if the folder has none, then `check`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_if_missing(self.path, lambda temporary: np.save(temporary, self.outputs))
         self.check()

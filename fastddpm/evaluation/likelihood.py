@@ -1,8 +1,8 @@
-"""`likelihood` and `rate_distortion`: the variational bound of given images in bits per dimension (Ho et al. 2020, eq. 5,
-section 4.3 and table 4), every term of it through the engine that `sample` uses.
+"""`likelihood` and `rate_distortion`: the variational bound of given images in bits per dimension.
 
-The bound is one network evaluation for each image and timestep, and none depends on another: they are a list of (image,
-timestep) pairs, taken in batches of any mixture.
+The equations are those of Ho et al. 2020: eq. 5, section 4.3 and table 4. The bound takes one network evaluation for each
+image and timestep, on the engine that `sample` uses. The evaluations are independent, so a batch may mix any (image, timestep)
+pairs.
 """
 
 from __future__ import annotations
@@ -34,22 +34,30 @@ from ..utils.progress import bar as progress_bar
 from ..utils.validation import as_python_number, check_int, clip_bound, dtype_name, is_int
 
 __all__ = ["Likelihood", "LikelihoodError", "RateDistortion", "likelihood", "rate_distortion"]
-MAX_BATCH = 256  # pairs in a batch unless told otherwise: more gains nothing, and there are always more
-BATCHES_PER_LOOK = 32  # batches between two looks at the device: the bar moves and a bad output is noticed
-OFF_GRID = 1e-3  # of a grey level: far above float32's rounding of k/127.5 - 1, far below another image
+MAX_BATCH = 256  # default number of pairs in a batch; larger batches are not faster
+BATCHES_PER_LOOK = 32  # batches between two reads from the device, which update the bar and find bad outputs
+OFF_GRID = 1e-3  # grey levels; far above float32's rounding of k/127.5 - 1, far below the step of the grid
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Likelihood:
-    """The variational bound on -log2 p(image) per dimension, a mean over N images. Tensors lie on the CPU.
+    """The variational bound on -log2 p(image) per dimension, averaged over N images.
 
-    bits_per_dim: the bound L = L_T + ... + L_0 (eq. 5), or its unbiased estimate from the timesteps that were drawn.
-    standard_error: of that, from the spread over images; as each image's noise and timesteps are its own, it holds their
-        variance too. NaN for a single image.
-    prior: L_T. terms: float64 [T], the mean of each L_t over the images that it was evaluated for, terms[0] being L_0; NaN at
-        timesteps that nobody drew. terms_error: their standard errors, NaN where there are fewer than two images.
-    mse: float64 [T], likewise the mean of (x_0 - x0_hat)^2, with x0_hat clipped to [-1, 1].
-    per_image: float64 [N], each image's own bound. evaluations: of the network.
+    `likelihood` returns it. Tensors are on the CPU.
+
+    Attributes:
+        bits_per_dim: the bound L = L_T + L_{T-1} + ... + L_0 (eq. 5) in bits per dimension, or an unbiased estimate of
+            it if timesteps were subsampled.
+        standard_error: standard error of `bits_per_dim`, computed from the spread over images; NaN for a single image.
+            Each image has its own noise and timesteps, so the error includes their variance.
+        prior: L_T in bits per dimension.
+        terms: float64 [T]. terms[t] is the mean of L_t in bits per dimension, over the images that it was evaluated
+            for; NaN for a timestep that was not drawn.
+        terms_error: float64 [T], the standard errors of `terms`; NaN for a timestep with fewer than two images.
+        mse: float64 [T]. mse[t] is the mean of (x_0 - x0_hat)^2, with x0_hat clipped to [-1, 1]; NaN for a timestep
+            that was not drawn.
+        per_image: float64 [N], the bound of each image in bits per dimension.
+        evaluations: number of network evaluations; one image at one timestep is one evaluation.
     """
 
     bits_per_dim: float
@@ -63,7 +71,7 @@ class Likelihood:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The normal 95 % confidence interval of bits_per_dim; NaN for a single image."""
+        """Return the normal 95 % confidence interval (low, high) of `bits_per_dim`; both are NaN for a single image."""
         return self.bits_per_dim - 1.96 * self.standard_error, self.bits_per_dim + 1.96 * self.standard_error
 
     def __str__(self) -> str:
@@ -81,12 +89,18 @@ class Likelihood:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RateDistortion:
-    """What an image costs to send through the first k reverse steps, and how far off it then is (section 4.3, figure 5).
+    """Rate and distortion of progressive coding, after each number of reverse steps (section 4.3, figure 5).
 
-    All float64 [T] on the CPU, index k - 1 for k = 1..T reverse steps, of which the last evaluates the network at t = T - k.
-    rate: bits per dimension, L_T + sum of L_s over s = T-1..T-k+1; with L_0 on top rate(T) is the bound. distortion: root mean
-    square of x_0 - x0_hat on the scale of 0 to 255. rate_error, distortion_error: standard errors over images, NaN for a
-    single one. likelihood: the bound itself.
+    `rate_distortion` returns it. Tensors are float64 [T] on the CPU. Index k - 1 is the value after k = 1..T reverse
+    steps; reverse step k evaluates the network at t = T - k.
+
+    Attributes:
+        rate: bits per dimension to send an image through the first k reverse steps, L_T + L_{T-1} + ... + L_{T-k+1}.
+            rate[T - 1] + L_0 is the bound.
+        distortion: root mean square of x_0 - x0_hat, in pixel values from 0 to 255.
+        rate_error: standard error of `rate` over images; NaN for a single image.
+        distortion_error: standard error of `distortion` over images; NaN for a single image.
+        likelihood: the variational bound.
     """
 
     rate: torch.Tensor
@@ -96,7 +110,7 @@ class RateDistortion:
     likelihood: Likelihood
 
     def __str__(self) -> str:
-        """The rows of the paper's table 4."""
+        """Return the rows of the paper's table 4."""
         T = len(self.rate)
         lines = ["reverse steps  rate (bits/dim)  distortion (RMSE 0-255)"]
         for k in sorted({-(-T * tenth // 10) for tenth in range(1, 11)}, reverse=True):
@@ -104,9 +118,13 @@ class RateDistortion:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Figure 5 to `path`, in the format of its suffix: distortion and rate by reverse steps, and one against the other.
+        """Plot figure 5 of the paper: distortion and rate by reverse step, and distortion by rate.
 
-        Raises ImportError without matplotlib.
+        Args:
+            path: file to write; its suffix specifies the format.
+
+        Raises:
+            ImportError: matplotlib is not installed.
         """
         try:
             from matplotlib.figure import Figure
@@ -144,29 +162,52 @@ def likelihood(
     dtype: torch.dtype | None = None,
     progress: bool | None = None,
 ) -> Likelihood:
-    """The variational bound of the images, in bits per dimension.
+    """Return the variational bound on -log2 p(image) in bits per dimension (Ho et al. 2020, eq. 5).
 
-    model: a `UNet`, a diffusers UNet2DModel, or any callable model(x, t) -> prediction, as for `sample`.
-    images: uint8 [N, C, H, W], or floating point in [-1, 1] on the 8-bit grid k/127.5 - 1, N at least 1. The bound is on the
-        probability of 8-bit images, so others are refused; quantize=True rounds to the grid.
-    schedule, prediction: as for `sample`. variance: "fixed_large", "fixed_small" or "learned_range" (an output of 2C
-        channels); default the model's own, else "fixed_large". "none" is no density.
-    clip: bound on x0_hat, True is 1.0, False none; default the model's own, else True; where the mean is predicted, it is
-        taken as it is.
-    class_labels: an int, or N integers (a tensor, a list, an array), for a network with classes. A forward takes any of the
-        (image, timestep) pairs, and a callable gets each one's as model(x, t, class_labels): torch.arange(N) tells one that
-        holds a condition for each image which these are.
-    subsample: None evaluates all T timesteps of each image. K in 1..T-1: L_T and L_0 as they are, and the sum of the others
-        estimated from K draws, one uniform t from each of K parts of 1..T-1, weighted with the part's size (the parts are
-        those of `fastddpm.evaluation.likelihood.strata`). This is unbiased, and each image draws for itself, so that the
-        standard error over images covers both the images and the timesteps. With few images and few parts the estimate
-        may miss large terms, and its interval be too narrow.
-    seed, first: image i is number first + i; its noise at t depends on (seed, first + i, t) alone, its drawn timesteps on
-        (seed, first + i, K).
-    batch_size: (image, timestep) pairs per forward; default what fits, at most 256. device, dtype, progress: as for `sample`.
+    The bound is L = L_T + L_{T-1} + ... + L_0, the sum of
 
-    Raises ValueError naming the argument that does not fit, before the network runs, and LikelihoodError where its
-    output has the wrong shape or is not finite.
+        L_T     = KL(q(x_T | x_0) || p(x_T))
+        L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
+        L_0     = -log p(x_0 | x_1)
+
+    with the discretized decoder p(x_0 | x_1) of eq. 13. The network's timesteps count from 0: L_t, t = 0..T-1,
+    evaluates the network at t.
+
+    Args:
+        model: a `UNet`, a diffusers UNet2DModel, or any callable model(x, t) -> prediction, as for `sample`.
+        images: [N, C, H, W] with N >= 1: uint8, or floating point in [-1, 1] on the 8-bit grid k / 127.5 - 1.
+        schedule: noise schedule that the model was trained with, as for `sample`. Default: the model's own, else the
+            paper's linear schedule.
+        prediction: what the model predicts, as for `sample`. Default: the model's own, else "epsilon".
+        variance: variance of the reverse steps: "fixed_large", "fixed_small" or "learned_range" (the output has 2C
+            channels). Default: the model's own, else "fixed_large". "none" is refused because it has no density.
+        clip: bound on |x0_hat|; True means 1.0, False means none. Default: the model's own, else True. Predictions of
+            the mean are not clipped.
+        class_labels: an int, or N integers (a tensor, a list or an array), for a network with classes. A callable
+            receives the labels of each batch as model(x, t, class_labels). A batch mixes (image, timestep) pairs. For
+            a callable with one condition per image, pass torch.arange(N) to identify the image of each pair.
+        subsample: K in 1..T-1 timesteps to draw for each image. L_T and L_0 are computed exactly. The sum of the other
+            terms is estimated from one uniform t in each of K parts of 1..T-1, weighted by the size of the part (see
+            `fastddpm.evaluation.likelihood.strata`). The estimate is unbiased. Every image draws its own timesteps, so
+            the standard error over images covers both images and timesteps. With few images and few parts, the estimate
+            may miss large terms, and its interval is then too narrow. Default: all T timesteps.
+        quantize: whether to round images to the 8-bit grid. Default: images off the grid are refused, because the bound
+            is on the probability of 8-bit images.
+        seed: seed of noise and timesteps: an int in [0, 2^64), or a torch.Generator to draw one from. Default: drawn
+            from torch's generator.
+        first: number of the first image; image i has number first + i. Its noise at t depends only on (seed, first + i,
+            t), and its drawn timesteps only on (seed, first + i, K).
+        batch_size: (image, timestep) pairs per forward. Default: what fits in memory, at most 256.
+        device: device of the computation, as for `sample`. Default: the model's device.
+        dtype: dtype of the network's arithmetic, as for `sample`. Default: the model's own.
+        progress: whether to show a progress bar. Default: on a terminal or in a notebook.
+
+    Returns:
+        A `Likelihood`.
+
+    Raises:
+        ValueError: an argument is invalid. The message names it; the network has not run.
+        LikelihoodError: the network's output has the wrong shape or is not finite.
     """
     pixels = _pixels(images, quantize)
     options = LikelihoodOptions(class_labels, subsample, seed, first, batch_size, device, dtype, progress)
@@ -190,7 +231,41 @@ def rate_distortion(
     dtype: torch.dtype | None = None,
     progress: bool | None = None,
 ) -> RateDistortion:
-    """The progressive code of section 4.3, after each number of reverse steps. Arguments as for `likelihood`, but subsample."""
+    """Return rate and distortion of progressive coding by number of reverse steps (Ho et al. 2020, section 4.3).
+
+    Evaluates the network at all T timesteps of each image.
+
+    Args:
+        model: a `UNet`, a diffusers UNet2DModel, or any callable model(x, t) -> prediction, as for `sample`.
+        images: [N, C, H, W] with N >= 1: uint8, or floating point in [-1, 1] on the 8-bit grid k / 127.5 - 1.
+        schedule: noise schedule that the model was trained with, as for `sample`. Default: the model's own, else the
+            paper's linear schedule.
+        prediction: what the model predicts, as for `sample`. Default: the model's own, else "epsilon".
+        variance: variance of the reverse steps: "fixed_large", "fixed_small" or "learned_range" (the output has 2C
+            channels). Default: the model's own, else "fixed_large". "none" is refused because it has no density.
+        clip: bound on |x0_hat|; True means 1.0, False means none. Default: the model's own, else True. Predictions of
+            the mean are not clipped.
+        class_labels: an int, or N integers (a tensor, a list or an array), for a network with classes. A callable
+            receives the labels of each batch as model(x, t, class_labels). A batch mixes (image, timestep) pairs. For
+            a callable with one condition per image, pass torch.arange(N) to identify the image of each pair.
+        quantize: whether to round images to the 8-bit grid. Default: images off the grid are refused, because the bound
+            is on the probability of 8-bit images.
+        seed: seed of noise: an int in [0, 2^64), or a torch.Generator to draw one from. Default: drawn from torch's
+            generator.
+        first: number of the first image; image i has number first + i. Its noise at t depends only on (seed, first + i,
+            t).
+        batch_size: (image, timestep) pairs per forward. Default: what fits in memory, at most 256.
+        device: device of the computation, as for `sample`. Default: the model's device.
+        dtype: dtype of the network's arithmetic, as for `sample`. Default: the model's own.
+        progress: whether to show a progress bar. Default: on a terminal or in a notebook.
+
+    Returns:
+        A `RateDistortion`.
+
+    Raises:
+        ValueError: an argument is invalid. The message names it; the network has not run.
+        LikelihoodError: the network's output has the wrong shape or is not finite.
+    """
     pixels = _pixels(images, quantize)
     options = LikelihoodOptions(class_labels, None, seed, first, batch_size, device, dtype, progress)
     measured = _measure(resolve(model, schedule, prediction, variance, clip), pixels, options)
@@ -198,14 +273,14 @@ def rate_distortion(
         rate, rate_error = _mean(torch.cat((measured.prior[:, None], measured.terms[:, 1:].flip(1)), dim=1).cumsum_(1))
         mean_square, error = _mean(measured.mse.flip(1))
         distortion = 127.5 * mean_square.sqrt()
-        # Of a square root, to first order; where every image is met exactly, 0.
+        # The error of a square root, to first order; 0 if every image is reproduced exactly.
         distortion_error = torch.where(mean_square > 0, 127.5 * error / (2 * mean_square.sqrt()), error)
         return RateDistortion(rate, distortion, rate_error, distortion_error, _summary(measured))
 
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodOptions:
-    """Those of `likelihood`'s arguments that are neither the images nor what the model was trained for."""
+    """The arguments of `likelihood` except the images, the model and its settings."""
 
     class_labels: torch.Tensor | Sequence[int] | int | None = None
     subsample: int | None = None
@@ -218,18 +293,18 @@ class LikelihoodOptions:
 
 
 def likelihood_of(model: ResolvedModel, pixels: torch.Tensor, options: LikelihoodOptions) -> Likelihood:
-    """`likelihood` of pixels, uint8 [N, C, H, W], by a model that is resolved already."""
+    """Return the `likelihood` of pixels, uint8 [N, C, H, W], for a model that `resolve` has returned."""
     measured = _measure(model, pixels, options)
     with torch.inference_mode(False):
         return _summary(measured)
 
 
 class _Measured(NamedTuple):
-    """Each image's terms on the CPU, M for each: M = T, or K + 1 where K timesteps were drawn."""
+    """The M terms of each image, on the CPU: M is T, or K + 1 if K timesteps were drawn."""
 
     T: int
-    timesteps: torch.Tensor  # int64 [N, M], the first of each image 0
-    sizes: torch.Tensor  # float64 [M]: how many timesteps each stands for
+    timesteps: torch.Tensor  # int64 [N, M]; timesteps[:, 0] is 0
+    sizes: torch.Tensor  # float64 [M], the number of timesteps that each one represents
     terms: torch.Tensor  # float64 [N, M], L_t in bits per dimension
     mse: torch.Tensor  # float64 [N, M]
     prior: torch.Tensor  # float64 [N]
@@ -265,9 +340,9 @@ def _measure(model: ResolvedModel, pixels: torch.Tensor, options: LikelihoodOpti
 
 
 class _Terms:
-    """The terms of the bound for (image, timestep) pairs, evaluated in batches of any mixture.
+    """The terms of the bound for (image, timestep) pairs, which a batch may mix in any way.
 
-    Arithmetic around the network is float64: for the bundled digits it takes a few hundredths of the time.
+    Arithmetic outside the network is float64. It takes a few percent of the time for the bundled digits.
     """
 
     def __init__(self, model: ResolvedModel, device: torch.device, seed: int, first: int) -> None:
@@ -287,9 +362,18 @@ class _Terms:
         batch_size: int,
         bar: tqdm,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(L_t, mean of (x_0 - x0_hat)^2), float64 [N, M] on the network's device.
+        """Return (L_t, the mean of (x_0 - x0_hat)^2), both float64 [N, M] on the device of `pixels`.
 
-        pixels: uint8 [N, C, H, W]. timesteps: int64 [N, M].
+        Args:
+            runner: the network.
+            pixels: uint8 [N, C, H, W].
+            timesteps: int64 [N, M].
+            labels: int64 [N], or None.
+            batch_size: number of (image, timestep) pairs per forward.
+            bar: progress bar, updated by the number of evaluations.
+
+        Raises:
+            LikelihoodError: an output has the wrong shape or is not finite.
         """
         (n, m), device = timesteps.shape, pixels.device
         pairs = n * m
@@ -299,10 +383,10 @@ class _Terms:
         interval = BATCHES_PER_LOOK if device.type == "cuda" else 1
         for number, start in enumerate(range(0, pairs, batch_size)):
             stop = min(start + batch_size, pairs)
-            # The last batch is filled up with the last pair: another size would be packed and tuned for anew.
+            # Pad the last batch with the last pair: another batch size would be packed and tuned again.
             pair = torch.arange(start, start + batch_size, device=device).clamp_(max=pairs - 1)
             image = pair // m
-            at_zero = slice(-start % m, None, m) if -start % m < batch_size else None  # known without a look at t
+            at_zero = slice(-start % m, None, m) if -start % m < batch_size else None  # known without reading t
             t, batch_labels = timesteps[image, pair % m], None if labels is None else labels[image]
             value, square, finite = self._evaluate(runner, _scaled(pixels[image]), image, t, batch_labels, at_zero)
             terms[start:stop], mse[start:stop] = value[: stop - start], square[: stop - start]
@@ -323,7 +407,7 @@ class _Terms:
         labels: torch.Tensor | None,
         at_zero: slice | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(L_t, mean of (x_0 - x0_hat)^2, whether both are finite), [B] each. at_zero: where t is 0."""
+        """Return (L_t, the mean of (x_0 - x0_hat)^2, whether both are finite), [B] each. at_zero: the positions with t = 0."""
         noise = ops.philox_normal(
             x0.shape, seed=self.seed, t=t, stream=Stream.FORWARD, sample=self.first + image, device=x0.device
         )
@@ -337,14 +421,14 @@ class _Terms:
         value = self.bound.kl(t, error, v)
         if at_zero is not None:
             value[at_zero] = self.bound.decoder(x0[at_zero], error[at_zero], None if v is None else v[at_zero])
-        # A variance far outside of its range gives a value that is not finite, either.
+        # A learned variance far outside its range also gives a value that is not finite.
         finite = o.flatten(1).sum(1).isfinite() & value.isfinite()
         return value, in_range.square().flatten(1).mean(1), finite
 
     def _predict(
         self, runner: Runner, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The network's prediction, and the learned variance or None, in float64."""
+        """Return (the network's prediction, the learned variance or None), in float64."""
         x = x_t.to(runner.dtype, memory_format=runner.memory_format)
         with runner.execution_context():
             o = runner.predict(x, runner.time_inputs_per_image(t), labels)
@@ -356,12 +440,12 @@ class _Terms:
 
 
 def _raise_if_bad(pair: int, timesteps: torch.Tensor) -> None:
-    """pair: the first whose output is not finite, or the number of pairs. timesteps: [N, M]."""
+    """Raise LikelihoodError unless `pair`, the first pair with a non-finite output, is the number of pairs."""
     if pair < timesteps.numel():
         image, column = divmod(pair, timesteps.shape[1])
         raise LikelihoodError(
-            f"model: its output for image {image} at timestep {int(timesteps[image, column])} holds a NaN or an infinity, or "
-            "gives one; try dtype=torch.float32, and check the weights"
+            f"model: its output for image {image} at timestep {int(timesteps[image, column])} contains a NaN or an "
+            "infinity, or leads to one; try dtype=torch.float32, and check the weights"
         )
 
 
@@ -370,7 +454,7 @@ def _scaled(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _pixels(images: torch.Tensor, quantize: bool) -> torch.Tensor:
-    """uint8 [N, C, H, W], where the images are; ValueError for what is no image on the grid."""
+    """Return the images as uint8 [N, C, H, W], on their device; raise ValueError if they are not on the 8-bit grid."""
     if not isinstance(images, torch.Tensor):
         raise ValueError(f"images: got {type(images).__name__}; expected a tensor [N, C, H, W], uint8 or in [-1, 1]")
     if images.dim() != 4 or images.numel() == 0 or not (images.is_floating_point() or images.dtype == torch.uint8):
@@ -397,8 +481,11 @@ def _pixels(images: torch.Tensor, quantize: bool) -> torch.Tensor:
 
 
 def strata(T: int, parts: int) -> list[int]:
-    """The edges, 1 to T, of so many parts of the timesteps 1..T-1. They grow with t, each edge T^(1/parts) times the one before
-    where whole numbers allow: L_t falls about as 1/t, so that each part has its share of the bound and little spread."""
+    """Return the edges, from 1 to T, of `parts` consecutive parts of the timesteps 1..T-1.
+
+    Each edge is about T^(1/parts) times the edge before it, rounded so that no part is empty. L_t falls about as 1/t, so each
+    part contributes a similar share of the bound, and L_t varies little within a part.
+    """
     edges = [round(T ** (j / parts)) for j in range(parts + 1)]
     for j in range(1, parts + 1):
         edges[j] = max(edges[j], edges[j - 1] + 1)
@@ -408,7 +495,7 @@ def strata(T: int, parts: int) -> list[int]:
 
 
 def _timesteps(n: int, T: int, subsample: int | None, seed: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(timesteps, sizes) as `_Measured` has them: t_j = lo_j + (w0 size_j >> 32), with stream 3's words."""
+    """Return the (timesteps, sizes) of `_Measured`. Drawn timesteps are t_j = lo_j + (w0 size_j >> 32), w0 of stream 3."""
     if subsample is None:
         return torch.arange(T, device="cpu").expand(n, T), torch.ones(T, dtype=torch.float64, device="cpu")
     subsample = as_python_number(subsample)
@@ -425,14 +512,14 @@ def _timesteps(n: int, T: int, subsample: int | None, seed: int, first: int) -> 
 
 
 def _mean(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, standard error) over the first dimension; the error is NaN where that is 1."""
+    """Return (mean, standard error) over the first dimension; the error is NaN if its size is 1."""
     n = len(values)
     error = values.std(0) / math.sqrt(n) if n > 1 else torch.full_like(values[0], math.nan)
     return values.mean(0), error
 
 
 def _by_timestep(measured: _Measured, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, standard error) of values [N, M] at each timestep, float64 [T]; NaN where there are none, or too few."""
+    """Return (mean, standard error) of values [N, M] by timestep, float64 [T]; NaN at timesteps with too few values."""
     t, values = measured.timesteps.flatten(), values.flatten()
 
     def total(v: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The metrics of an evaluation: distances between samples and a reference, and the bits per dimension of given images."""
+"""The metrics of an evaluation: distances between samples and reference images, and bits per dimension of given images."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from .shards import Shards, load_arrays
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One figure.
+    """One measured value.
 
-    Args:
-        metric: its name.
-        value: the figure.
-        uncertainty: a standard deviation, an interval, or None.
-        meaning: what the uncertainty is.
-        protocol: how the figure was measured.
+    Attributes:
+        metric: name of the metric.
+        value: the measured value.
+        uncertainty: a standard deviation, an interval (low, high), or None.
+        meaning: description of the uncertainty.
+        protocol: description of the measurement.
     """
 
     metric: str
@@ -56,15 +56,15 @@ class Metric:
 
 
 class _FeatureStore:
-    """The features of one set of images, in shards. Their folder is named after the network, its weights and the shape.
+    """The features of one set of images, in shards. The folder is named after the network, its weights and the shape.
 
     Args:
         features: the network.
-        outputs: its features of some noise.
+        outputs: the network's features for fixed noise.
         shape: the shape of an image, (C, H, W).
-        folder: the folder that the network's folder is in.
-        name: the name of the set of images.
-        argument: the argument of `evaluate` to change if the folder belongs to another network of this name.
+        folder: the parent of the network's folder.
+        name: name of the set of images.
+        argument: argument of `evaluate` to change if the folder belongs to another network with this name.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class _FeatureStore:
         network = f"{network}-{'x'.join(map(str, shape))}-{(features.checksum or 'callable')[:12]}"
         self.features, self.folder, self.name = features, folder / network, name
         message = (
-            f"{self.folder}: these are the features of another {features.name}; delete it, or name another {argument}"
+            f"{self.folder}: these are the features of another {features.name}; delete it, or pass another {argument}"
         )
         self.probe = Probe(self.folder, outputs, message)
         self.probe.check()
         self.shards = Shards(self.folder / name, outputs.shape[1:], outputs.dtype)
 
     def fill(self, n: int, load: Callable[[range], torch.Tensor], progress: bool | None, description: str) -> Shards:
-        """Compute the features of images 0..n-1 that are missing; `load` returns a span of them as uint8 [N, C, H, W]."""
+        """Compute the missing features of images 0..n-1. `load` returns the images of a span as uint8 [N, C, H, W]."""
         self.probe.save()
         size = shard_size(self.features.device)
         self.shards.fill(n, size, lambda span: self.features(load(span)).numpy(), progress, description)
@@ -89,7 +89,7 @@ class _FeatureStore:
 
 
 class DistanceMetrics:
-    """Fréchet and kernel distance between drawn samples and a reference, on some network's features."""
+    """Fréchet and kernel distance between drawn samples and reference images, in a network's features."""
 
     def __init__(self, features: Features, reference: data.Images, drawing: Drawing, cache: Path) -> None:
         self.features, self.reference, self.drawing = features, reference, drawing
@@ -117,21 +117,21 @@ class DistanceMetrics:
                 title = self.features.title("fid")
                 warnings.warn(
                     f"{title}: {count} {images} for {self.dim} features: their covariance is singular and the distance biased "
-                    f"upwards; compare it with such of as many images only, or take more than {self.dim}",
+                    f"upwards; compare it only with distances of as many images, or use more than {self.dim}",
                     stacklevel=3,
                 )
             if "kid" in metrics and count <= min(SUBSET_SIZE, fewest):
                 title = self.features.title("kid")
                 warnings.warn(
-                    f"{title}: {count} {images}: every subset is all of them, and the standard deviation over subsets too small; "
-                    f"take more than {SUBSET_SIZE}",
+                    f"{title}: {count} {images}: every subset is all of them, so that the standard deviation is too small; "
+                    f"use more than {SUBSET_SIZE}",
                     stacklevel=3,
                 )
 
     def measure(self, metrics: list[str], progress: bool | None) -> Iterator[Metric]:
-        """Measure those of `metrics` that are distances.
+        """Yield those of `metrics` that are distances.
 
-        The reference comes first, so that its errors show before hours of sampling.
+        The reference is processed first, so that its errors are raised before hours of sampling.
         """
         n, reference_count = self.drawing.n, len(self.reference)
         reference_statistics = self._reference_statistics(progress) if "fid" in metrics else None
@@ -167,7 +167,7 @@ class DistanceMetrics:
         )
 
     def _reference_statistics(self, progress: bool | None) -> Statistics:
-        """Return the statistics of the reference's features, which are cached in a .npz file."""
+        """Return the statistics of the reference's features, cached in a .npz file."""
         path = self.reference_features.folder / f"{self.reference_features.name}.npz"
         if path.is_file():
             count, mean, covariance = load_arrays(path, "count", "mean", "covariance")
@@ -181,15 +181,15 @@ class DistanceMetrics:
 
 
 class LikelihoodMetric:
-    """Bits per dimension of given images; the bound of each image is stored.
+    """Bits per dimension of given images. The bound of each image is stored.
 
     Args:
         model: the model.
         images: the images.
-        description: which images they are.
-        limit: how many of the images are measured; None means all.
+        description: description of the images, for `Metric.protocol`.
+        limit: number of images to measure; None means all.
         folder: the evaluation's folder.
-        options: those that are the same for all images.
+        options: the options that are the same for all images.
     """
 
     def __init__(
@@ -223,13 +223,13 @@ class LikelihoodMetric:
         }
         folder = folder / f"likelihood-{sha256(to_json(self.settings))[:12]}"
         outputs = probe_outputs(model, images.shape, device, dtype)
-        message = f"{folder}: these are the bounds of another model; delete it, or name another folder"
+        message = f"{folder}: these are the bounds of another model; delete it, or pass another folder"
         self.probe = Probe(folder, outputs, message)
         self.probe.check()
         self.shards = Shards(folder / "bounds", (), np.float64)
 
     def measure(self, progress: bool | None) -> Metric:
-        """Compute the bounds that are missing and return their mean."""
+        """Compute the missing bounds and return the mean of all bounds."""
         self.shards.fill(self.n, self.shard, lambda span: self._bounds(span, progress), progress, "likelihood")
         bounds = self.shards.load(range(self.n))
         mean, uncertainty, meaning = float(bounds.mean()), None, ""
@@ -250,5 +250,5 @@ class LikelihoodMetric:
             progress=None if progress else progress,
         )
         bounds = likelihood_of(self.model, self.images.read(span), options).per_image.numpy()
-        self.probe.save()  # only now, as `likelihood` checks its other arguments
+        self.probe.save()  # only now, because `likelihood_of` checks the remaining arguments
         return bounds

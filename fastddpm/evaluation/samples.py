@@ -1,9 +1,9 @@
 """Images of a seed's sequence, stored in a folder that an interrupted call leaves usable.
 
-An evaluation is a folder: settings.json (what the samples depend on), probe.npy (the model's outputs for noise), samples/ (uint8
-images), features/, likelihood-*/ and result.json. All of it, and the cache of features beside it, is written in shards, each
-atomically, and image i is image i of the seed's sequence: a later call uses what there is and computes the rest, and no image
-is drawn or counted twice.
+An evaluation's folder has settings.json (what the samples depend on), probe.npy (the model's outputs for noise), samples/
+(uint8 images), features/, likelihood-*/ and result.json. Arrays, including the cache of features next to the folder, are
+written in shards, each atomically. Image i of the array is image i of the seed's sequence. A later call uses the shards that
+exist and computes the rest, so no image is drawn or counted twice.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .identity import Probe, labels_in_turn, model_identity, probe_outputs, sha2
 from .shards import Shards
 
 SAMPLES, SETTINGS = "samples", "settings.json"
-SHARD_SIZE, CPU_SHARD_SIZE = 1000, 100  # images in one file; on a CPU 1000 would take hours
+SHARD_SIZE, CPU_SHARD_SIZE = 1000, 100  # images in one file; 1000 would take hours on a CPU
 CHAIN_OPTIONS = (*ChainArguments._fields, "shape", "class_labels")
 
 
 def shard_size(device: torch.device) -> int:
-    """Return the default number of images in one file, the most that an interruption can lose."""
+    """Return the default number of images in one file. An interruption loses at most one file."""
     return CPU_SHARD_SIZE if device.type == "cpu" else SHARD_SIZE
 
 
@@ -53,13 +53,31 @@ def draw(
     progress: bool | None = None,
     **options: object,
 ) -> Shards:
-    """Draw images 0..n-1 of the seed's sequence to folder/samples, uint8 [N, C, H, W]; existing ones are not drawn again.
+    """Draw images 0..n-1 of a seed's sequence to files in folder/samples. Images that exist are not drawn again.
 
-    shard: images in one file, the most that an interruption can lose; default 1000, on a CPU 100. options: `fastddpm.sample`'s
-    shape, schedule, prediction, sampler, steps, spacing, eta, variance, clip and class_labels (an int). Without class_labels, a
-    network with classes draws each in turn: image i is of class i mod classes.
-    settings.json records what the images depend on. Raises EvaluationError if that differs, or if a file is damaged or is not
-    an evaluation's.
+    settings.json in `folder` records everything that the images depend on.
+
+    Args:
+        model: a `UNet`, a diffusers UNet2DModel, or any callable model(x, t), as for `fastddpm.sample`.
+        folder: folder for the images and settings.json.
+        n: number of images, at least 1.
+        seed: seed of the sequence, in [0, 2^64).
+        shard: number of images in one file. An interruption loses at most one file. Default: 1000, or 100 on a CPU.
+        batch_size: images per forward. Default: what fits in memory.
+        device: device of the computation. Default: the model's device.
+        dtype: dtype of the network's arithmetic. Default: the model's own.
+        progress: whether to show progress bars. Default: on a terminal or in a notebook.
+        **options: shape, schedule, prediction, sampler, steps, spacing, eta, variance, clip and class_labels (an int),
+            as for `fastddpm.sample`. Without class_labels, a network with classes draws each class in turn: image i has
+            class i mod classes.
+
+    Returns:
+        The images, uint8 [N, C, H, W], as a `Shards`. `load` returns the images of a range, and `batches` iterates over
+        all of them.
+
+    Raises:
+        EvaluationError: the folder's images were drawn with other settings or another model, or a file is damaged or
+            was not written by an evaluation.
     """
     options = checked_chain_options(options)
     resolved = resolve_for(model, chain_arguments(options))
@@ -79,7 +97,7 @@ def chain_arguments(options: dict) -> ChainArguments:
 
 
 class DrawingOptions(NamedTuple):
-    """The arguments of `draw` but for model and folder."""
+    """The arguments of `draw` except model and folder."""
 
     n: int
     seed: int
@@ -91,7 +109,7 @@ class DrawingOptions(NamedTuple):
 
 
 class Drawing:
-    """`draw` in two parts: the constructor checks everything and writes nothing; `run` draws."""
+    """A call of `draw`, in two parts. The constructor checks everything and writes nothing; `run` draws."""
 
     def __init__(self, model: ResolvedModel, folder: str | Path, options: DrawingOptions) -> None:
         n, seed, shard, batch_size, device, dtype, chain_options = options
@@ -109,7 +127,7 @@ class Drawing:
         self.probe = Probe(
             self.folder,
             probe_outputs(model, shape, device, dtype, self.label),
-            f"{self.folder}: its samples are another model's; name another folder, or delete this",
+            f"{self.folder}: its samples are another model's; pass another folder, or delete this one",
         )
         self._open()
 
@@ -119,19 +137,20 @@ class Drawing:
             _check_settings(self.folder, self.settings)
         elif (self.folder / SAMPLES).exists():
             raise EvaluationError(
-                f"{self.folder}: holds {SAMPLES}, but no {SETTINGS} to say what they are; name another folder, or delete this"
+                f"{self.folder}: contains {SAMPLES}, but no {SETTINGS} that describes them; pass another folder, or "
+                "delete this one"
             )
         self.probe.check()
         self.shards = Shards(self.folder / SAMPLES, self.settings["shape"], np.uint8)
 
     def run(self, progress: bool | None) -> Shards:
-        """Draw the missing images and return all of them."""
+        """Draw the missing images and return all images."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_if_missing(
             self.folder / SETTINGS,
             lambda temporary: temporary.write_text(to_json(self.settings), encoding="utf-8"),
         )
-        self._open()  # again: another process may have begun since the constructor ran
+        self._open()  # again, because another process may have begun after the constructor ran
         self.probe.save()
         self.shards.fill(self.n, self.shard, lambda span: self._images(span, progress), progress, "samples")
         return self.shards
@@ -141,9 +160,8 @@ class Drawing:
             self.options,
             first=span.start,
             class_labels=labels_in_turn(self.plan.model, self.label, span),
-            progress=None
-            if progress
-            else progress,  # with None, a shard's bar shows on a terminal only, and is removed
+            # With None, the bar of a shard shows only on a terminal, and is removed at its end.
+            progress=None if progress else progress,
         )
         return to_uint8(run(self.plan, len(span), options)).cpu().numpy()
 
@@ -176,7 +194,7 @@ def _check_settings(folder: Path, expected: dict) -> None:
     except ValueError:
         stored = None
     if not isinstance(stored, dict):
-        raise EvaluationError(f"{folder}: its {SETTINGS} is not a JSON object; name another folder, or delete this")
+        raise EvaluationError(f"{folder}: its {SETTINGS} is not a JSON object; pass another folder, or delete this one")
     differences = "; ".join(
         f"{name} {_short(stored.get(name))}, now {_short(value)}"
         for name, value in expected.items()
@@ -184,7 +202,7 @@ def _check_settings(folder: Path, expected: dict) -> None:
     )
     if differences:
         raise EvaluationError(
-            f"{folder}: its samples were drawn otherwise ({differences}); name another folder, or delete this"
+            f"{folder}: its samples were drawn with other settings ({differences}); pass another folder, or delete this one"
         )
 
 

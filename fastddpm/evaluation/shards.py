@@ -1,4 +1,4 @@
-"""Arrays stored as a folder of .npy files, each written atomically, so that an interrupted computation can go on."""
+"""Arrays stored as folders of .npy files, each written atomically, so that an interrupted computation can continue."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ ITEMS_PER_READ = 1000
 
 
 class Shards:
-    """Items 0, 1, 2, ... of one array, in the .npy files of a folder; a file's name has the numbers of its first and last item.
+    """Items 0, 1, 2, ... of one array, stored in the .npy files of a folder.
 
-    Each file is written atomically. Files whose names begin with a dot are unfinished, and are ignored.
+    The name of a file has the numbers of its first and last item. Each file is written atomically. A name that begins with a
+    dot is an unfinished file's; such files are ignored.
 
     Args:
-        folder: the folder; it is created when the first file is written.
-        item_shape: the shape of one item.
-        dtype: the items' dtype.
+        folder: the folder, created when the first file is written.
+        item_shape: shape of one item.
+        dtype: dtype of the items.
 
     Raises:
-        EvaluationError: a file holds other items or is truncated; the message names it.
+        EvaluationError: a file has other items or is truncated. The message names the file.
     """
 
     NAME = re.compile(r"(\d{8,})-(\d{8,})\.npy")
@@ -40,25 +41,27 @@ class Shards:
         for span, following in itertools.pairwise(self._spans()):
             if following.start < span.stop:
                 raise EvaluationError(
-                    f"{self.files[following]}: item {following.start} is in {self.files[span].name} too; delete one of them"
+                    f"{self.files[following]}: item {following.start} is also in {self.files[span].name}; delete one of them"
                 )
 
     def _span(self, path: Path) -> range:
-        """Return the numbers of a file's items, from its name; check its header without reading the items."""
+        """Return the numbers of a file's items, from its name. Check the header without reading the items."""
         match = self.NAME.fullmatch(path.name)
         if match is None:
-            raise EvaluationError(f"{path}: not written by an evaluation; move it away, or name another folder")
+            raise EvaluationError(f"{path}: not written by an evaluation; move it away, or pass another folder")
         span = range(int(match[1]), int(match[2]) + 1)
         try:
             items = np.load(path, mmap_mode="r")
             if not isinstance(items, np.ndarray):
                 raise ValueError("an archive")
         except NUMPY_LOAD_ERRORS as error:
-            raise EvaluationError(f"{path}: not a whole .npy file ({error}); delete it, and it is made anew") from error
+            raise EvaluationError(
+                f"{path}: not a complete .npy file ({error}); delete it, and it is computed again"
+            ) from error
         if items.shape != (len(span), *self.item_shape) or items.dtype != self.dtype:
             raise EvaluationError(
                 f"{path}: holds {items.dtype} {list(items.shape)}; expected {self.dtype} {[len(span), *self.item_shape]}; "
-                "delete it, and it is made anew"
+                "delete it, and it is computed again"
             )
         return span
 
@@ -66,7 +69,7 @@ class Shards:
         return sorted(self.files, key=lambda span: span.start)
 
     def missing(self, n: int, size: int) -> list[range]:
-        """Return the spans below n that are in no file. They end at multiples of `size`, as in an uninterrupted run."""
+        """Return the spans of items below n that are in no file. Spans end at multiples of `size`, as without interruption."""
         start, spans = 0, []
         for span in [*self._spans(), range(n, n)]:
             while start < min(span.start, n):
@@ -97,15 +100,22 @@ class Shards:
         return np.concatenate(parts)
 
     def batches(self, n: int) -> Iterator[np.ndarray]:
-        """Return items 0..n-1 in order, at most ITEMS_PER_READ at a time."""
+        """Yield items 0..n-1 in order, at most ITEMS_PER_READ at a time."""
         return (self.load(range(start, min(start + ITEMS_PER_READ, n))) for start in range(0, n, ITEMS_PER_READ))
 
     def fill(
         self, n: int, size: int, compute: Callable[[range], np.ndarray], progress: bool | None, description: str
     ) -> None:
-        """Compute and write the items below n that are missing, `size` to a file; one item belongs to each image.
+        """Compute and write the missing items of 0..n-1, `size` to a file.
 
-        A file that another process has written in the meantime is used. `description` is the progress bar's.
+        Item i belongs to image i. Files that another process writes in the meantime are used.
+
+        Args:
+            n: number of items.
+            size: number of items in one file.
+            compute: function from a span to its items.
+            progress: whether to show a progress bar; None shows it on a terminal or in a notebook.
+            description: text of the progress bar.
         """
         missing = self.missing(n, size)
         done = n - sum(map(len, missing))
@@ -122,9 +132,9 @@ class Shards:
 
 
 def load_arrays(path: Path, *members: object) -> list[np.ndarray]:
-    """Load these members of a .npz file, or with `...` the array of a .npy file; raise EvaluationError if they are damaged."""
+    """Return members of a .npz file, or the array of a .npy file for `...`; raise EvaluationError if the file is damaged."""
     try:
         loaded = np.load(path)
         return [loaded[member] for member in members]
-    except (IndexError, *NUMPY_LOAD_ERRORS) as error:  # IndexError: the file holds an array in place of members
-        raise EvaluationError(f"{path}: not readable ({error}); delete it, and it is made anew") from error
+    except (IndexError, *NUMPY_LOAD_ERRORS) as error:  # IndexError: the file has an array instead of members
+        raise EvaluationError(f"{path}: not readable ({error}); delete it, and it is computed again") from error

@@ -1,4 +1,4 @@
-"""Training: the loss, and whole runs."""
+"""Training: the loss, and complete runs."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ __all__ = ["RECIPES", "Recipe", "Trainer", "TrainingError", "network_for", "trai
 
 
 def __getattr__(name: str) -> object:
-    """Import the classes of a run when they are first used: `import fastddpm` needs the loss alone."""
+    """Import the classes of a run on first use: `import fastddpm` needs only the loss."""
     if name in _MODULES:
         return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,20 +25,20 @@ OBJECTIVES = ("simple", "bound")
 
 
 def draw_timesteps(n: int, T: int, *, seed: int, first: int = 0, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Draw uniform timesteps int64 [n] in 0..T-1 for examples first..first+n-1: t = (w0 T) >> 32 of stream 3."""
+    """Return uniform timesteps, int64 [n] in 0..T-1, of examples first..first+n-1: t = (w0 T) >> 32, w0 of stream 3."""
     examples = torch.arange(first, first + n, device=device)
     return (first_words(examples, seed=seed, stream=Stream.TIMESTEP) * T) >> 32
 
 
 def draw_noise(x0: torch.Tensor, t: torch.Tensor, *, seed: int, first: int = 0) -> torch.Tensor:
-    """Draw eps of stream 2 for examples first, first + 1, ... at timesteps t [N]: float32, of x0's shape."""
+    """Return eps of stream 2 for examples first, first + 1, ... at timesteps t [N], float32 of x0's shape."""
     return ops.philox_normal(x0.shape, seed=seed, t=t, stream=Stream.FORWARD, first=first, device=x0.device)
 
 
 def target(
     prediction: str, schedule: Schedule, x0: torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
 ):
-    """Return what the network should predict at (x_t, t)."""
+    """Return the correct prediction of the network at (x_t, t)."""
     if prediction == "epsilon":
         return noise
     if prediction == "sample":
@@ -79,19 +79,40 @@ def training_loss(
     objective: str = "simple",
     variance: str | None = None,
 ) -> torch.Tensor:
-    """Return the objective at uniform t, a 0-d float32 tensor with a graph (with "bound", float64 if the model's output is).
+    """Return the training objective at uniform timesteps (Ho et al. 2020, algorithm 1).
 
-    objective: "simple", L_simple (eq. 14), the mean squared error of the prediction; or "bound", the mean of L_t in bits per
-        dimension, so that T times its expectation, plus the constant L_T, is the variational bound L (eq. 5): eq. 12's weighted
-        error for t >= 1 and the decoder for t = 0, for images on the 8-bit grid (not checked). Nothing is clipped.
-    variance: the model's, which "bound" needs: "fixed_large", "fixed_small" or "learned_range" (an output of 2C channels);
-        default the model's own, else "fixed_large".
-    model: a `UNet`, a diffusers UNet2DModel, or any callable model(x_t, t). x0: [N, C, H, W] in [-1, 1].
-    schedule, prediction: as for `sample`, default the model's own, else the paper's linear schedule and "epsilon".
-    t (int64 [N]) and noise (like x0) replace what would be drawn for (seed, first + i); give `first` the running count of drawn
-    examples, so that no example meets the same noise twice.
-    class_labels: an int, or N integers (a tensor, a list, an array), for a network with classes.
-    seed: in [0, 2^64); None draws one from torch's default generator. Raises ValueError on what does not fit.
+    Draws t uniformly and eps ~ N(0, I), and evaluates the model at
+
+        x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) eps
+
+    With objective "simple", the loss is L_simple (eq. 14), the mean of (eps - model(x_t, t))^2. If `prediction` is not
+    "epsilon", its target replaces eps.
+
+    With objective "bound", the loss is the mean of L_t in bits per dimension: eq. 12's weighted error for t >= 1, and
+    the discretized decoder (eq. 13) for t = 0. T times its expectation, plus the constant L_T, is the variational bound
+    L (eq. 5). x0 must be on the 8-bit grid k / 127.5 - 1, which is not checked. Predictions are not clipped.
+
+    Args:
+        model: a `UNet`, a diffusers UNet2DModel, or any callable model(x_t, t).
+        x0: floating-point images [N, C, H, W] in [-1, 1], N >= 1.
+        schedule: noise schedule, as for `sample`. Default: the model's own, else the paper's linear schedule.
+        prediction: what the model predicts: "epsilon", "sample", "v_prediction" or "mean". Default: the model's own,
+            else "epsilon".
+        t: timesteps, int64 [N]. Default: drawn from (seed, first + i) for example i.
+        noise: eps, of x0's shape. Default: drawn from (seed, first + i, t) for example i.
+        class_labels: an int, or N integers (a tensor, a list or an array), for a network with classes.
+        seed: seed of timesteps and noise, in [0, 2^64). Default: drawn from torch's default generator.
+        first: number of the first example. Pass the number of examples drawn so far, so that no two examples have the
+            same noise.
+        objective: "simple" or "bound".
+        variance: variance of the reverse steps, used by "bound": "fixed_large", "fixed_small" or "learned_range" (the
+            output has 2C channels). Default: the model's own, else "fixed_large".
+
+    Returns:
+        The loss, a 0-d float32 tensor with a graph. With "bound" it is float64 if the model's output is.
+
+    Raises:
+        ValueError: an argument is invalid, or the model's output has the wrong shape. The message names the argument.
     """
     check_choice("objective", objective, OBJECTIVES)
     needs = ("schedule", "prediction", *(["variance"] if objective == "bound" else []))
@@ -108,7 +129,7 @@ def training_loss(
     n, first = x0.shape[0], check_first(first)
     if class_labels is not None:
         class_labels = as_labels(class_labels, n).to(x0.device)
-    if x0.device.type == "cpu" or _is_first_call(model):  # on a GPU, a check of values waits for the device
+    if x0.device.type == "cpu" or _is_first_call(model):  # on a GPU, checking values waits for the device
         check_range("x0", x0)
         if class_labels is not None:
             check_labels(class_labels, num_classes_of(callee(model)))
@@ -117,7 +138,7 @@ def training_loss(
     if noise is None:
         noise = draw_noise(x0, t, seed=seed, first=first).to(x0.dtype)
     x_t = schedule.add_noise(x0, noise, t)
-    # Before the model runs, since nonzero() waits for a GPU, and here the GPU has little to finish.
+    # Called before the model runs: nonzero() waits for the GPU, which has little queued work here.
     at_zero = None if bound is None else (t == 0).nonzero()[:, 0]
     o = output_tensor(model(x_t, t) if class_labels is None else model(x_t, t, class_labels))
     expected = target(prediction, schedule, x0, x_t, noise, t)
@@ -141,12 +162,21 @@ def _mean_bound(
     expected: torch.Tensor,
     b: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the mean of L_t. at_zero: where t is 0. expected: the right prediction. b: x0 = a x_t + b expected, [N]."""
+    """Return the mean of L_t in bits per dimension.
+
+    Args:
+        bound: the terms of the bound.
+        x0: images [N, C, H, W].
+        t: timesteps [N].
+        at_zero: positions with t = 0.
+        o: the network's output.
+        expected: the correct prediction.
+        b: [N], the coefficient in x0 = a x_t + b expected.
+    """
     o = o.to(torch.promote_types(o.dtype, torch.float32))
     o, v = o.chunk(2, dim=1) if bound.log_variance is None else (o, None)
-    error = broadcast_like(b, o) * (
-        expected.to(o.dtype) - o
-    )  # x0 - x0_hat without the cancellation of two large numbers
+    # x0 - x0_hat, computed without subtracting two large numbers.
+    error = broadcast_like(b, o) * (expected.to(o.dtype) - o)
     terms = bound.kl(t, error, v)
     decoded = bound.decoder(x0[at_zero], error[at_zero], None if v is None else v[at_zero])
     return terms.index_copy(0, at_zero, decoded.to(terms.dtype)).mean()

@@ -1,4 +1,4 @@
-"""How to train: the numbers of a run, the paper's among them (Ho et al. 2020, appendix B)."""
+"""Hyperparameters of training runs, including those of the paper (Ho et al. 2020, appendix B)."""
 
 from __future__ import annotations
 
@@ -9,34 +9,37 @@ from .loss import OBJECTIVES
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise TrainingError if `value` is none of `choices`."""
+    """Raise TrainingError if `value` is not one of `choices`."""
     if value not in choices:
         raise TrainingError(f"{name}: got {value!r}; expected one of {', '.join(choices)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to train. Defaults are the paper's for CIFAR-10.
+    """The hyperparameters of a training run. Defaults are the paper's for CIFAR-10 (Ho et al. 2020, appendix B).
 
     Args:
-        steps: optimizer steps; None means epochs * examples // batch_size.
-        epochs: passes over the data, in place of `steps`.
+        steps: number of optimizer steps; None means int(epochs * examples) // batch_size, at least 1.
+        epochs: passes over the data, instead of `steps`.
         batch_size: examples per optimizer step.
-        accumulate: equal parts that a batch is computed in.
-        lr: the learning rate after the warm-up.
+        accumulate: number of equal parts that each batch is computed in.
+        lr: learning rate after the warm-up.
         warmup: steps of linear growth of the learning rate at the start.
-        cooldown: steps of linear decay to 0 at the end; 0 means none, as in the paper.
-        ema: decay of the averaged weights.
-        ema_warmup: whether the decay is min(ema, (1 + k) / (10 + k)) at step k, for short runs.
-        grad_clip: bound on the gradient's norm.
-        flips: whether half of the images are mirrored.
-        dtype: "float32", or "bfloat16" for autocast arithmetic.
+        cooldown: steps of linear decay of the learning rate to 0 at the end; 0 means no decay, as in the paper.
+        ema: decay of the averaged weights, in [0, 1).
+        ema_warmup: whether the decay at step k is min(ema, (1 + k) / (10 + k)), for short runs.
+        grad_clip: upper bound on the gradient's norm.
+        flips: whether to mirror each image with probability 1/2.
+        dtype: "float32", or "bfloat16" for autocast.
         seed: seed of weights, data order, timesteps and noise.
         log_every: steps between rows of log.csv.
-        sample_every: steps between sample grids; 0 means none.
+        sample_every: steps between sample grids; 0 means no grids.
         save_every: steps between checkpoints.
-        objective: "simple", the mean squared error of the prediction (for epsilon L_simple, eq. 14), or "bound", the variational
-            bound (L, eq. 5).
+        objective: "simple" for L_simple (eq. 14), the mean squared error of the prediction, or "bound" for the
+            variational bound L (eq. 5).
+
+    Raises:
+        TrainingError: an argument is out of range.
     """
 
     steps: int | None = 800_000
@@ -64,7 +67,7 @@ class Recipe:
                 raise TrainingError(f"{name}: got {getattr(self, name)}; expected at least 1")
         if self.batch_size % self.accumulate:
             raise TrainingError(
-                f"accumulate: batch_size {self.batch_size} cannot be taken in {self.accumulate} equal parts"
+                f"accumulate: got {self.accumulate}; batch_size {self.batch_size} cannot be split into so many equal parts"
             )
         if (self.steps is None) == (self.epochs is None):
             raise TrainingError(f"steps, epochs: got {self.steps} and {self.epochs}; expected exactly one of them")
@@ -73,7 +76,7 @@ class Recipe:
         if not self.lr > 0 or not 0 <= self.ema < 1 or not self.grad_clip > 0 or min(self.warmup, self.cooldown) < 0:
             raise TrainingError(
                 f"lr {self.lr}, ema {self.ema}, grad_clip {self.grad_clip}, warmup {self.warmup}, cooldown {self.cooldown}: "
-                "expected lr > 0, 0 <= ema < 1, grad_clip > 0 and the others >= 0"
+                "expected lr > 0, 0 <= ema < 1, grad_clip > 0, warmup >= 0 and cooldown >= 0"
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise TrainingError(f"dtype: got {self.dtype!r}; expected float32 or bfloat16")
@@ -83,11 +86,11 @@ class Recipe:
         return self.steps if self.steps is not None else max(1, int(self.epochs * examples) // self.batch_size)
 
     def learning_rate(self, step: int, total: int) -> float:
-        """Return the learning rate of a step, out of 0..total-1."""
+        """Return the learning rate of `step` in 0..total-1."""
         return self.lr * min(1.0, (step + 1) / max(self.warmup, 1), (total - step) / max(self.cooldown, 1))
 
     def ema_decay(self, step: int) -> float:
-        """Return the decay of the averaged weights after a step."""
+        """Return the decay of the averaged weights after `step`."""
         return min(self.ema, (1 + step) / (10 + step)) if self.ema_warmup else self.ema
 
 

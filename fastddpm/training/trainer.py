@@ -1,9 +1,9 @@
-"""Training by the paper's recipe (Ho et al. 2020, algorithm 1 and appendix B), resumable to the bit.
+"""Training by the paper's recipe (Ho et al. 2020, algorithm 1 and appendix B), with bitwise reproducible resumption.
 
-A run is a folder: config.json and model.safetensors (the EMA weights, what `fastddpm.sample` loads), checkpoint.pt (all that
-is needed to go on), log.csv and samples/. Every draw follows the RNG contract: example number d of the run has its timestep,
-noise and flip from (seed, d) alone, and its image from epoch d // N's permutation, so an interrupted run goes on as if unbroken:
-on a GPU to the bit only in torch's deterministic mode.
+A run's folder has config.json and model.safetensors (the averaged weights, which `UNet.from_pretrained` loads), checkpoint.pt
+(everything needed to resume), log.csv and samples/. Random numbers follow the RNG contract. The timestep, noise and flip of
+example number d of the run depend only on (seed, d). Its image is given by the permutation of epoch d // N. A resumed run is
+therefore bitwise identical to an uninterrupted one, on a GPU only in torch's deterministic mode.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from .loss import training_loss
 from .recipe import Recipe, check_choice
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.csv"
-FIXED_VARIANCES = ("fixed_large", "fixed_small")  # those that are not learned
-GRID, MAX_CLASS_ROWS = (4, 4), 10  # rows and columns of a grid of samples; most rows if each row is a class
+FIXED_VARIANCES = ("fixed_large", "fixed_small")  # the variances that are not learned
+GRID, MAX_CLASS_ROWS = (4, 4), 10  # (rows, columns) of a grid of samples; maximum number of rows if each row is a class
 COLUMNS = ("step", "images", "loss", "grad_norm", "lr", "images_per_second", "seconds")
 
 
 class SeededBatchSampler(Sampler[list[int]]):
-    """An endless batch sampler: one seeded permutation of the images after the other.
+    """An endless batch sampler that draws one seeded permutation of the images after another.
 
     Args:
-        examples: the number of images.
-        size: the number of images in a batch.
-        seed: the run's seed.
-        start: the run's example to start at; example d is an image of permutation d // examples.
+        examples: number of images.
+        size: number of images in a batch.
+        seed: seed of the run.
+        start: number of the first example. Example d is an image of permutation d // examples.
     """
 
     def __init__(self, examples: int, size: int, seed: int, start: int) -> None:
@@ -75,7 +75,18 @@ class SeededBatchSampler(Sampler[list[int]]):
 
 
 def network_for(preset: str, dataset: Dataset, *, classes: int | None = None) -> UNetConfig:
-    """Return the preset's network for the data set's channels and size, rounded up so that every level can halve it."""
+    """Return a preset's network, with the channels and size of a data set's images.
+
+    The size is rounded up so that every level can halve it. Attention stays at the same depth.
+
+    Args:
+        preset: name of the preset, "digits" or "cifar10".
+        dataset: the images, a map-style Dataset. Items are images [C, H, W], or pairs (image, label).
+        classes: number of classes, for a class-conditional network.
+
+    Returns:
+        A `UNetConfig`.
+    """
     image = _image_of(dataset[0])
     channels, height, width = image.shape
     config = PRESETS[preset]
@@ -104,11 +115,11 @@ def _image_of(item: object) -> torch.Tensor:
 
 
 def _fitted(dataset: Dataset, config: UNetConfig) -> Dataset:
-    """Pad the data set's images to the network's size; raise TrainingError if the network cannot be trained on them."""
+    """Return the data set with images padded to the network's size; raise TrainingError if they do not fit the network."""
     if isinstance(dataset, IterableDataset):
         raise TrainingError(
-            f"data: {type(dataset).__name__} is an IterableDataset; a run draws its images by number, in an order that "
-            "follows from the seed: expected a map-style Dataset, with __len__ and __getitem__"
+            f"data: {type(dataset).__name__} is an IterableDataset; expected a map-style Dataset with __len__ and __getitem__, "
+            "because the seed determines the order of the images"
         )
     if len(dataset) == 0:
         raise TrainingError("data: the data set is empty")
@@ -117,30 +128,30 @@ def _fitted(dataset: Dataset, config: UNetConfig) -> Dataset:
     expected = [config.in_channels, config.sample_size, config.sample_size]
     shape = list(_image_of(dataset[0]).shape)
     if shape != expected:
-        raise TrainingError(f"data: images of shape {shape}; the network takes {expected}")
+        raise TrainingError(f"data: got images of shape {shape}; expected {expected}, the network's")
     if not isinstance(dataset, Images):
         check_range("data: image 0", torch.as_tensor(_image_of(dataset[0])))
     if config.num_classes is not None and not isinstance(dataset[0], (tuple, list)):
         raise TrainingError(
-            f"data: no labels in it, and the network has {config.num_classes} classes (--labels reads them)"
+            f"data: has no labels, but the network has {config.num_classes} classes; pass labels=True (--labels) to read them"
         )
     return dataset
 
 
 class Trainer:
-    """One run: a network, its averaged weights, the optimizer and the number of steps taken.
+    """A training run: a network, its averaged weights (EMA), the optimizer and the number of completed steps.
 
     Args:
-        dataset: the images, a map-style Dataset.
-        out: the run's folder.
-        config: the network's options.
-        recipe: how to train.
-        device: where to train.
-        prediction: what the network learns to predict, "epsilon", "sample", "v_prediction" or "mean".
-        variance: the variance of the reverse steps, in the bound and for sampling, "fixed_large" or "fixed_small".
+        dataset: the images, a map-style Dataset. Items are images [C, H, W] in [-1, 1], or pairs (image, label).
+        out: folder of the run.
+        config: configuration of the network.
+        recipe: hyperparameters of the run.
+        device: device of the training.
+        prediction: what the network learns to predict: "epsilon", "sample", "v_prediction" or "mean".
+        variance: variance of the reverse steps, in the bound and for sampling: "fixed_large" or "fixed_small".
 
     Raises:
-        TrainingError: the arguments do not fit together.
+        TrainingError: the arguments do not fit together. The message names the argument.
     """
 
     def __init__(
@@ -175,7 +186,17 @@ class Trainer:
 
     @classmethod
     def resume(cls, dataset: Dataset, out: str | Path, device: torch.device, **changes: object) -> Trainer:
-        """Continue the run in `out` from its checkpoint. Of the recipe only the length (steps, epochs) may change."""
+        """Return the run in `out`, continued from its checkpoint.
+
+        Args:
+            dataset: the data that the run began with.
+            out: folder of the run.
+            device: device of the training.
+            **changes: `steps` or `epochs`, the new length of the run. Other fields of the recipe must not change.
+
+        Raises:
+            TrainingError: `out` has no complete checkpoint, or the data differ from those that the run began with.
+        """
         path = Path(out) / CHECKPOINT
         if not path.is_file():
             raise TrainingError(f"out: {path} does not exist; there is nothing to resume")
@@ -183,20 +204,22 @@ class Trainer:
             saved = torch.load(path, map_location=device, weights_only=True)
             recipe = Recipe(**{**saved["recipe"], **changes})
             config = UNetConfig(**with_current_names(saved["unet"]))
-            # Checkpoints of earlier versions lack both.
+            # Checkpoints of earlier versions have neither.
             model_options = {name: saved[name] for name in ("prediction", "variance") if name in saved}
         except TrainingError:
             raise
         except Exception as error:  # torch.load raises many kinds
-            raise TrainingError(f"out: {path} is not a whole training checkpoint ({error})") from error
+            raise TrainingError(f"out: {path} is not a complete training checkpoint ({error})") from error
         if saved["examples"] != len(dataset):
-            raise TrainingError(f"data: {len(dataset)} images, but the run in {out} began with {saved['examples']}")
-        # Checkpoints of earlier versions lack a digest, and so does a Dataset that is no `Images`.
+            raise TrainingError(
+                f"data: got {len(dataset)} images; expected {saved['examples']}, as at the start of the run in {out}"
+            )
+        # Checkpoints of earlier versions have no digest, nor has a Dataset that is not an `Images`.
         digest = saved.get("digest")
         if digest is not None and isinstance(dataset, Images) and _digest(dataset.pad_to(config.sample_size)) != digest:
             raise TrainingError(
-                f"data: {len(dataset)} images, as many as the run in {out} began with, but other ones, or other labels, or read "
-                "with other options; pass what it began with, or start another run"
+                f"data: got {len(dataset)} images, as many as at the start of the run in {out}, but their content, labels or "
+                "reading options differ; pass the same data and options, or start another run"
             )
         self = cls(dataset, out, config, recipe, device, **model_options)
         fastddpm_folder.load_state(self.model, saved["model"], path)
@@ -207,7 +230,7 @@ class Trainer:
         return self
 
     def save(self) -> None:
-        """Write the run to its folder, each file atomically."""
+        """Write the run to its folder. Each file is written atomically."""
         self.out.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.out / CHECKPOINT) as path:
             torch.save(
@@ -253,7 +276,7 @@ class Trainer:
     def draw_grid(self, progress: bool | None) -> None:
         """Write a grid of samples of the averaged network to samples/.
 
-        Each row is a class of a network with classes, evenly spaced ones if there are many.
+        If the network has classes, each row is one class. If it has more than MAX_CLASS_ROWS, the rows are evenly spaced classes.
         """
         (rows, columns), classes, labels = GRID, self.model.config.num_classes, None
         if classes is not None:
@@ -267,7 +290,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ the loop
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, int]]:
-        """Yield (x0, class labels, the first image's example number) for each forward pass, from the next step on."""
+        """Yield (x0, class labels or None, the number of the first example) for each forward pass, from the next step on."""
         part = self.recipe.batch_size // self.recipe.accumulate
         first = self.step * self.recipe.batch_size
         sampler = SeededBatchSampler(len(self.dataset), part, self.recipe.seed, first)
@@ -302,8 +325,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip).item()
         if not math.isfinite(mean_loss) or not math.isfinite(norm):
             raise TrainingError(
-                f"step {self.step}: loss {mean_loss}, gradient norm {norm}; the checkpoint in {self.out} is from before. "
-                "Try a lower lr or float32"
+                f"step {self.step}: loss {mean_loss}, gradient norm {norm}; the checkpoint in {self.out} is from an earlier "
+                "step. Try a lower lr or float32"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -314,11 +337,22 @@ class Trainer:
         return mean_loss, norm
 
     def stop(self) -> None:
-        """Make `run` return after the current step, as Ctrl-C does; callable from any thread."""
+        """Make `run` save and return after the current step, as Ctrl-C does. Any thread may call it."""
         self._stop_requested = True
 
     def run(self, progress: bool | None = None) -> bool:
-        """Train to the last step and save along the way; return False if Ctrl-C or `stop` ended it early, also saved."""
+        """Train to the last step; write checkpoints, logs and sample grids to the run's folder.
+
+        Args:
+            progress: whether to show a progress bar. Default: on a terminal or in a notebook.
+
+        Returns:
+            True after the last step; False if Ctrl-C or `stop` ended the run early. The run is saved in both cases.
+
+        Raises:
+            TrainingError: the loss or the gradient's norm is not finite.
+            DataError: an image cannot be read. The run is saved.
+        """
         recipe, batches = self.recipe, self.batches()
         self.out.mkdir(parents=True, exist_ok=True)
         bar = progress_bar(progress, total=self.total, initial=self.step, unit="step", smoothing=0.05)
@@ -328,10 +362,10 @@ class Trainer:
                 try:
                     loss, norm = self._optimizer_step(batches)
                 except DataError as error:
-                    self.save()  # the step has changed nothing yet
+                    self.save()  # the step has not changed the network yet
                     raise DataError(f"data: {error} (the run is saved at step {self.step})") from None
                 except RuntimeError:
-                    if self._stop_requested:  # the signal that stopped this process has ended its worker processes
+                    if self._stop_requested:  # the signal has also ended the worker processes
                         break
                     raise
                 losses.append(loss)
@@ -354,7 +388,7 @@ class Trainer:
         return not self._stop_requested
 
     def _is_due(self, every: int) -> bool:
-        """Whether something that is done every so many steps, and after the last one, is done now; 0 means never."""
+        """Return whether this step is a multiple of `every`, or the last step; `every` = 0 means never."""
         return every > 0 and (self.step % every == 0 or self.step == self.total)
 
     def _log_entry(self, loss: float, norm: float, rate: float, seconds: float) -> dict[str, object]:
@@ -370,7 +404,7 @@ class Trainer:
 
 
 def _read_log(path: Path, step: int) -> list[dict[str, object]]:
-    """Return the log's entries up to a step; a log that was deleted is empty."""
+    """Return the entries of the log up to `step`; a missing log is empty."""
     if not path.is_file():
         return []
     try:
@@ -383,11 +417,11 @@ def _read_log(path: Path, step: int) -> list[dict[str, object]]:
             raise ValueError(f"row {faulty + 1} does not have the columns {', '.join(COLUMNS)}")
         return [entry for entry in log if int(entry["step"]) <= step]
     except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
-        raise TrainingError(f"out: {path} is damaged ({error}); move it away to go on with a new log") from error
+        raise TrainingError(f"out: {path} is damaged ({error}); move it away to continue with a new log") from error
 
 
 class _StopOnSignal:
-    """While open, Ctrl-C and SIGTERM stop the run after the current step, so that it is saved; a second one stops at once."""
+    """A context in which Ctrl-C and SIGTERM stop and save the run after the current step. A second signal stops at once."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -399,7 +433,7 @@ class _StopOnSignal:
         self.trainer.stop()
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only in this thread
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.previous_handlers[number] = signal.signal(number, self._handle)
 

@@ -1,1 +1,1 @@
-"""What knows nothing of diffusion: checks of arguments, files, progress bars, warnings."""
+"""Helpers that are independent of diffusion: checks of arguments, files, progress bars, warnings."""

@@ -1,4 +1,4 @@
-"""Write files, and create the folders for them, so that they appear complete or not at all."""
+"""Write files and create folders so that they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends, remove it if the block fails."""
+    """Yield a temporary path in the folder of `path`. Rename it to `path` after the block, or remove it if the block fails."""
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; make it first")
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
     try:
         yield temporary
@@ -36,13 +36,13 @@ def write_if_missing(path: Path, write: Callable[[Path], object]) -> None:
             os.link(temporary, path)
         except FileExistsError:
             raise
-        except OSError:  # on a file system without hard links, the file written last stays
+        except OSError:  # no hard links on this file system: the file written last stays
             pass
 
 
 @contextlib.contextmanager
 def created_folder(folder: Path) -> Iterator[None]:
-    """Create `folder` and its missing parents; if the block fails, remove those of them that are empty."""
+    """Create `folder` and its missing parents. If the block fails, remove the created folders that are empty."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Whether user code has changed what a module does: hooks, another forward, attributes set on the instance."""
+"""Checks whether user code has changed a module: hooks, another forward, attributes set on the instance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Return whether a forward has been set on the instance, in place of its class's."""
+    """Return whether a forward has been set on the instance, which replaces the class's forward."""
     return "forward" in module.__dict__  # torch 2.6 doesn't compile vars(module)
 
 

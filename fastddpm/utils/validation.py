@@ -20,7 +20,7 @@ def is_int(value: object) -> bool:
 
 
 def as_int(value: object) -> int | None:
-    """Return an integer of Python's, NumPy's or torch's as an int, and None for anything else, booleans included."""
+    """Return an integer of Python, NumPy or torch as an int; return None for anything else, including booleans."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or getattr(value, "shape", ()) != ():
@@ -59,11 +59,12 @@ def clip_bound(clip: bool | float) -> float | None:
     return float(clip)
 
 
-LEAST_BYTE = 16  # images in 0..255 have a larger pixel; images in [-1, 1], and standardised ones of both signs, don't
+# Images in 0..255 have a pixel above this value. Images in [-1, 1], and standardised images, have none.
+LEAST_BYTE = 16
 
 
 def check_range(name: str, x: torch.Tensor) -> None:
-    """Raise ValueError where x cannot be images in [-1, 1] because they are in 0..255."""
+    """Raise ValueError if x has images in 0..255 instead of [-1, 1]."""
     if x.numel() and float(x.min()) >= 0 and float(x.max()) > LEAST_BYTE:
         raise ValueError(
             f"{name}: values from {float(x.min()):g} to {float(x.max()):g}; expected images in [-1, 1]: write x / 127.5 - 1"

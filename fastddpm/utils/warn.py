@@ -10,10 +10,10 @@ _warned: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary
 
 
 def warn_once(model: object, message: str) -> None:
-    """Warn once for each model and message, at the caller's line. Pass a class as model to warn once for each process."""
+    """Warn once per (model, message), pointing at the caller's line. Pass a class as model to warn once per process."""
     try:
         earlier = _warned.setdefault(model, set())
-    except TypeError:  # some callables take no weak reference
+    except TypeError:  # some callables do not support weak references
         earlier = set()
     if message not in earlier:
         earlier.add(message)
