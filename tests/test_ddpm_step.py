@@ -561,7 +561,7 @@ X = torch.zeros(2, 3, 4, 6)
         ({"o": X.double()}, "o: got float64"),
         ({"o": X[:1]}, r"o: got shape \[1, 3, 4, 6\]; expected \[2, 3, 4, 6\], or \[2, 6, 4, 6\] with a learned"),
         ({"o": X.to("meta")}, "o: is on meta, x is on cpu"),
-        ({"x": X.clone().requires_grad_()}, "require grad, and the sampling step has no gradient"),
+        ({"x": X.clone().requires_grad_()}, "x, o: require grad"),
         ({"o": X.clone().requires_grad_()}, "require grad"),
         ({"noise": X[:1]}, r"noise: got float32 \[1, 3, 4, 6\] on cpu; expected float32 \[2, 3, 4, 6\]"),
         ({"noise": X.bfloat16()}, r"noise: got bfloat16"),
@@ -608,8 +608,8 @@ def test_forward_derivatives_are_the_references(name):
         ({"row": [1.0] * 8}, r"row: got shape \[8\] on cpu; expected 9 coefficients on the CPU"),
         ({"row": ROWS[:1]}, r"row: got shape \[1, 9\]"),
         ({"row": ROWS[0].to("meta")}, r"row: got shape \[9\] on meta"),
-        ({}, "noise: missing, and no seed to draw it from"),
-        ({"seed": 3}, r"t: got None; expected the timestep, an int in \[0, 2\^20\)"),
+        ({}, "noise: missing"),
+        ({"seed": 3}, r"t: got None; expected .* \[0, 2\^20\)"),
         ({"seed": 3, "t": 1 << 20}, "t: got 1048576"),
         ({"seed": -3, "t": 1}, r"seed: got -3; expected an int in \[0, 2\^64\)"),
         ({"seed": 3, "t": 1, "first": 1 << 56}, r"first: got 72057594037927936; expected an int in \[0, 2\^56\)"),
@@ -659,5 +659,5 @@ def test_bad_input_in_place(arguments, message):
 
 
 def test_an_explicit_backend_that_cannot_serve(kernels):
-    with pytest.raises(errors.BackendError, match=r"'cpu' was asked for, but it serves .* this tensor is float64"):
+    with pytest.raises(errors.BackendError, match="backend 'cpu' was requested, .* this tensor is float64"):
         ops.ddpm_step(X.double(), X.double(), ROWS[0], seed=0, t=0)

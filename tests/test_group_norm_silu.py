@@ -369,7 +369,7 @@ def test_no_second_derivative(device):
     x, weight, bias, _ = inputs((2, 4, 3, 3), device=device)
     x.requires_grad_()
     (dx,) = torch.autograd.grad(ops.group_norm_silu(x, 2, weight, bias).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="group_norm_silu: differentiable once"):
+    with pytest.raises(RuntimeError, match="group_norm_silu: has no second derivative"):
         dx.sum().backward()
 
 
@@ -410,7 +410,7 @@ def test_a_forward_derivative_lies_as_x_does(layout):
 def test_a_backend_that_was_asked_for_has_no_forward_derivative(kernels):
     x, weight, bias, _ = inputs((2, 4, 3, 3))
     with pytest.raises(
-        errors.BackendError, match="group_norm_silu: backend 'cpu' was asked for, but only the reference"
+        errors.BackendError, match="group_norm_silu: backend 'cpu' was requested, but only the reference"
     ):
         torch.func.jvp(lambda x: ops.group_norm_silu(x, 2, weight, bias), (x,), (x,))
     ops.group_norm_silu(x, 2, weight, bias)
@@ -601,6 +601,6 @@ def test_bad_input(device, arguments, message):
 
 
 def test_an_explicit_backend_that_cannot_serve(kernels):
-    message = "backend 'cpu' was asked for, but it serves float32, bfloat16 and float16 and this tensor is float64"
+    message = "backend 'cpu' was requested, .* this tensor is float64"
     with pytest.raises(errors.BackendError, match=message):
         ops.group_norm_silu(X.double(), 2, ONES.double(), ONES.double())

@@ -97,7 +97,7 @@ def test_backends_that_cannot_run():
     with pytest.raises(ValueError, match="unknown name 'gpu'"):
         parity.run(backends=["gpu"])
     if not torch.cuda.is_available():
-        with pytest.raises(errors.BackendError, match="'cuda' was asked for"):
+        with pytest.raises(errors.BackendError, match="'cuda' was requested"):
             parity.run(backends=["cuda"])
 
 

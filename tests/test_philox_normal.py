@@ -259,7 +259,7 @@ def test_compiles_without_a_graph_break():
         ({"t": 1 << 20}, "t: got 1048576"),
         ({"t": torch.tensor([1, 2, 3])}, r"t: got int64 \[3\]; expected int64 \[2\]"),
         ({"t": torch.tensor([1.0, 2.0])}, r"t: got float32 \[2\]; expected int64 \[2\]"),
-        ({"t": torch.tensor([1, 2]), "device": "meta"}, "t: is on cpu, the noise is wanted on meta"),
+        ({"t": torch.tensor([1, 2]), "device": "meta"}, "t: is on cpu, the noise is requested on meta"),
         ({"first": -1}, r"first: got -1; expected an int in \[0, 2\^56\)"),
         ({"first": 1 << 56}, "first: got 72057594037927936"),
         ({"sample": torch.tensor([1])}, r"sample: got int64 \[1\]; expected int64 \[2\]"),
