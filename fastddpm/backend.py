@@ -255,7 +255,7 @@ def emulated_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         if dtype == torch.float16 or major >= 8:
             return None
-        return f"this GPU, of compute capability {major}.{minor}, multiplies float16 in hardware but not {name}"
+        return f"this GPU, of compute capability {major}.{minor}, multiplies float16 in hardware and not {name}"
     if device.type != "cpu":
         return None
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
