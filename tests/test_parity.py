@@ -89,7 +89,7 @@ def test_an_error_shows(monkeypatch):
 
 
 def test_a_result_of_the_wrong_shape_is_an_error():
-    with pytest.raises(ValueError, match=r"got shape \[1, 3\]; the truth has \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"got shape \[1, 3\]; expected \[2, 3\]"):
         parity.share(torch.zeros(1, 3), torch.zeros(2, 3), 1.0)
 
 

@@ -123,8 +123,8 @@ class _Fused:
         config = self.config
         if config.thresholding:
             raise ValueError(
-                f"thresholding: got {config.thresholding}; the fused step does not support it: use diffusers' own scheduler, or clip_sample=True "
-                "with a clip_sample_range"
+                f"thresholding: got {config.thresholding}; not supported by the fused step: use diffusers' own scheduler, or "
+                "clip_sample=True with a clip_sample_range"
             )
         if config.prediction_type not in PREDICTIONS:
             raise ValueError(
@@ -216,7 +216,7 @@ class _Fused:
     def _x0_coefficients(self, abar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return float64 (a, b) of x0 = a*x + b*o, from float32 square roots, as diffusers computes them."""
         if self.config.prediction_type == "epsilon":
-            # rescale_betas_zero_snr makes the last root 0. With 2^-100 in its place, (x - o)/0 is clipped to the bound of its sign.
+            # rescale_betas_zero_snr makes the last root 0. With 2^-100 instead, (x - o)/0 is clipped to the bound of its sign.
             inverse = 1 / abar.sqrt().double().clamp(min=2.0**-100)
             return inverse, -(1 - abar).sqrt().double() * inverse
         a, b = x0_coefficients(abar, self.config.prediction_type)
@@ -316,8 +316,8 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
     describes its numbers and noise.
 
     Attributes:
-        noise_seed: The seed of fastddpm's noise for eta > 0, an int in [0, 2^64), stored in the config. None uses torch's noise, which is
-            the default. It is passed to the constructor or to `from_config` by keyword.
+        noise_seed: The seed of fastddpm's noise for eta > 0, an int in [0, 2^64), stored in the config. None uses torch's
+            noise, which is the default. It is passed to the constructor or to `from_config` by keyword.
         noise_first: The index of a batch's first image in the seed's sequence, an int in [0, 2^56). It starts at 0 and
             advances by the batch size at the last timestep of a chain.
 
