@@ -313,10 +313,10 @@ def describe() -> dict[str, object]:
     """Return a report on the backends, the compiled module and the choices that this process makes.
 
     Returns:
-        A dictionary: "backends" maps each name to "available" or to the reason why it is not; "chosen" is the requested
-        backend; "cpu_variant" is the instruction set of the CPU kernels; "threads" is torch's number of CPU threads;
-        "serves" maps "cpu" and "cuda" to the backend that runs float32 tensors there; "build" is the compiled module's
-        build information, None if the module is missing.
+        A dictionary. "backends" maps each name to "available" or to the reason why it is not. "chosen" is the requested
+            backend. "cpu_variant" is the instruction set of the CPU kernels. "threads" is torch's number of CPU threads.
+            "serves" maps "cpu" and "cuda" to the backend that runs float32 tensors there. "build" is the build information of
+            the compiled module, or None if the module is missing.
 
     Raises:
         BackendError: If FASTDDPM_BACKEND or FASTDDPM_CPU_VARIANT requests a backend or instruction set that cannot run here.

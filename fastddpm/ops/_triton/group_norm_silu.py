@@ -15,9 +15,9 @@ the L2 cache as far as its size allows.
 
 Statistics are those of d = x + (add - pivot), with the pivot x + add at the group's first element. add - pivot is stored in two
 floats, so that the rounding of d is relative to its own size. So a large mean or add costs no accuracy. A resident slice computes
-the mean of d first and then the squares about it; the remaining mean of the differences corrects both. In chunks, each position of
-the tile updates a running mean and the sum of squares about it (Welford), and all are merged by their sizes (Chan). The backward
-centres d again, because the saved mean was rounded. In chunks it does so only if the rounding is significant.
+the mean of d first and then the squares about it; the remaining mean of the differences corrects both. In chunks, each position
+of the tile updates a running mean and the sum of squares about it (Welford), and all are merged by their sizes (Chan). The
+backward centres d again, because the saved mean was rounded. In chunks it does so only if the rounding is significant.
 """
 
 import functools
