@@ -45,8 +45,8 @@ struct PhiloxNormalArgs {
 // One reverse step with the row that state points at (a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi):
 //   x0     = clamp(a*x + b*o, -clip, clip)            NaN is preserved
 //   x_prev = c0*x0 + c1*x + c2*x0_last + d*o + sigma*exp((f*lv_hi + (1-f)*lv_lo)/2)*z,  f = (v+1)/2
-// v is the second half of o's channels; it is read only where o has 2*channels and (lv_lo, lv_hi) != (0, 0).
-// Terms whose coefficient is 0 are not read.
+// v is the second half of o's channels. It is read only if o has 2*channels and (lv_lo, lv_hi) != (0, 0).
+// Terms with coefficient 0 are not read.
 struct DdpmStepArgs {
     const float* x;        // [samples, channels, pixels]
     float* x_prev;         // same; may be x itself (in place)
@@ -88,7 +88,8 @@ struct GroupNormSiluArgs {
     ChannelVector add, scale, shift;  // optional
     float eps;
     bool silu;
-    float* mean;  // [samples, groups], of (x + add) minus its group's first element, so that a large mean costs no accuracy
+    // [samples, groups]: the mean of (x + add) minus its group's first element, so that a large mean costs no accuracy.
+    float* mean;
     float* rstd;  // [samples, groups]
     // CPU: if not null, (h, a, b) [3, samples, channels] with y = act((x + h) * a + b), instead of y, mean and rstd.
     float* coefficients;

@@ -198,7 +198,7 @@ def no_bias(pair):
 
 
 @pytest.mark.parametrize("change", [own_forward, own_activation, no_bias])
-def test_what_somebody_put_in_is_kept(change, kernels):
+def test_user_code_put_in_is_kept(change, kernels):
     """Before or after the norms are fused."""
     x = torch.randn(2, 4, 5, 5)
     for early in (True, False):

@@ -299,7 +299,7 @@ class Driver:
 
 
 def test_kernels_may_load_while_a_stream_is_captured(monkeypatch):
-    """The thread's mode is relaxed around a launch, and what it was behind it, whatever becomes of the launch."""
+    """The thread's mode is relaxed during a launch and restored after it, even if the launch fails."""
     driver, gpu = Driver(), torch.device("cuda", 0)
     monkeypatch.setattr(launch, "_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())

@@ -55,7 +55,8 @@ struct Numbers {
 struct Table {
     double* offset;  // add - first element of the group
     float *hi, *a, *b;
-    float *gain, *beta;  // weight * (1 + scale), bias * (1 + scale) + shift; they are read from memory while x is being loaded
+    // weight * (1 + scale), bias * (1 + scale) + shift. They are read from memory while x is being loaded.
+    float *gain, *beta;
     float *part_mean, *part_m2;  // of this block's part; the other blocks of the cluster read them
     float *mean, *rstd;
     float* sums;  // the threads' partial sums

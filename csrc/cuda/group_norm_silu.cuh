@@ -235,7 +235,8 @@ __device__ __forceinline__ Operands operands_of(const Norm& k, int64_t sample, i
     const uint32_t add = bits_of_channel(k.add, sample, channel), add_first = bits_of_channel(k.add, sample, first),
                    weight = bits_of_channel(k.weight, sample, channel), bias = bits_of_channel(k.bias, sample, channel),
                    scale = bits_of_channel(k.scale, sample, channel), shift = bits_of_channel(k.shift, sample, channel);
-    Operands o{-static_cast<double>(to_float(x)), 0.0, 0.0};  // zero bits are 0 in every dtype, so an absent vector adds 0
+    // Zero bits are 0 in every dtype, so an absent vector adds 0.
+    Operands o{-static_cast<double>(to_float(x)), 0.0, 0.0};
     o.offset += static_cast<double>(of_bits(add, k.add.dtype)) - static_cast<double>(of_bits(add_first, k.add.dtype));
     const double factor = 1.0 + of_bits(scale, k.scale.dtype);
     o.gain = of_bits(weight, k.weight.dtype) * factor;
@@ -352,8 +353,9 @@ Split split(const Args& args, bool pointers_aligned, const Limits& limits, const
     if (args.channels > INT32_MAX || args.pixels > INT32_MAX || width * args.pixels > UINT32_MAX - 1024)
         throw std::runtime_error("group_norm_silu: more than 2^31 channels or pixels, or 2^32 elements in a group");
     Split s{};
-    if (!args.samples || !args.channels || !args.pixels) {  // there is nothing to split, and sizes of 0 must not be divisors
-        s.columns = true;                                   // in one stage no workspace is needed
+    // With a size of 0 there is nothing to split, and the sizes must not be divisors. One stage needs no workspace.
+    if (!args.samples || !args.channels || !args.pixels) {
+        s.columns = true;
         return s;
     }
     s.vectors = pointers_aligned && (args.channels_last ? args.channels : args.pixels) % lanes == 0;
