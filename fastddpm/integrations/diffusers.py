@@ -190,7 +190,7 @@ class _Fused:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (prev_sample, pred_original_sample).
 
-        `noisy` is whether the step adds noise. The noise is `noise` if given, else the seed's, else the generator's.
+        `noisy` is whether the step adds noise. The noise is `noise` if it is not None, else the seed's, else the generator's.
         """
         if reason := backend.emulated_reason(model_output.device, model_output.dtype):
             warn_once(self, backend.slow_module_warning(reason).replace("the module", "the model"))

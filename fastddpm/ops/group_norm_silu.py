@@ -324,9 +324,8 @@ def group_norm_silu(
         checked_layout(x, "x")
         y = group_norm_silu_ref(x, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, silu=silu)
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
-        return (
-            y.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
-        )  # in x's memory order
+        # In x's memory order.
+        return y.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
     y, _, _ = torch.ops.fastddpm.group_norm_silu(
         x, num_groups, weight.contiguous(), bias.contiguous(), float(eps),
         _dense(add), _dense(scale), _dense(shift), silu,

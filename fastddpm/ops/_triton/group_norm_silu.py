@@ -377,9 +377,8 @@ def group_norm_silu_backward_merge_kernel(
     of_g = tl.zeros((BLOCK_C,), tl.float64)
     of_g_xhat = tl.zeros((BLOCK_C,), tl.float64)
     of_xhat = tl.zeros((BLOCK_C,), tl.float64)
-    step: tl.constexpr = (
-        BLOCK_K if BLOCK_K * BLOCK_C <= 4096 else max(4096 // BLOCK_C, 1)
-    )  # as many as the registers hold
+    # As many chunks at a time as the registers hold.
+    step: tl.constexpr = BLOCK_K if BLOCK_K * BLOCK_C <= 4096 else max(4096 // BLOCK_C, 1)
     for begin in range(0, BLOCK_K, step):
         k = begin + tl.arange(0, step)[:, None]
         at = (n * chunks + k) * 3 * C + channel[None, :]
