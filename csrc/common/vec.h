@@ -249,7 +249,7 @@ inline void store(T* p, vfloat v, int count) {
 
 // ---- functions ----
 
-// e^-x = m * power for |x| <= 87, with a relative error below 1e-7 + 2e-9 |x|. x is clamped to [-87, 87], NaN included.
+// e^-x = m * power for |x| <= 87, with a relative error below 1e-7 + 2e-9 |x|. x is clamped to [-87, 87], also if it is NaN.
 struct ExpMinus {
     vfloat m, power;  // power = 2^n
 };

@@ -270,8 +270,9 @@ def ddpm_step(
         o: The network's output, [N, C, *spatial] or, with a learned variance, [N, 2C, *spatial]; float32, bfloat16,
             float16 or x's dtype.
         row: The 9 coefficients, on the CPU. The kernels round them to float32.
-        noise: The noise z, like x. If None, z is drawn for (seed, t, first + i), i being the image's index in the batch.
-        seed: The noise's seed, an int in [0, 2^64). Not used if `noise` is given.
+        noise: The noise z, like x. If None, z is drawn for (seed, t, first + i), i being the image's index in the batch. Not
+            read if sigma is 0.
+        seed: The noise's seed, an int in [0, 2^64). Required if sigma is not 0 and `noise` is None.
         t: The training timestep of the noise, an int in [0, 2^20). Required with `seed`.
         first: The sample index of the batch's first image, an int in [0, 2^56).
         x0_last: The previous step's x0, like x. Required if c2 is not 0.
