@@ -15,7 +15,7 @@ def norm(dtype=torch.float32):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The names of the kernels that have run."""
+    """Return a list that records the names of the kernels that run."""
     ran = []
 
     class Recorder:
@@ -109,7 +109,7 @@ def test_without_triton(monkeypatch):
 
 
 def test_kernels_that_do_not_start_are_left_out(monkeypatch):
-    """With one warning: Triton, say, on a GPU's machine without a C compiler."""
+    """One warning is raised, for example for Triton on a machine with a GPU and without a C compiler."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backend, "_gpu_unavailable_reason", lambda: None)
     monkeypatch.setattr(backend, "_cuda_kernels_unavailable_reason", lambda: "no nvcc")
@@ -202,7 +202,7 @@ backend.use("cpu")
 
 
 def test_without_the_compiled_module(tmp_path):
-    """Everything works by the reference, and who asks for the kernels hears why there are none."""
+    """Everything runs on the reference, and a request for the kernels raises an error with the reason why they are missing."""
     result = python(WITHOUT_COMPILED_MODULE, tmp_path, FASTDDPM_CPU_VARIANT="")
     assert result.stderr.splitlines()[-1].startswith(
         "fastddpm.errors.BackendError: backend 'cpu' was requested, but the compiled module fastddpm._C does not import"
@@ -218,7 +218,7 @@ def test_unknown_cpu_variant(kernels, tmp_path):
 
 
 def test_bfloat16_on_gpus(monkeypatch):
-    """By the tensor's GPU, which need not be the current one: cuDNN has no such convolutions before compute capability 8.0."""
+    """The tensor's GPU decides, even if another is current. cuDNN has bfloat16 convolutions from compute capability 8.0."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (8, 0), (12, 1)][device.index])
     reasons = [backend.emulated_reason(torch.device("cuda", i), torch.bfloat16) for i in range(3)]
     assert reasons == [

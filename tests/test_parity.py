@@ -21,7 +21,7 @@ def test_every_error_is_within_its_bound(rows):
 
 
 def test_everything_is_covered(rows):
-    """Each op, on each backend that can run; the ops that take them in each dtype and layout."""
+    """The results cover each op on each available backend, in each dtype and layout that it supports."""
     available = {
         name for name in backend.NAMES if backend.unsupported_reason(name, torch.device("cpu"), torch.float32) is None
     }
@@ -60,7 +60,7 @@ print(json.dumps([backend.describe()["cpu_variant"], parity.run(backends=["cpu"]
 
 @pytest.mark.parametrize("variant", ["generic", "avx2", "avx512"])
 def test_every_cpu_variant(kernels, tmp_path, variant):
-    """In a process of its own each: the ops, and Winograd's convolution within test_winograd.py's bound."""
+    """Each variant runs in a separate process: the ops, and Winograd's convolution within test_winograd.py's bound."""
     used, rows, error, bfloat16 = json.loads(on_variant(variant, VARIANT, tmp_path))
     assert used == variant
     assert len(rows) >= 18
@@ -70,7 +70,7 @@ def test_every_cpu_variant(kernels, tmp_path, variant):
 
 
 def test_an_error_shows(monkeypatch):
-    """A result that is wrong in one element, or not written at all, is a share over 1 in its own row."""
+    """A result that is wrong in one element, or is not written, has a share over 1 in its own row."""
     good = ops.timestep_embedding
 
     def wrong(t, dim, **convention):
@@ -118,7 +118,7 @@ def test_ulp(dtype):
 
 
 def test_new_memory_is_poisoned():
-    """As every test relies on: what a kernel doesn't write is NaN."""
+    """Memory that a kernel does not write is NaN. Every test relies on this."""
     like = torch.zeros(2, 3)
     for made in (torch.empty(2, 3), torch.empty_strided((2, 3), (1, 2)), torch.empty_like(like), like.new_empty(2, 3)):
         assert made.isnan().all()

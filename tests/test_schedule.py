@@ -28,7 +28,7 @@ def test_linear_is_the_papers():
 
 @pytest.mark.parametrize("T", [2, 10, 19, 21, 100, 999, 1001, 2000])
 def test_linear_of_other_lengths_is_as_noisy(T):
-    """guided-diffusion's betas where they are below 1, and nothing to speak of is left in x_T; said once, to the caller."""
+    """The betas are guided-diffusion's if those are below 1. x_T is almost pure noise. One warning names the caller's line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         drawn = [Schedule.linear(T) for _ in range(2)]
@@ -74,7 +74,7 @@ def test_numbers_of_timesteps_and_timesteps_are_of_any_kind():
 
 
 def test_the_last_beta_may_be_1():
-    """Which leaves nothing of x_0 in x_T, and the posterior is that of x_{t-1} given x_0 alone."""
+    """x_T then contains nothing of x_0, and the posterior is that of x_{t-1} given only x_0."""
     s = Schedule([0.1, 0.3, 1.0])
     previous = 0.9 * 0.7
     assert s.alphas_cumprod[-1] == 0 and s.posterior_mean_coef2[-1] == 0
