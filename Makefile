@@ -1,7 +1,7 @@
-# A fresh machine needs two of these: make sample and make test. CONTRIBUTING.md describes the rest.
+# On a new machine, run make sample and make test. CONTRIBUTING.md describes the other targets.
 PYTHON ?= python3
 VENV ?= .venv
-# Words such as torch==2.6.0 replace the pin of that name in constraints.txt; a bare name lifts it.
+# A word such as torch==2.6.0 replaces that package's pin in constraints.txt. A name without a version removes the pin.
 VERSIONS ?=
 
 export PIP_NO_INPUT := 1
@@ -9,21 +9,21 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := $(VENV)/bin
 PINS := $(VENV)/constraints.txt
-# Without bytecode: for all of torch that takes longer than for the modules that are imported, at their first import.
+# --no-compile: compiling all of torch to bytecode takes longer than compiling the imported modules at their first import.
 INSTALL := $(BIN)/pip install --no-compile --constraint $(PINS)
 unexport PYTHONDONTWRITEBYTECODE
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
 	$(shell find csrc fastddpm -type f ! -name '*.pyc' ! -name '*.so' ! -name _build_info.json)
 NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-# With nvcc, CUDA kernels for the GPUs of this machine, or for one architecture: pip install . alone compiles for five.
+# With nvcc, compile CUDA kernels for this machine's GPUs, or for one architecture. pip install . compiles for five.
 export FASTDDPM_CUDA_ARCHS ?= auto
 
-# Every op has a file of tests by its name.
+# Every op has a test file with its name.
 OPS := $(patsubst fastddpm/ops/%.py,%,$(filter-out fastddpm/ops/_% fastddpm/ops/rng.py fastddpm/ops/winograd.py,$(wildcard fastddpm/ops/*.py)))
 PYTEST := $(BIN)/pytest -n auto --dist loadfile
 ONE_SHAPE := -m "not slow and not thorough"
-# Caps torch, oneDNN and our kernels on a processor that has more.
+# Limits torch, oneDNN and fastddpm's kernels to AVX2 on a processor that has more.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FASTDDPM_CPU_VARIANT=avx2
 
 .PHONY: sample test quick slow capped bench docs ptxas gpu gpu-check gpu-steps gpu-ops gpu-peers lint format oldest newest clean
@@ -31,7 +31,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FASTDDPM_CPU_VARIANT=av
 sample: $(VENV)/installed
 	$(BIN)/fastddpm sample -n 16 -o samples.png
 
-# A file's tests share what they set up, so a worker takes whole files.
+# The tests of a file share their setup, so each worker runs whole files.
 test: $(VENV)/test
 	$(PYTEST)
 
@@ -42,7 +42,7 @@ slow: $(VENV)/test
 quick: $(VENV)/test
 	$(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS) winograd schedule coefficients sampling unet)
 
-# The tests that depend on the processor, with everything capped to AVX2, then the ops' tests on the generic kernels.
+# The tests that depend on the processor, limited to AVX2, and then the ops' tests on the generic kernels.
 capped: $(VENV)/test
 	if $(BIN)/python -c "import torch; exit(not torch.cpu._is_avx2_supported())"; then \
 	$(AVX2) $(PYTEST) $(ONE_SHAPE) $(patsubst %,tests/test_%.py,$(OPS) winograd engine sampling fuse_norms checkpoints); \
@@ -56,21 +56,21 @@ bench: $(VENV)/bench
 docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict
 
-# Needs nvcc, and no GPU. How work is split is asked of what the tests build.
+# Requires nvcc, but no GPU. A program that the tests build reports how work is split.
 ptxas: $(VENV)/test
 	$(BIN)/python benchmarks/ptxas.py
 
-# On a machine with a GPU, with the torch that is there: installs the package into $(PYTHON) and proves it, without a
-# network. Each piece is whole in itself and ends within nine minutes, the installation included, and -k goes on with the
-# next: Error 1 is a wrong result, Error 2 that nothing could run, Error 3 a bar missed. The limit is for a
-# call that hangs.
+# Installs the package into $(PYTHON), with its torch, on a machine with a GPU, and verifies it there. No network is needed. Each
+# piece is independent and ends within nine minutes, including the installation. -k continues with the next piece after an
+# error: Error 1 is a wrong result, Error 2 means that nothing could run, Error 3 is a missed target. The timeout is for a call
+# that hangs.
 gpu:
 	@$(MAKE) --no-print-directory -k -j1 gpu-check gpu-steps gpu-ops gpu-peers
 
 gpu-check gpu-steps gpu-ops gpu-peers: gpu-%: build/gpu-installed
 	timeout -k 10 440 $(PYTHON) benchmarks/gpu.py $* $(GPU_OPTIONS)
 
-# Another Python or a new container has no installation, whatever the stamp says.
+# Remove the stamp if fastddpm is not installed, as in another Python or a new container.
 ifneq ($(filter gpu%,$(MAKECMDGOALS)),)
 $(shell $(PYTHON) -P -c 'import fastddpm' 2>/dev/null || rm -f build/gpu-installed)
 endif
@@ -90,8 +90,8 @@ format: $(VENV)/lint
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(NATIVE)
 
-# The test suite with the oldest torch that pyproject.toml admits, and with the newest there is. Each torch asks for
-# its own triton, and 2.6.0 for one sympy only.
+# The test suite with the oldest torch that pyproject.toml allows, and with the newest release. Each torch requires its own
+# triton, and torch 2.6.0 requires one version of sympy.
 oldest:
 	$(MAKE) test VENV=.venv-oldest VERSIONS="torch==2.6.0 triton sympy"
 
@@ -101,7 +101,7 @@ newest:
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build samples.png .pytest_cache .ruff_cache .hypothesis
 
-# The environment. Empty files in it say which of its parts are there.
+# The environment. Empty files in it record which of its parts are installed.
 $(PINS): constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastddpm needs Python 3.11 or newer; \
 	name one: make PYTHON=python3.12 ..., this is " + sys.version.split()[0])'
@@ -111,7 +111,7 @@ $(PINS): constraints.txt
 	@for word in $(VERSIONS); do echo "$$word" >>$@.new; done
 	@mv $@.new $@
 
-# pip hides what it compiles, so it is said here.
+# pip hides the compilation, so the recipe announces it.
 $(VENV)/installed: $(PINS) $(SOURCES)
 	@echo "Installing PyTorch, then compiling fastddpm (FASTDDPM_CUDA_ARCHS=$(FASTDDPM_CUDA_ARCHS))."
 	@echo "On two cores, compiling takes 15 to 60 s, and 10 to 40 s more for each GPU architecture."
@@ -119,7 +119,7 @@ $(VENV)/installed: $(PINS) $(SOURCES)
 	echo "Installed in $$(($$(date +%s) - start)) s."
 	@touch $@
 
-# fastddpm is installed by now: only what the extra adds is fetched.
+# fastddpm is already installed, so pip fetches only the packages of the extra.
 $(VENV)/test $(VENV)/bench $(VENV)/docs: $(VENV)/%: $(VENV)/installed
 	$(INSTALL) "fastddpm[$*]"
 	@touch $@

@@ -1,8 +1,8 @@
-"""Builds fastddpm._C with CMake (see CMakeLists.txt); everything else about the package is in pyproject.toml.
+"""Build fastddpm._C with CMake (see CMakeLists.txt). All other settings of the package are in pyproject.toml.
 
-No torch is needed here. Where the native build fails, the install goes on as pure Python and
-fastddpm/_build_info.json says why. FASTDDPM_REQUIRE_NATIVE=1 makes that an error instead, and so does a
-FASTDDPM_CUDA_ARCHS that asks for CUDA kernels; CMakeLists.txt checks its value.
+The build does not need torch. If the native build fails, the package is installed as pure Python, and
+fastddpm/_build_info.json records the reason. With FASTDDPM_REQUIRE_NATIVE=1, or a FASTDDPM_CUDA_ARCHS that requires CUDA
+kernels, the failure is an error instead. CMakeLists.txt checks the value of FASTDDPM_CUDA_ARCHS.
 """
 
 import json
@@ -24,7 +24,7 @@ CUDA_ARCHS = os.environ.get("FASTDDPM_CUDA_ARCHS", "")
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake for the one extension and leaves the outcome beside it in _build_info.json."""
+    """A build_ext that runs CMake for the extension and records the outcome next to it, in _build_info.json."""
 
     def run(self):
         (ext,) = self.extensions
@@ -37,23 +37,23 @@ class CMakeBuild(build_ext):
         try:
             staged = module.with_name(module.name + ".new")
             shutil.copy2(self.build_native(module.name), staged)
-            os.replace(staged, module)  # whole or not at all: a running process may have the old one mapped
+            os.replace(staged, module)  # atomic, because a running process may have mapped the old module
         except Exception as error:
             if os.environ.get("FASTDDPM_REQUIRE_NATIVE") == "1" or CUDA_ARCHS not in ("", "auto", "off"):
                 raise
-            module.unlink(missing_ok=True)  # a module of an earlier build must not outlive a failed one
+            module.unlink(missing_ok=True)  # do not keep the module of an earlier build
             reason = str(error)
-            # Python's warning, and not setuptools': pip shows it.
+            # Use Python's warnings instead of setuptools', because pip shows them.
             warnings.warn(f"fastddpm installs without its compiled module: {reason}", stacklevel=1)
         info = {"native": reason is None, "reason": reason}
         (module.parent / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
     def build_native(self, name: str) -> Path:
-        import pybind11  # here, so that a missing one is one more reason to go on without
+        import pybind11  # imported here, so that a missing pybind11 only skips the native build
 
         build = Path(self.build_temp).resolve() / "cmake"
         output = build / "output"
-        # --fresh: an isolated build's tools live in a folder that is gone by the next build.
+        # --fresh: the tools of an isolated build are in a folder that no longer exists in the next build.
         configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [
             f"-DFASTDDPM_VERSION={self.distribution.get_version()}",
@@ -78,7 +78,7 @@ class CMakeBuild(build_ext):
         print(f"{what} the native code took {time.monotonic() - start:.0f} s", flush=True)
         if process.returncode:
             lines = [line for line in lines if line and not line.startswith("--")]
-            # The first error names the cause; what follows are its consequences.
+            # The first error names the cause. Later ones are its consequences.
             first = next((i for i, line in enumerate(lines) if re.search(r"CMake Error|error:", line)), -4)
             cause = re.sub(r"^CMake Error at .*?\): ", "", " ".join(lines[first:][:5]))
             raise CompileError(f"{what} the native code failed: {cause}")
@@ -87,7 +87,7 @@ class CMakeBuild(build_ext):
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
     def get_output_mapping(self):
-        return {}  # an editable build writes into the source tree itself
+        return {}  # an editable build writes directly into the source tree
 
 
 setup(ext_modules=[Extension("fastddpm._C", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})

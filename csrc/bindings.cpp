@@ -1,7 +1,7 @@
-// The Python module fastddpm._C, and the only file that knows Python. A tensor crosses as a tuple
-// (data_ptr, dtype code, numel) or None, and the place where it lies and where the kernel runs as `place`: the number of
-// threads, for the CPU, or (CUDA device index, address of the stream). Sizes and types are checked here once more and
-// kernels trust them. The GIL is released while a kernel runs.
+// The Python module fastddpm._C. Only this file depends on Python. A tensor is passed as a tuple (data_ptr, dtype code, numel)
+// or None. `place` specifies the memory and the kernel's launch: the number of threads for the CPU, or (CUDA device index,
+// address of the stream). Sizes and types are checked again here, and kernels do not check them. The GIL is released while a
+// kernel runs.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -107,7 +107,7 @@ struct Place {
     } while (false)
 #endif
 
-// The product of sizes, or an error where it leaves int64.
+// The product of sizes. Throws if it overflows int64.
 template <class... Rest>
 int64_t product(int64_t first, Rest... rest) {
     int64_t result = first;
@@ -190,7 +190,7 @@ void ddpm_step(const py::object& x_, const py::object& x_prev_, bool x_channels_
     args.clip_bound = args.clip ? clip.cast<float>() : 0.0f;
     args.table_on_host = table_on_host || !place.on_cuda;
     args.threads = place.threads;
-    if (args.table_on_host) {  // else the kernel looks
+    if (args.table_on_host) {  // else the kernel checks the row index
         const int64_t row = args.state[2];
         if (row < 0 || row >= args.table_rows)
             throw py::value_error("state points at row " + std::to_string(row) + " of a table of " +

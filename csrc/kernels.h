@@ -1,6 +1,6 @@
-// The whole native surface. Kernels take raw pointers, sizes and layouts: no torch header, no Python.
-// bindings.cpp fills these structs from checked buffers; kernels trust them. All pointers are to memory of the place
-// where the kernel runs, the host or one CUDA device, unless a field says otherwise.
+// The complete native interface. Kernels take raw pointers, sizes and layouts, and include no torch or Python headers.
+// bindings.cpp fills these structs from checked buffers, and kernels do not check them again. All pointers refer to memory of
+// the host or CUDA device that runs the kernel, unless a field's comment specifies otherwise.
 //
 // Layouts: a tensor [samples, channels, pixels] is either contiguous (pixels run fastest, "NCHW") or
 // channels_last (channels run fastest, "NHWC"), always dense.
@@ -15,7 +15,7 @@ namespace fastddpm {
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
-// Where a CUDA kernel is launched. Nothing waits for it.
+// The device and stream of a CUDA launch. Launches are asynchronous.
 struct CudaPlace {
     int device;
     void* stream;  // a cudaStream_t
@@ -39,14 +39,14 @@ struct PhiloxNormalArgs {
     int64_t t_all;
     const int64_t* sample;  // [samples], or null: first + i
     int64_t first;
-    int threads;  // here and below: of the CPU kernels
+    int threads;  // here and below: number of threads of the CPU kernels
 };
 
 // One reverse step with the row that state points at (a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi):
-//   x0     = clamp(a*x + b*o, -clip, clip)            a NaN stays a NaN
+//   x0     = clamp(a*x + b*o, -clip, clip)            NaN is preserved
 //   x_prev = c0*x0 + c1*x + c2*x0_last + d*o + sigma*exp((f*lv_hi + (1-f)*lv_lo)/2)*z,  f = (v+1)/2
-// v is the second half of o's channels; it is read only where o has 2*channels and (lv_lo, lv_hi) != (0, 0).
-// Terms whose coefficient is 0 are not read.
+// v is the second half of o's channels. It is read only if o has 2*channels and (lv_lo, lv_hi) != (0, 0).
+// Terms with coefficient 0 are not read.
 struct DdpmStepArgs {
     const float* x;        // [samples, channels, pixels]
     float* x_prev;         // same; may be x itself (in place)
@@ -54,12 +54,12 @@ struct DdpmStepArgs {
     const void* o;         // [samples, o_channels, pixels]
     Dtype o_dtype;
     bool o_channels_last;
-    const float* x0_last;  // null where every row has c2 = 0; may be x0 itself
-    float* x0;             // null: not wanted
-    void* next_input;      // null: not wanted; x_prev in the network's dtype and layout
+    const float* x0_last;  // null if every row has c2 = 0; may be x0 itself
+    float* x0;             // null: not stored
+    void* next_input;      // null: not stored; x_prev in the network's dtype and layout
     Dtype next_dtype;
     bool next_channels_last;
-    const float* noise;  // null: drawn inside from Philox stream 1
+    const float* noise;  // null: the kernel draws it from Philox stream 1
     int64_t samples;
     int64_t channels;
     int64_t o_channels;  // channels or 2*channels
@@ -88,17 +88,18 @@ struct GroupNormSiluArgs {
     ChannelVector add, scale, shift;  // optional
     float eps;
     bool silu;
-    float* mean;  // [samples, groups] of (x + add) minus its group's first element: so a large mean costs no accuracy
+    // [samples, groups]: the mean of (x + add) minus its group's first element, so that a large mean costs no accuracy.
+    float* mean;
     float* rstd;  // [samples, groups]
     // CPU: if not null, (h, a, b) [3, samples, channels] with y = act((x + h) * a + b), instead of y, mean and rstd.
     float* coefficients;
-    float* workspace;  // CUDA: as many floats as group_norm_silu_workspace says
+    float* workspace;  // CUDA: group_norm_silu_workspace() floats
     int threads;
 };
 
 // With z the value before the activation and g = dL/dz (SiLU recomputed from x):
 //   sum_g[n, c] = sum_p g,   sum_g_xhat[n, c] = sum_p g*xhat,   sum_dx[n, c] = sum_p dx
-// from which the caller forms the gradients of weight, bias, scale, shift and add. No atomics: reruns are bit-identical.
+// The caller computes the gradients of weight, bias, scale, shift and add from them. No atomics: reruns are bit-identical.
 struct GroupNormSiluBackwardArgs {
     const void* dy;  // layout and dtype of x
     const void* x;
@@ -111,12 +112,12 @@ struct GroupNormSiluBackwardArgs {
     int64_t groups;
     ChannelVector weight, bias, add, scale, shift;
     bool silu;
-    const float* mean;  // as the forward left it: relative to the group's first element
+    const float* mean;  // as the forward stored it, relative to the group's first element
     const float* rstd;
     float* sum_g;       // [samples, channels]
     float* sum_g_xhat;  // [samples, channels]
     float* sum_dx;      // [samples, channels]
-    float* workspace;   // CUDA: as many floats as group_norm_silu_backward_workspace says
+    float* workspace;   // CUDA: group_norm_silu_backward_workspace() floats
     int threads;
 };
 
@@ -132,17 +133,17 @@ struct TimestepEmbeddingArgs {
     int threads;
 };
 
-// y = w * x + bias + residual: a 3x3 convolution, stride 1, padding 1, by Winograd's method F(2x2, 3x3), in channels_last.
-// In float32; in bfloat16 where winograd_serves says so: then x and y, each for itself, may still be float32.
+// y = w * x + bias + residual: a 3x3 convolution, stride 1, padding 1, by Winograd's F(2x2, 3x3), in channels_last.
+// In float32, or in bfloat16 if winograd_serves returns true. With bfloat16, x and y may each still be float32.
 struct WinogradArgs {
     const void* x;  // [samples, height, width, channels], sides even, channels divisible by 32
-    bool upsample;  // w * x2 instead, x2 = x with each pixel four times; x: [samples, height/2, width/2, channels]
+    bool upsample;  // w * x2 instead, x2 being x upsampled by 2 (nearest); x: [samples, height/2, width/2, channels]
     void* y;        // [samples, height, width, outputs], outputs divisible by 32
     const void* residual;       // like y, may be y; null: 0
     Dtype dtype;                // of the products and weights
-    Dtype x_dtype, y_dtype;     // y's is also the residual's
-    const float* coefficients;  // of group_norm_silu; if not null, x stands for silu((x + h) * a + b)
-    const void* weights;        // as winograd_weights left them
+    Dtype x_dtype, y_dtype;     // y_dtype is also the residual's
+    const float* coefficients;  // of group_norm_silu; if not null, the convolution is that of silu((x + h) * a + b)
+    const void* weights;        // as winograd_weights stored them
     const float* bias;          // [outputs]; null: 0
     int64_t samples;
     int64_t height;
@@ -152,7 +153,7 @@ struct WinogradArgs {
     int threads;
 };
 
-// The weights of the above, transformed, in an order that depends on the instruction set.
+// The transformed weights of the convolution above, in an order that depends on the instruction set.
 struct WinogradWeightsArgs {
     const float* weight;  // [outputs, channels, 3, 3]
     void* packed;         // [16 * outputs * channels], with upsample 9 * outputs * channels
@@ -173,18 +174,18 @@ void winograd_weights_cpu(const WinogradWeightsArgs&);
 bool winograd_serves(Dtype);
 
 #ifdef FASTDDPM_CUDA
-// Each launches on `place` and throws std::runtime_error where CUDA reports an error. All may be captured into a graph.
+// Each function launches on `place` and throws std::runtime_error if CUDA reports an error. All may be captured in a graph.
 void philox_normal_cuda(const PhiloxNormalArgs&, CudaPlace);
 void ddpm_step_cuda(const DdpmStepArgs&, CudaPlace);
 void group_norm_silu_cuda(const GroupNormSiluArgs&, CudaPlace);
 void group_norm_silu_backward_cuda(const GroupNormSiluBackwardArgs&, CudaPlace);
 void timestep_embedding_cuda(const TimestepEmbeddingArgs&, CudaPlace);
 
-// Floats of workspace that the call with these sizes needs on this device; 0 for most.
+// The number of workspace floats that a call with these sizes needs on this device. 0 for most.
 int64_t group_norm_silu_workspace(const GroupNormSiluArgs&, int device);
 int64_t group_norm_silu_backward_workspace(const GroupNormSiluBackwardArgs&, int device);
 
-// Empty where the CUDA kernels work on this device, else the reason why not. Draws one noise element to find out.
+// Empty if the CUDA kernels work on this device, else the reason why not. Draws one noise element to test it.
 std::string cuda_self_test(int device);
 #endif
 

@@ -1,17 +1,18 @@
-"""Which backend serves a tensor, and why not another. The only file that imports the compiled module.
+"""Selection of the backend that runs an op. This is the only file that imports the compiled module.
 
-| name      | serves                          | needs                                              |
+| name      | supports                        | requires                                           |
 |-----------|---------------------------------|----------------------------------------------------|
 | reference | any device, any floating dtype  | PyTorch only                                       |
 | cpu       | CPU tensors                     | the compiled module                                |
-| cuda      | CUDA tensors                    | the compiled module, built where nvcc was found    |
-| triton    | CUDA tensors                    | Triton, as torch brings it                         |
+| cuda      | CUDA tensors                    | the compiled module, built with nvcc               |
+| triton    | CUDA tensors                    | Triton, as installed with torch                    |
 
-All but the reference serve float32, bfloat16 and float16. triton takes CPU tensors where TRITON_INTERPRET=1 is set, for tests.
+cpu, cuda and triton support float32, bfloat16 and float16. If TRITON_INTERPRET=1 is set, triton runs on CPU tensors, for tests.
 
-The tensor's device chooses: a CUDA tensor goes to cuda, else triton, else reference; a CPU tensor to cpu, else reference.
-Where CUDA kernels were built but fail a small test on the tensor's GPU, one warning says why.
-An explicit choice (`use`, or the environment variable FASTDDPM_BACKEND) is kept or refused, never replaced.
+By default the tensor's device selects the backend: cuda, else triton, else reference for a CUDA tensor; cpu, else reference for a
+CPU tensor. If CUDA kernels were built but fail a small test on the tensor's GPU, one warning reports why.
+A backend requested with `use`, or with the environment variable FASTDDPM_BACKEND, is never replaced by another: if it does not
+support a tensor, the op raises BackendError.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import platform
 import warnings
 from pathlib import Path
 
-import torch  # before _C: torch brings the OpenMP runtime that _C's threads run on
+import torch  # imported before _C, because _C uses the OpenMP runtime that torch loads
 
 from .errors import BackendError
 from .utils.validation import dtype_name
@@ -44,7 +45,7 @@ except ImportError as error:
 
 @functools.cache
 def _native_missing_reason() -> str:
-    """Return why there is no compiled module: the reason that the build recorded, else the import's error."""
+    """Return why the compiled module is missing: the reason that the build recorded, or else the import error."""
     note = Path(__file__).with_name("_build_info.json")
     if note.is_file():
         reason = json.loads(note.read_text(encoding="utf-8")).get("reason")
@@ -53,7 +54,7 @@ def _native_missing_reason() -> str:
     return f"the compiled module fastddpm._C does not import ({_native_missing}); reinstall with a C++ compiler at hand"
 
 
-# What does not change while a process lives is asked once: these stand before every call of an op.
+# These facts do not change during a process, and every call of an op needs them. So each is determined once.
 @functools.cache
 def _gpu_unavailable_reason() -> str | None:
     return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
@@ -82,7 +83,7 @@ def _cuda_unavailable_reason(device: torch.device | None) -> str | None:
 
 
 def _interpreting() -> bool:
-    """Whether Triton's kernels run under its interpreter, on a CPU."""
+    """Return whether the Triton kernels run under Triton's interpreter, on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -97,26 +98,26 @@ def _triton_version() -> str | None:
 def _triton_unavailable_reason() -> str | None:
     version = _triton_version()
     if version is None:
-        return "Triton is not installed; PyTorch's CUDA builds bring it"
+        return "Triton is not installed; PyTorch's CUDA builds install it"
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_TRITON:
-        return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}; torch 2.11 and newer bring one that serves"
+        return f"Triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}; torch 2.11 and newer install a newer one"
     return None if _interpreting() else _gpu_unavailable_reason() or _triton_start_failure()
 
 
 @functools.cache
 def _triton_start_failure() -> str | None:
-    """Return why Triton doesn't start on this GPU: on first use it compiles its driver, with a C compiler."""
+    """Return why Triton does not start on this GPU; None if it does. On first use it compiles its driver with a C compiler."""
     try:
         import triton
 
         triton.runtime.driver.active.get_current_device()
-    except Exception as error:  # of whatever kind: torch, Triton, the compiler and the driver all have a say
+    except Exception as error:  # torch, Triton, the compiler and the driver raise different kinds
         return f"Triton does not start: {str(error).partition(chr(10))[0]}"
     return None
 
 
 def unavailable_reason(name: str, device: torch.device | None = None) -> str | None:
-    """Return why the backend can't run on this machine; None if it can. device: which GPU; default the current one."""
+    """Return why the backend cannot run on this machine; None if it can. `device` is a GPU, by default the current one."""
     if name == "cpu":
         return None if native is not None else _native_missing_reason()
     if name == "cuda":
@@ -131,19 +132,26 @@ def _check(name: str) -> str:
         raise ValueError(f"backend: unknown name {name!r}; expected one of {', '.join(NAMES)}")
     reason = unavailable_reason(name)
     if reason is not None:
-        raise BackendError(f"backend {name!r} was asked for, but {reason}")
+        raise BackendError(f"backend {name!r} was requested, but {reason}")
     return name
 
 
-_requested: str | None = None  # None: the tensor's device chooses
+_requested: str | None = None  # None: the tensor's device selects the backend
 _environment_read = False
 
 
 class use:
-    """Choose the backend for the whole process: `use("cpu")`, or `with use("cpu"): ...` to restore afterwards.
+    """A choice of backend for the whole process.
 
-    name: one of "reference", "cpu", "cuda", "triton"; None lets the tensor's device choose again.
-    Raises ValueError for an unknown name and BackendError where the backend cannot run here.
+    `use("cpu")` sets the backend at once. `with use("cpu"): ...` restores the previous choice at the end of the block.
+
+    Args:
+        name: "reference", "cpu", "cuda" or "triton". None lets the device of each tensor select the backend, which is the
+            default.
+
+    Raises:
+        ValueError: If the name is unknown.
+        BackendError: If the backend cannot run on this machine. The message gives the reason.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -167,7 +175,7 @@ def _read_environment() -> None:
         if variant:
             if native is None:
                 raise BackendError(
-                    f"FASTDDPM_CPU_VARIANT={variant} asks for compiled kernels, but {_native_missing_reason()}; "
+                    f"FASTDDPM_CPU_VARIANT={variant} requires compiled kernels, but {_native_missing_reason()}; "
                     "or unset the variable"
                 )
             try:
@@ -181,7 +189,7 @@ def _read_environment() -> None:
 
 
 def unsupported_reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why backend `name` doesn't support tensors of this device and dtype; None if it does."""
+    """Return why backend `name` does not support tensors of this device and dtype; None if it does."""
     if name == "reference":
         return None
     served, kind = "cpu" if name == "cpu" or (name == "triton" and _interpreting()) else "cuda", device.type
@@ -189,21 +197,21 @@ def unsupported_reason(name: str, device: torch.device, dtype: torch.dtype) -> s
     if reason is not None:
         return reason
     if kind != served:
-        return f"it serves {served.upper()} tensors and this one is on {device}"
+        return f"it supports {served.upper()} tensors, and this one is on {device}"
     if dtype not in DTYPES:
         *most, last = (dtype_name(d) for d in DTYPES)
-        return f"it serves {', '.join(most)} and {last} and this tensor is {dtype_name(dtype)}"
+        return f"it supports {', '.join(most)} and {last}, and this tensor is {dtype_name(dtype)}"
     return None
 
 
 @functools.cache
 def _warn(name: str, reason: str) -> None:
-    """Once: kernels that are there and don't work are not what the user expects."""
-    warnings.warn(f"fastddpm: the {name} backend is left out, as {reason}", stacklevel=4)
+    """Warn once that the backend is installed but does not work, and is skipped."""
+    warnings.warn(f"fastddpm: the {name} backend is not used: {reason}", stacklevel=4)
 
 
 def requested_backend() -> str | None:
-    """Return the backend that the user requested; None: the tensor's device chooses."""
+    """Return the backend that the user requested; None if the tensor's device selects it."""
     _read_environment()
     return _requested
 
@@ -216,7 +224,7 @@ def select(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         reason = unsupported_reason(_requested, device, dtype)
         if reason is not None:
             raise BackendError(
-                f"backend {_requested!r} was asked for, but {reason}; move or cast the tensor, or choose another backend"
+                f"backend {_requested!r} was requested, but {reason}; move or cast the tensor, or choose another backend"
             )
         return _requested
     candidates = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
@@ -235,10 +243,10 @@ def select(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
 
 
 def emulated_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why the device doesn't multiply tensors of `dtype` in hardware; None if it does.
+    """Return why the device does not multiply tensors of `dtype` in hardware; None if it does.
 
-    Without them, torch and oneDNN emulate the products on a CPU, 3 to 100 times slower than those of float32, and cuDNN has
-    no convolutions, so that torch falls back to its own.
+    Without hardware support, torch and oneDNN emulate the products on a CPU, 3 to 100 times slower than in float32. On a GPU
+    cuDNN then has no convolutions, and torch falls back to its own.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -251,7 +259,7 @@ def emulated_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return None
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return f"oneDNN, which multiplies {name}, is not built into PyTorch or switched off"
+        return f"oneDNN, which multiplies {name}, is not built into PyTorch or is disabled"
     limits = {
         key: value for key in _ONEDNN_LIMITS if (value := os.environ.get(key, "").upper()) not in ("", "ALL", "DEFAULT")
     }
@@ -263,8 +271,8 @@ def emulated_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return absent
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
-    # oneDNN also accepts bfloat16 on AVX-512 without such instructions, and emulates the products. Each x86 processor with
-    # instructions for either dtype, AMX included, has AVX512_BF16. A limit set for oneDNN can hide them from it.
+    # oneDNN also accepts bfloat16 on AVX-512 without bfloat16 instructions, and then emulates the products. Every x86
+    # processor with instructions for either dtype, AMX included, has AVX512_BF16. A limit set for oneDNN can disable them.
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     within = all(any(kind in value for kind in ("BF16", "FP16", "AMX", "AVX10")) for value in limits.values())
     return None if supported is not None and supported() and within else absent
@@ -285,7 +293,7 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int
 
 
 def buffer(tensor: torch.Tensor | None) -> tuple[int, int, int] | None:
-    """Return a tensor as the compiled module takes it: (address, dtype code, number of elements)."""
+    """Return the tensor in the compiled module's form: (address, dtype code, number of elements)."""
     return None if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.numel())
 
 
@@ -294,7 +302,7 @@ def _gpu_index(device: torch.device | None) -> int:
 
 
 def launch_target(kind: str, device: torch.device) -> int | tuple[int, int]:
-    """Return where the compiled module runs a kernel: a number of threads, or a GPU's index and its current stream's address."""
+    """Return the compiled module's launch target: the thread count, or (GPU index, address of its current stream)."""
     if kind == "cpu":
         return torch.get_num_threads()
     index = _gpu_index(device)
@@ -302,7 +310,17 @@ def launch_target(kind: str, device: torch.device) -> int | tuple[int, int]:
 
 
 def describe() -> dict[str, object]:
-    """What was built, what serves what, and why each missing backend is missing."""
+    """Return a report on the backends, the compiled module and the choices that this process makes.
+
+    Returns:
+        A dictionary. "backends" maps each name to "available" or to the reason why it is not. "chosen" is the requested
+            backend. "cpu_variant" is the instruction set of the CPU kernels. "threads" is torch's number of CPU threads.
+            "serves" maps "cpu" and "cuda" to the backend that runs float32 tensors there. "build" is the build information of
+            the compiled module, or None if the module is missing.
+
+    Raises:
+        BackendError: If FASTDDPM_BACKEND or FASTDDPM_CPU_VARIANT requests a backend or instruction set that cannot run here.
+    """
     _read_environment()
     backends = {name: unavailable_reason(name) or "available" for name in NAMES}
     return {

@@ -1,8 +1,8 @@
-"""Parity: every op, on every backend that serves it here, against float64. `fastddpm check` prints it, tests assert it.
+"""Parity: the errors of every op against float64, on every available backend. `fastddpm check` prints them; tests assert them.
 
-An error is given as a share of the bound it has to keep; a share over 1 is a bug. The bounds are promises to users and
-stand here alone. They are small multiples of a float32 rounding, so that the naive forms, which cancel or lose an
-argument's digits, exceed them.
+Each error is reported as a share of its bound. A share over 1 is a bug. The bounds are guarantees to users and are defined only
+in this file. They are small multiples of a float32 rounding, so that naive formulas, which cancel or lose digits of an argument,
+exceed them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .ops.philox_normal import normals_float64
 from .ops.rng import Stream, as_int64_bits
 from .utils.validation import dtype_name
 
-NOISE = 4e-6  # of a normal against the float64 formula
+NOISE = 4e-6  # bound on a normal's error against the float64 formula
 EMBEDDING = 2e-6
-GRADIENT = 4e-6  # of the largest |dx|, and of a channel's sum of |summands|
-ROUNDING = 2.0**-24  # of a float32, relative
+GRADIENT = 4e-6  # relative to the largest |dx|, or to a channel's sum of |summands|
+ROUNDING = 2.0**-24  # relative error of rounding to float32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "permuted")
 
@@ -36,7 +36,7 @@ class Result(NamedTuple):
     layout: str
     backend: str
     share: float  # the largest error / its bound
-    case: str  # where that was
+    case: str  # the case with that error
 
 
 class Case(NamedTuple):
@@ -53,17 +53,18 @@ class Case(NamedTuple):
 
 
 def ulp(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The distance between neighbours of dtype around float64 values."""
+    """Return the distance between adjacent numbers of dtype around float64 values."""
     info = torch.finfo(dtype)
     exponent = torch.frexp(value.abs().clamp_min(info.smallest_normal)).exponent
     return torch.ldexp(torch.full_like(value, info.eps), exponent - 1)
 
 
 def step_bound(x, o, row, z, x0_last=None, *, drawn=False):
-    """Bounds on (x_prev, x0), for float64 operands: four roundings of the sum of the terms' magnitudes.
+    """Return bounds on the errors of (x_prev, x0), for float64 operands: four roundings of the sum of the terms' magnitudes.
 
-    A term meets up to seven roundings (its product and the sums after it), of which none is larger than that of the sum
-    of magnitudes and most are far smaller. Where the variance is learned, exp makes its argument's error relative.
+    A term is rounded up to seven times, in its product and in the sums after it. No rounding error exceeds that of the sum of
+    magnitudes, and most are far smaller. With a learned variance, exp turns the absolute error of its argument into a relative
+    one.
     """
     c = x.shape[1]
     eps, v = o[:, :c], o[:, c:]
@@ -82,7 +83,7 @@ def step_bound(x, o, row, z, x0_last=None, *, drawn=False):
 
 
 def normalised(x, num_groups, eps, add=None):
-    """float64 (h, xhat, std) of h = x + add: [N, G, C/G * P], std [N, G, 1]."""
+    """Return float64 (h, xhat, std) for h = x + add. h and xhat are [N, G, C/G * P], std is [N, G, 1]."""
     h = x.double() if add is None else x.double() + per_channel(add, x)
     h = h.reshape(len(x), num_groups, -1)
     std = (h.var(-1, correction=0, keepdim=True) + eps).sqrt()
@@ -90,13 +91,13 @@ def normalised(x, num_groups, eps, add=None):
 
 
 def norm_bound(truth, x, num_groups, weight, eps, *, add=None, scale=None):
-    """Bound on group_norm_silu, which grows with the largest normalised value of the group.
+    """Return the bound on the error of group_norm_silu. It grows with the largest normalised value of the group.
 
-    The contract's weight is whatever multiplies the normalised value: here weight * (1 + scale).
+    The bound is proportional to the factor of the normalised value, weight * (1 + scale).
     """
     h, xhat, std = normalised(x, num_groups, eps, add)
     per_group = 2e-7 * (20 + 4 * xhat.abs().amax(-1, keepdim=True))
-    if add is not None:  # x + add is itself a float32
+    if add is not None:  # x + add is itself rounded to float32
         per_group = per_group + 1.2e-7 * h.abs().amax(-1, keepdim=True) / std
     slope = per_channel(weight, x) if scale is None else per_channel(weight, x) * (1 + per_channel(scale, x))
     bound = per_group.expand_as(h).reshape(x.shape) * (slope.abs() + 1) * 1.1 + 2.0**-22 * truth.abs()
@@ -104,7 +105,7 @@ def norm_bound(truth, x, num_groups, weight, eps, *, add=None, scale=None):
 
 
 def norm_gradients(dy, x, num_groups, weight, bias, eps, *, add=None, scale=None, shift=None, silu=True):
-    """float64 truth and bounds of (dx, sum_p g, sum_p g*xhat, sum_p dx), g = dL/dz, by autograd from the formula."""
+    """Return float64 truth and bounds of (dx, sum_p g, sum_p g*xhat, sum_p dx), by autograd of the formula. g is dL/dz."""
     x64 = x.double().requires_grad_()
     xhat = normalised(x64, num_groups, eps, add)[1].reshape(x.shape)
     z = (xhat * per_channel(weight, x) + per_channel(bias, x)) * (1 if scale is None else 1 + per_channel(scale, x))
@@ -119,16 +120,16 @@ def norm_gradients(dy, x, num_groups, weight, bias, eps, *, add=None, scale=None
         summands = summands.detach().reshape(*x.shape[:2], -1)
         size = summands.abs()
         truth.append(summands.sum(-1))
-        # Few summands, themselves differences of large numbers, may all be next to 0: no sum counts as less than the
-        # largest summand there is.
+        # A channel's few summands may all be near 0 and inaccurate, as they are differences of large numbers. So the bound uses
+        # at least the largest summand of all channels.
         bound.append(GRADIENT * size.sum(-1).clamp_min(size.max()))
     return truth, bound
 
 
 def share(got: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor | float) -> float:
-    """The largest error as a share of its bound; infinite where a NaN came."""
+    """Return the largest error as a share of its bound; infinity if a result is NaN."""
     if got.shape != truth.shape:
-        raise ValueError(f"got shape {list(got.shape)}; the truth has {list(truth.shape)}")
+        raise ValueError(f"got shape {list(got.shape)}; expected {list(truth.shape)}, as the truth")
     error = (got.cpu().double() - truth).abs()
     ratio = torch.where(error == 0, 0.0, error / bound).nan_to_num(nan=math.inf)
     return float(ratio.max()) if ratio.numel() else 0.0
@@ -138,12 +139,12 @@ def share(got: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor | float) -
 
 
 def per_channel(v: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[C] or [N, C] in float64, to broadcast against [N, C, *spatial]."""
+    """Return v, [C] or [N, C], in float64, shaped to broadcast against [N, C, *spatial]."""
     return v.double().reshape(*v.shape, *[1] * (like.dim() - 2))
 
 
 def arranged(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values in another memory layout; "permuted" is dense, and in neither of the kernels' layouts."""
+    """Return x in another memory layout. "permuted" is dense, but is neither contiguous nor channels_last."""
     if layout == "contiguous":
         return x.contiguous()
     where = -1 if layout == "channels_last" else 0
@@ -154,8 +155,8 @@ def _on(device: str, arguments: dict[str, object]) -> dict[str, object]:
     return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
 
 
-# Samples whose words with seed 0, t 0 and stream REVERSE are extreme: u as near to 0 and to 1 as words of 32 bits come,
-# where the logarithm cancels; and long radii whose angle is all but a multiple of pi, where the sine does.
+# Samples whose words are extreme with seed 0, t 0 and stream REVERSE. For some, u is as near to 0 or 1 as 32-bit words allow,
+# where the logarithm cancels. For others, the radius is large and the angle nearly a multiple of pi, where the sine cancels.
 EXTREME_SAMPLES = (404004655, 836265242, 470173456, 858486204, 26811165, 511039549, 1025629789)
 
 
@@ -191,7 +192,7 @@ def _timestep_embedding(device: str) -> Iterator[Case]:
 
 
 def step_in_place(x, o, row, *, noise=None, seed=0, t=0, first=0, x0_last=None, clip=1.0, next_input=None):
-    """`ddpm_step` by way of `ddpm_step_` on copies, with the row in the middle of a table: (x_prev, x0, next_input)."""
+    """Return (x_prev, x0, next_input), computed by `ddpm_step_` on copies, with the row in the middle of a table."""
     x, x0 = x.clone(), x.clone() if x0_last is None else torch.empty_like(x).copy_(x0_last)
     next_input = torch.empty_like(x, dtype=o.dtype) if next_input is None else next_input
     rows = torch.stack((torch.full_like(row, math.nan), row, torch.full_like(row, math.nan))).float().to(x.device)
@@ -237,21 +238,21 @@ def _ddpm_step(device: str) -> Iterator[Case]:
             truth = ops.ddpm_step_ref(*operands, noise=noise.double(), x0_last=last, clip=clip)
             bound = step_bound(*operands, noise.double(), last, drawn=drawn)
             for layout in LAYOUTS:
-                # o is channels_last where x is not: layouts that differ are the harder case.
+                # o and x have different layouts, which is the harder case.
                 o_layout = "contiguous" if layout == "channels_last" else "channels_last"
                 xs, os = arranged(x, layout).to(device), arranged(o, o_layout).to(device)
                 arguments = draw if drawn else {"noise": arranged(noise, layout).to(device)}
                 arguments = {**arguments, "x0_last": x0_last.to(device), "clip": clip}
                 compute = functools.partial(ops.ddpm_step, xs, os, row, **arguments)
                 yield Case("ddpm_step", dtype, layout, name, compute, truth, bound)
-                if layout != "permuted":  # an error in place, where nothing may be copied
+                if layout != "permuted":  # ddpm_step_ refuses permuted memory, because it must not copy
                     compute = functools.partial(step_in_place, xs, os, row, **arguments)
                     next_bound = bound[0] if dtype == torch.float32 else bound[0] + ulp(truth[0], dtype)
                     yield Case("ddpm_step_", dtype, layout, name, compute, (*truth, truth[0]), (*bound, next_bound))
 
 
 def norm_backward(dy, x, num_groups, weight, bias, eps, *, add=None, scale=None, shift=None, silu=True):
-    """(dx, sum_p g, sum_p g*xhat, sum_p dx) of the backend in use."""
+    """Return (dx, sum_p g, sum_p g*xhat, sum_p dx), computed by the backend in use."""
     operands = (x, num_groups, weight, bias, eps, add, scale, shift, silu)
     _, mean, rstd = torch.ops.fastddpm.group_norm_silu(*operands)
     kind = backend.select(x.device, x.dtype)
@@ -306,14 +307,14 @@ def cases(device: str = "cpu") -> Iterator[Case]:
 
 
 def run(device: str = "cpu", backends: Sequence[str] | None = None) -> list[Result]:
-    """Return a result for each op, dtype, layout and backend that supports them on `device`. backends: default all that can run.
+    """Return a result for each op, dtype, layout and backend that runs on `device`. `backends` defaults to all available ones.
 
-    Raises ValueError for an unknown backend and BackendError for one that cannot run here.
+    Raises ValueError for an unknown backend and BackendError for one that cannot run on this machine.
     """
     if backends is None:
         backends = [name for name in backend.NAMES if backend.unavailable_reason(name) is None]
     worst: dict[tuple[str, ...], Result] = {}
-    for name in backends:  # an unknown or missing one is an error before anything is computed
+    for name in backends:  # raise for an unknown or missing backend before computing
         with backend.use(name):
             pass
     for case in cases(device):
@@ -332,7 +333,7 @@ def run(device: str = "cpu", backends: Sequence[str] | None = None) -> list[Resu
 
 
 def as_text(results: Sequence[Result]) -> str:
-    """Return the results as lines of text, with the shares of the bounds in percent."""
+    """Return the results as a table in plain text, with the shares of the bounds in percent."""
     lines = [("op", "dtype", "layout", "backend", "error/bound", "largest in")]
     lines += [(*r[:4], f"{r.share:.1%}" + ("" if r.share <= 1 else " (!)"), r.case) for r in results]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: builds tests/cuda_on_cpu and puts its module in the place of fastddpm._C."""
+"""The CUDA kernels on a CPU: build tests/cuda_on_cpu and replace fastddpm._C by its module."""
 
 import contextlib
 import functools
@@ -16,13 +16,13 @@ import pytest
 from fastddpm import backend
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
-# One for each checkout, kept from run to run, where make finds what has not changed.
+# One folder per checkout. It is reused, so that make rebuilds only what has changed.
 BUILD = Path(tempfile.gettempdir()) / f"fastddpm-cuda-on-cpu-{hashlib.sha256(bytes(HERE)).hexdigest()[:16]}"
 
 
 @functools.cache
 def cuda_include() -> Path | None:
-    """The folder of CUDA's headers, beside nvcc or where CUDA_HOME says."""
+    """Return the folder of CUDA's headers, next to nvcc or in CUDA_HOME; None if there is none."""
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
     includes = [Path(home) / "include" for home in homes if home]
@@ -30,7 +30,7 @@ def cuda_include() -> Path | None:
 
 
 def missing() -> str | None:
-    """Why the kernels cannot be compiled for a CPU here, or None."""
+    """Return why the kernels cannot be compiled for a CPU on this machine; None if they can."""
     if cuda_include() is None:
         return "no CUDA headers"
     for tool in ("g++", "make"):
@@ -41,7 +41,7 @@ def missing() -> str | None:
 
 @functools.cache
 def built(target: str) -> Path:
-    """The driver, driver_sanitized or module of tests/cuda_on_cpu, for this machine."""
+    """Build the target of tests/cuda_on_cpu (driver, driver_sanitized, module, ...) for this machine and return its path."""
     if missing():
         pytest.skip(f"CUDA kernels on a CPU: {missing()}")
     import fcntl
@@ -52,7 +52,7 @@ def built(target: str) -> Path:
     python = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
     command = ["make", "-s", f"-j{os.cpu_count()}", "-C", str(HERE), f"BUILD={BUILD}", target]
     with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one of pytest-xdist's workers builds, and the others wait for it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one pytest-xdist worker builds while the other workers wait
         done = subprocess.run(
             [*command, f"CUDA_INCLUDE={cuda_include()}", f"PYTHON_FLAGS={python}"], capture_output=True, text=True
         )
@@ -70,7 +70,7 @@ def module():
 
 @contextlib.contextmanager
 def cuda():
-    """The backend cuda serves CPU tensors, by the simulated kernels."""
+    """Make the backend cuda run CPU tensors on the simulated kernels."""
     patch = pytest.MonkeyPatch()
     real = backend.unavailable_reason
 

@@ -15,7 +15,7 @@ def norm(dtype=torch.float32):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The names of the kernels that have run."""
+    """Return a list that records the names of the kernels that run."""
     ran = []
 
     class Recorder:
@@ -91,44 +91,44 @@ def test_a_refused_choice_changes_nothing():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: this is about having none")
 def test_what_needs_a_gpu_says_so(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(errors.BackendError, match="'cuda' was asked for, but (the compiled module|PyTorch finds no)"):
+    with pytest.raises(errors.BackendError, match="'cuda' was requested, but (the compiled module|PyTorch finds no)"):
         backend.use("cuda")
     with pytest.raises(
-        errors.BackendError, match="'triton' was asked for, but (Triton is not|Triton .* is older|PyTorch finds no)"
+        errors.BackendError, match="'triton' was requested, but (Triton is not|Triton .* is older|PyTorch finds no)"
     ):
         backend.use("triton")
 
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(backend, "_triton_version", lambda: None)
-    with pytest.raises(errors.BackendError, match="Triton is not installed; PyTorch's CUDA builds bring it"):
+    with pytest.raises(errors.BackendError, match="Triton is not installed"):
         backend.use("triton")
     monkeypatch.setattr(backend, "_triton_version", lambda: "3.2.0")
-    with pytest.raises(errors.BackendError, match=r"Triton 3.2.0 is older than 3.6; torch 2.11 and newer bring one"):
+    with pytest.raises(errors.BackendError, match=r"Triton 3.2.0 is older than 3.6; torch 2.11 and newer install"):
         backend.use("triton")
 
 
 def test_kernels_that_do_not_start_are_left_out(monkeypatch):
-    """With one warning: Triton, say, on a GPU's machine without a C compiler."""
+    """One warning is raised, for example for Triton on a machine with a GPU and without a C compiler."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backend, "_gpu_unavailable_reason", lambda: None)
     monkeypatch.setattr(backend, "_cuda_kernels_unavailable_reason", lambda: "no nvcc")
     monkeypatch.setattr(backend, "_triton_version", lambda: "3.7.1")
     monkeypatch.setattr(backend, "_triton_start_failure", lambda: "Triton does not start: no compiler")
     backend._warn.cache_clear()
-    with backend.use(None), pytest.warns(UserWarning, match="the triton backend is left out, as Triton does not start"):
+    with backend.use(None), pytest.warns(UserWarning, match="the triton backend is not used: Triton does not start"):
         assert backend.select(CUDA) == "reference"
-    with pytest.raises(errors.BackendError, match="'triton' was asked for, but Triton does not start: no compiler"):
+    with pytest.raises(errors.BackendError, match="'triton' was requested, but Triton does not start: no compiler"):
         backend.use("triton")
 
 
 def test_errors_say_what_and_why(kernels):
     with pytest.raises(ValueError, match="backend: unknown name 'gpu'; expected one of reference, cpu, cuda, triton"):
         backend.use("gpu")
-    with pytest.raises(errors.BackendError, match="it serves CPU tensors and this one is on cuda; move or cast"):
+    with pytest.raises(errors.BackendError, match="it supports CPU tensors, and this one is on cuda; move or cast"):
         backend.select(CUDA)
     with pytest.raises(
-        errors.BackendError, match="it serves float32, bfloat16 and float16 and this tensor is float64; move or cast"
+        errors.BackendError, match="it supports float32, bfloat16 and float16, and this tensor is float64; move or cast"
     ):
         norm(torch.float64)
     with backend.use("reference"):
@@ -149,7 +149,7 @@ def test_environment_variable(monkeypatch, calls):
     norm()
     assert calls == []
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    missing = [] if torch.cuda.is_available() else [("triton", "'triton' was asked for, but")]
+    missing = [] if torch.cuda.is_available() else [("triton", "'triton' was requested, but")]
     for value, message in (("gpu", "unknown name 'gpu'"), *missing):
         read(value)
         for _ in range(2):  # and again at each use
@@ -202,10 +202,10 @@ backend.use("cpu")
 
 
 def test_without_the_compiled_module(tmp_path):
-    """Everything works by the reference, and who asks for the kernels hears why there are none."""
+    """Everything runs on the reference, and a request for the kernels raises an error with the reason why they are missing."""
     result = python(WITHOUT_COMPILED_MODULE, tmp_path, FASTDDPM_CPU_VARIANT="")
     assert result.stderr.splitlines()[-1].startswith(
-        "fastddpm.errors.BackendError: backend 'cpu' was asked for, but the compiled module fastddpm._C does not import"
+        "fastddpm.errors.BackendError: backend 'cpu' was requested, but the compiled module fastddpm._C does not import"
     )
     assert "reinstall with a C++ compiler" in result.stderr
 
@@ -218,7 +218,7 @@ def test_unknown_cpu_variant(kernels, tmp_path):
 
 
 def test_bfloat16_on_gpus(monkeypatch):
-    """By the tensor's GPU, which need not be the current one: cuDNN has no such convolutions before compute capability 8.0."""
+    """The tensor's GPU decides, even if another is current. cuDNN has bfloat16 convolutions from compute capability 8.0."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (8, 0), (12, 1)][device.index])
     reasons = [backend.emulated_reason(torch.device("cuda", i), torch.bfloat16) for i in range(3)]
     assert reasons == [

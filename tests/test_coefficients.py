@@ -1,4 +1,4 @@
-"""Every sampler's table: step by step against diffusers and the papers in float64, and what it does to Gaussian data."""
+"""Every sampler's table, step by step against diffusers and the papers in float64, and its effect on Gaussian data."""
 
 import itertools
 import math
@@ -54,7 +54,7 @@ def walk(table, clip, channels=3, seed=0):
 
 
 def close(got, expected, relative):
-    """Within `relative` of the largest number that was met on the way."""
+    """Assert that the error is within `relative` of the largest intermediate number."""
     assert (got - expected).abs().max() <= relative * max(1.0, expected.abs().max().item()), (
         (got - expected).abs().max()
     )
@@ -209,7 +209,7 @@ def test_ddim_where_diffusers_goes_wrong(steps, spacing):
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 100])
 @pytest.mark.parametrize("spacing", ["logsnr", "trailing"])
 def test_dpm_is_diffusers(prediction, steps, spacing):
-    """1e-5: its sigmas and its step are float32."""
+    """The bound is 1e-5, because diffusers' sigmas and step are float32."""
     table = coefficients.table(
         LINEAR,
         sampler="dpm++2m",
@@ -225,7 +225,7 @@ def test_dpm_is_diffusers(prediction, steps, spacing):
 
 @pytest.mark.parametrize("sampler", coefficients.DEFAULT_STEPS)
 def test_the_mean_is_a_prediction_like_others(sampler):
-    """From the mean that the network would give for some x0 (eq. 7), unclipped, comes the step for this x0."""
+    """The mean that a network would predict for some x0 (eq. 7) gives the step for this x0, without clipping."""
     for steps in (50, 1000):
         timesteps = coefficients.select_timesteps(LINEAR, steps, "trailing")
         by_x0, by_mean = (
@@ -244,7 +244,7 @@ def test_the_mean_is_a_prediction_like_others(sampler):
 
 
 def test_the_whole_chain_is_the_papers():
-    """Of all T steps: Ho et al.'s own coefficients, from the schedule's."""
+    """With all T steps the coefficients are those of Ho et al., computed from the schedule."""
     rows, t = coefficients.table(LINEAR).rows, torch.arange(1000).flip(0)
     for column, expected in [
         (2, LINEAR.posterior_mean_coef1), (3, LINEAR.posterior_mean_coef2), (6, LINEAR.betas.sqrt()),
@@ -523,7 +523,7 @@ def test_epsilon_with_zero_snr_is_refused():
 
 
 def test_eta_one_is_ddpm():
-    """With the posterior's variance, where nothing is clipped: Song et al., section 4.1."""
+    """DDIM with the posterior's variance equals DDPM if nothing is clipped (Song et al., section 4.1)."""
     options = {"shape": SHAPE, "schedule": SHORT, "clip": False, "seed": 5}
     for steps in (6, 20):
         a = fastddpm.sample(ideal(SHORT), 3, steps=steps, variance="fixed_small", **options)
@@ -543,7 +543,7 @@ def test_bits_do_not_depend_on_the_batch(sampler):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
 def test_a_network_draws_what_its_plain_callable_does(sampler):
-    """Through the engine, the last x0 included; and with classes."""
+    """The chain runs through the engine, with the previous x0 and with classes."""
     model = small_unet(num_classes=3)
     labels = torch.tensor([0, 2, 1])
     options = {"sampler": sampler, "steps": 6, "seed": 0, "class_labels": labels}
@@ -553,7 +553,7 @@ def test_a_network_draws_what_its_plain_callable_does(sampler):
 
 
 def test_learned_range():
-    """v = 1 is the large variance, v = -1 the small one; other samplers don't read it, and another width is refused."""
+    """v = 1 is the large variance, v = -1 the small one. Other samplers do not read v, and another width is refused."""
     assert (
         coefficients.table(SHORT, variance="learned_range").rows.isfinite().all()
     )  # the posterior's log 0 is replaced

@@ -34,7 +34,7 @@ def cuda():
 
 @pytest.fixture(params=["hopper", "hopper, few multiprocessors", "ampere", "blackwell consumer"])
 def gpu(request, monkeypatch, cuda):
-    """What decides how work is split: multiprocessors, clusters and the L2."""
+    """Set the device properties that determine how work is split: multiprocessors, clusters and the L2."""
     sms, major, l2 = {
         "hopper": (132, 9, 50 << 20),
         "hopper, few multiprocessors": (1, 9, 50 << 20),
@@ -80,7 +80,7 @@ def test_driver(seed, sms, major):
 @pytest.mark.slow  # to build
 @pytest.mark.parametrize("op", ["philox", "timestep", "ddpm_step", "group_norm_silu"])
 def test_driver_sanitized(op):
-    """No access out of bounds, of dead memory or undefined, in shared memory either."""
+    """No access is out of bounds or to freed memory, and none is undefined, in shared memory either."""
     done = run("driver_sanitized", op, CUDA_ON_CPU_SEED="1", **SANITIZER)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -98,7 +98,7 @@ def case_outputs():
 
 
 def test_the_order_of_threads_does_not_matter(cuda, monkeypatch):
-    """Bit for bit: no result hangs on who came first."""
+    """Results are bit-identical and do not depend on the order in which threads run."""
     results = []
     for seed in range(4):
         monkeypatch.setenv("CUDA_ON_CPU_SEED", str(seed))
@@ -108,7 +108,7 @@ def test_the_order_of_threads_does_not_matter(cuda, monkeypatch):
 
 
 def test_noise_is_the_cpus(cuda):
-    """The same words; and as the source is one, the same normals, but for the last bits of a logarithm."""
+    """The words are identical. The normals have the same source and differ only in the last bits of a logarithm."""
     shape, arguments = (3, 5, 7, 9), {"seed": (1 << 63) + 5, "t": 17, "stream": 1, "first": (1 << 40) + 3}
     got = ops.philox_normal(shape, **arguments)
     with backend.use("reference"):
@@ -146,7 +146,7 @@ def test_the_first_bad_row_is_recorded(cuda, bad, shape):
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 3, 5, 5)])
 def test_a_row_that_cannot_be_taken_is_recorded(cuda, shape):
-    """The host cannot look at the device's state: beyond the table, or c2 without the last x0."""
+    """The host cannot read the device's state: a row index outside the table, or c2 without x0_last."""
     for row in (2, 3, 1000):
         before, after, state = in_place([7, 3, row, -1], shape=shape)
         assert same_bits(before, after)
@@ -181,7 +181,7 @@ def test_norm_shapes(gpu, shape, groups, dtype, layout):
 
 
 def test_in_the_middle_of_a_batch(cuda, monkeypatch):
-    """Two stages, a few samples at a time: every sample gets its own statistics."""
+    """With two stages, a few samples at a time, every sample gets its own statistics."""
     monkeypatch.setenv("CUDA_ON_CPU_MAJOR", "8")
     x = torch.randn(5, 8, 64, 64) * torch.arange(1, 6).reshape(5, 1, 1, 1)
     weight, bias = torch.ones(8), torch.zeros(8)
@@ -203,21 +203,21 @@ def test_too_small_a_workspace_is_refused(cuda, monkeypatch):
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_nothing_needs_no_workspace(cuda, channels_last, backward):
-    """Also where the compiled module is called without Python's checks: there is nothing to divide by."""
+    """This also holds if the compiled module is called without Python's checks, because no size of 0 is a divisor."""
     x = backend.buffer(torch.empty(0))
     for samples, channels, pixels in ((0, 8, 9), (2, 0, 9), (2, 8, 0)):
         assert backend.native.norm_workspace(backward, x, channels_last, samples, channels, pixels, 4, 0) == 0
 
 
 def test_k_cuda_takes_what_runs_on_a_gpu():
-    """`pytest -k cuda` in the proof on a GPU: minutes of simulation are not wanted there."""
+    """`pytest -k cuda` in the verification on a GPU must not run minutes of simulation."""
     for device, name in SERVERS:
         assert ("cuda" in _server(device, name).id) == (device == "cuda")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_backward_centres_anew(cuda, layout):
-    """A saved mean was rounded, and large groups have large means: what it is off by goes out of the sums."""
+    """The saved mean was rounded, and large groups have large means. The rounding error is removed from the sums."""
     x, dy = (parity.arranged(torch.randn(2, 8, 17, 19), layout) for _ in range(2))
     weight, bias = 1 + torch.randn(8) / 2, torch.randn(8)
     _, mean, rstd = torch.ops.fastddpm.group_norm_silu(x, 2, weight, bias, 1e-6, None, None, None, False)
@@ -284,7 +284,7 @@ def test_more_than_the_budget_is_found():
 
 
 def test_instructions_are_told_apart_by_the_lines_they_come_from():
-    """Of a pass are those whose innermost line in the kernel's file lies in it; not those for threads with empty slots."""
+    """Instructions belong to the pass that contains their innermost line in the kernel's file. Empty slots do not count."""
     source = ptxas.KERNELS / "group_norm_silu.cu"
     passes = ptxas.pass_lines(source, HOT)
     assert list(passes) == ["mean", "deviation", "result"]
@@ -323,7 +323,7 @@ def test_predictions_are_of_planned_cases():
 
 
 def test_predictions_stand_beside_what_was_measured(capsys):
-    """Every case that budget.json names is one that is measured."""
+    """Every case in budget.json is measured."""
     measured = {_bars.OURS: {"ms": 3.5e-3, "share_of_copy": 0.72}, _bars.BF16: {"ms": 0.7}}
     ops = [{"op": case.op, "case": case.name, "contestants": measured} for case in kernels.gpu_cases("meta")]
     ptxas.print_predictions([*ops, *({"network": n, "batch": b, "contestants": measured} for n, b in UNITS)])

@@ -1,4 +1,4 @@
-"""`fuse_norms`: the same function in place, with the kernel; whatever it doesn't know stays; everything can be undone."""
+"""`fuse_norms` replaces norms by the kernel in place, computes the same function, skips unknown modules and can be undone."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ UNETS = {
 
 
 def perturbed(model):
-    """Norms that matter: fresh ones multiply by 1 and add 0."""
+    """Give the norms random parameters, because fresh norms multiply by 1 and add 0."""
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, nn.GroupNorm) and layer.affine:
@@ -50,7 +50,7 @@ def unet2d(**options):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the kernel is called, and whether with a SiLU."""
+    """Record each call of the kernel, and whether it includes SiLU."""
     seen = []
     op = fused_layers.ops.group_norm_silu
     monkeypatch.setattr(
@@ -162,7 +162,7 @@ def test_whose_own_code_is_left():
 
 
 def test_a_block_that_is_given_no_timestep(calls, kernels):
-    """As autoencoders have it, whatever their time_embedding_norm."""
+    """Autoencoders have blocks without a time embedding, with any time_embedding_norm."""
     resnet = pytest.importorskip("diffusers.models.resnet")
     x = torch.randn(2, 8, 4, 4)
     for norm in ("default", "group"):
@@ -198,8 +198,8 @@ def no_bias(pair):
 
 
 @pytest.mark.parametrize("change", [own_forward, own_activation, no_bias])
-def test_what_somebody_put_in_is_kept(change, kernels):
-    """Before or after the norms are fused."""
+def test_user_code_put_in_is_kept(change, kernels):
+    """User code may be put in before or after the norms are fused."""
     x = torch.randn(2, 4, 5, 5)
     for early in (True, False):
         pair = perturbed(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()))
@@ -215,7 +215,7 @@ def test_what_somebody_put_in_is_kept(change, kernels):
 
 
 def test_what_the_kernel_has_no_rule_for(kernels):
-    """torch.func, forward-mode derivatives, a compiled call with gaps."""
+    """Unsupported calls: torch.func, forward-mode derivatives, a compiled call with gaps."""
     pair = perturbed(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()))
     x, v = torch.randn(2, 4, 6, 5), torch.randn(2, 4, 6, 5)
     gapped = torch.randn(2, 4, 6, 12)[..., ::2]
@@ -284,7 +284,7 @@ def test_the_module_itself(calls, kernels):
 
 
 def test_members_of_a_sequential_stay_what_they_are(calls, kernels):
-    """As guided-diffusion has it: the norm, then scale and shift, then the rest."""
+    """guided-diffusion applies the norm, then scale and shift, then the remaining layers."""
     layers = perturbed(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(4, 4, 3, padding=1)))
     x, scale, shift = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 1, 1), torch.randn(2, 4, 1, 1)
 
@@ -421,7 +421,7 @@ def test_a_fused_unet2dmodel_is_sampled_as_a_unet():
 
 
 class Convolutions(TorchDispatchMode):
-    """Counts those that took their norm with them."""
+    """Count the convolutions that computed their norm."""
 
     count = 0
 
@@ -497,7 +497,7 @@ def test_wide_blocks(options, convolving):
 
 
 def test_weights_may_change_between_calls(convolving):
-    """However they are changed: nothing of them is kept."""
+    """Weights may be changed in any way, because nothing derived from them is cached."""
     block, x, temb = wide_block(), torch.randn(2, 32, 16, 16), torch.randn(2, 8)
     fuse_norms(block)
     first, _ = counted(lambda: block(x, temb))
@@ -524,7 +524,7 @@ def reflected(block):
 
 
 def circular(block):
-    """As people make images that can be tiled."""
+    """Users replace the padding to generate images that can be tiled."""
     for conv in (block.conv1, block.conv2):
         conv._conv_forward = lambda x, weight, bias: nn.functional.conv2d(
             nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias
@@ -697,7 +697,7 @@ def test_what_torch_refuses_is_refused(change, convolving):
 
 
 def test_an_image_without_a_batch(convolving):
-    """As far as torch takes one: to the norm, which sees [N, C, length] in it."""
+    """The block fails as torch's does: the norm reads the image as [N, C, length], and a later layer raises."""
     block, x = wide_block(), torch.randn(32, 32, 16)
     fuse_norms(block)
     with torch.no_grad(), pytest.raises(RuntimeError):

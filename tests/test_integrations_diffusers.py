@@ -1,4 +1,4 @@
-"""The fused schedulers beside diffusers' own: step by step on the same inputs and noise, and as parts of its pipelines."""
+"""The fused schedulers against diffusers' own: step by step on the same inputs and noise, and inside its pipelines."""
 
 import copy
 import importlib.util
@@ -42,14 +42,14 @@ def pair(parent, **options):
 
 
 def close(got, expected, bound=1e-5, largest=1.0):
-    """Within bound of the largest number there is, but for NaN and infinity, which have to be the same."""
+    """Assert that errors are within bound of the largest finite number, and that NaN and infinity agree."""
     assert got.dtype == expected.dtype and got.shape == expected.shape
     largest = max(largest, expected.abs().max().item())
     torch.testing.assert_close(got, expected, rtol=0, atol=bound * largest, equal_nan=True)
 
 
 def close_x0(got, expected, x, o, scheduler, t):
-    """Of a predicted eps, x0 is the difference of terms that are 157 times x at t = 999: four roundings of those."""
+    """With eps prediction, x0 is a difference of terms of 157 times x at t = 999. The bound is four roundings of them."""
     if scheduler.config.prediction_type == "epsilon":
         root = math.sqrt(scheduler.alphas_cumprod[t])
         largest = (x.abs().max() + o.abs().max()).item() / root if root else 0.0  # all is clipped where root is 0
@@ -120,7 +120,7 @@ def test_ddim_steps_are_diffusers(prediction, clip, eta):
 
 @pytest.mark.parametrize("parent", PAIRS)
 def test_float64_is_diffusers_to_the_last_digits(parent):
-    """As the coefficients are rounded where diffusers rounds them: right ones would be 1e-4 from its in the last steps."""
+    """Coefficients are rounded where diffusers rounds them. Exact ones would differ by 1e-4 in the last steps."""
     for prediction in PREDICTIONS:
         theirs, ours = pair(parent, prediction_type=prediction)
         theirs.set_timesteps(1000), ours.set_timesteps(1000)
@@ -288,7 +288,7 @@ def test_variance_noise():
 
 
 def test_memory_layouts_and_shapes():
-    """channels_last, slices of tensors with more channels, points in a plane, other dimensions, and no image at all."""
+    """Inputs: channels_last, slices of tensors with more channels, points in a plane, other dimensions, and an empty batch."""
     theirs, ours = pair(DDPMScheduler)
     theirs.set_timesteps(10), ours.set_timesteps(10)
     x, o = randn(*SHAPE, seed=1), randn(2, 6, 4, 4, seed=2)[:, :3]
@@ -338,7 +338,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("scheduler", [FusedDDPMScheduler(noise_seed=1), FusedDDIMScheduler(noise_seed=1)])
 def test_a_seeded_step_is_one_operation(scheduler):
-    """What stands for one kernel launch on a GPU, and for no wait."""
+    """On a GPU this corresponds to one kernel launch without synchronization."""
     scheduler.set_timesteps(10)
     x, o = randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)
     first, second, *_ = scheduler.timesteps
@@ -365,7 +365,7 @@ def test_a_dtype_without_products_is_said_once(parent, float32_alone):
 
 
 def test_seeded_noise_is_that_of_the_sequence():
-    """With x = o = 0 what is left of a step is sigma*z."""
+    """With x = o = 0 the result of a step is sigma*z."""
     zero = torch.zeros(3, 3, 4, 5)
     seed = (1 << 64) - 3
     ddpm, ddim = FusedDDPMScheduler(noise_seed=seed), FusedDDIMScheduler(noise_seed=seed)
@@ -384,14 +384,14 @@ def test_seeded_noise_is_that_of_the_sequence():
 
 
 def gaussian(x, t):
-    """The eps of images that are normal with variance 1/4."""
+    """A model that predicts the eps of normally distributed images with variance 1/4."""
     abar = fastddpm.Schedule.linear().alphas_cumprod[t].float().reshape(-1, 1, 1, 1)
     return x * (1 - abar).sqrt() / (abar / 4 + 1 - abar)
 
 
 @pytest.mark.parametrize("kind", [FusedDDPMScheduler, FusedDDIMScheduler])
 def test_seeded_chains_are_those_of_sample(kind):
-    """But for diffusers' float32 alphas_cumprod; other noise would be of the size of the images."""
+    """The difference is that of diffusers' float32 alphas_cumprod. With other noise it would be as large as the images."""
     x = x_T = randn(4, 3, 8, 8, seed=5)
     scheduler = kind(noise_seed=9)
     scheduler.noise_first = 2
@@ -422,7 +422,7 @@ def unet():
 
 
 def pipeline(unet, scheduler):
-    """DDIMPipeline makes a DDIMScheduler of what it is given, so that ours is put in afterwards, as the documentation says."""
+    """DDIMPipeline converts its scheduler to a DDIMScheduler, so the fused one is assigned afterwards, as documented."""
     kind = DDIMPipeline if isinstance(scheduler, DDIMScheduler) else DDPMPipeline
     pipe = kind(unet, scheduler)
     pipe.scheduler = scheduler
@@ -440,7 +440,7 @@ def images(pipe, n, seeds, **arguments):
 @pytest.mark.parametrize("seeds", [3, [3, 4]])
 @pytest.mark.parametrize("parent", PAIRS)
 def test_pipelines_make_the_same_pictures(parent, seeds, unet):
-    """Step by step within 1e-5, and the pictures, whose differences this network doesn't let grow, within 1e-4."""
+    """Steps agree within 1e-5. Images agree within 1e-4, because this network does not amplify differences."""
     theirs, ours = pair(parent)
     expected = images(pipeline(unet, theirs), 2, seeds)
 
@@ -469,7 +469,7 @@ def test_pipelines_make_the_same_pictures(parent, seeds, unet):
 
 @pytest.mark.parametrize("parent", PAIRS)
 def test_seeded_pipelines_go_on_where_they_stopped(parent, unet):
-    """Two calls of 4 images are one of 8. A generator for each image makes x_T, which is the pipeline's, likewise."""
+    """Two calls for 4 images equal one call for 8. The pipeline draws x_T with one generator per image."""
     whole, parts = (pipeline(unet, PAIRS[parent](noise_seed=7)) for _ in range(2))
     expected = images(whole, 8, range(8))
     got = torch.cat((images(parts, 4, range(4)), images(parts, 4, range(4, 8))))
@@ -581,7 +581,7 @@ def test_the_default_device_is_not_meant():
     scheduler = FusedDDPMScheduler(noise_seed=7)
     x, o = randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)
     expected = scheduler.step(o, 500, x).prev_sample
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.clone()  # read anew
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.clone()  # so it is read again
     with torch.device("meta"):
         assert same_bits(scheduler.step(o, 500, x).prev_sample, expected)
 
@@ -591,7 +591,7 @@ def test_the_default_device_is_not_meant():
     [
         (
             {"thresholding": True},
-            "thresholding: got True; it is not fused: use diffusers' own scheduler, or clip_sample=True",
+            "thresholding: got True; .* clip_sample=True",
         ),
         ({"prediction_type": "flow"}, "prediction_type: got 'flow'; expected one of epsilon, sample, v_prediction"),
         ({"clip_sample_range": 0.0}, "clip_sample_range: got 0.0; expected a positive bound"),
@@ -646,7 +646,7 @@ def test_outputs_that_do_not_fit():
     ("found", "error", "message"),
     [
         (None, ImportError, "missing: pip install diffusers"),
-        ("__version__ = '0.31.0'", ImportError, "needs diffusers 0.32 or newer, and this is 0.31.0"),
+        ("__version__ = '0.31.0'", ImportError, "requires diffusers 0.32 or newer, and this is 0.31.0"),
         ("import what_it_needs", ModuleNotFoundError, "what_it_needs"),
     ],
 )

@@ -21,7 +21,7 @@ def test_every_error_is_within_its_bound(rows):
 
 
 def test_everything_is_covered(rows):
-    """Each op, on each backend that can run; the ops that take them in each dtype and layout."""
+    """The results cover each op on each available backend, in each dtype and layout that it supports."""
     available = {
         name for name in backend.NAMES if backend.unsupported_reason(name, torch.device("cpu"), torch.float32) is None
     }
@@ -60,7 +60,7 @@ print(json.dumps([backend.describe()["cpu_variant"], parity.run(backends=["cpu"]
 
 @pytest.mark.parametrize("variant", ["generic", "avx2", "avx512"])
 def test_every_cpu_variant(kernels, tmp_path, variant):
-    """In a process of its own each: the ops, and Winograd's convolution within test_winograd.py's bound."""
+    """Each variant runs in a separate process: the ops, and Winograd's convolution within test_winograd.py's bound."""
     used, rows, error, bfloat16 = json.loads(on_variant(variant, VARIANT, tmp_path))
     assert used == variant
     assert len(rows) >= 18
@@ -70,7 +70,7 @@ def test_every_cpu_variant(kernels, tmp_path, variant):
 
 
 def test_an_error_shows(monkeypatch):
-    """A result that is wrong in one element, or not written at all, is a share over 1 in its own row."""
+    """A result that is wrong in one element, or is not written, has a share over 1 in its own row."""
     good = ops.timestep_embedding
 
     def wrong(t, dim, **convention):
@@ -89,7 +89,7 @@ def test_an_error_shows(monkeypatch):
 
 
 def test_a_result_of_the_wrong_shape_is_an_error():
-    with pytest.raises(ValueError, match=r"got shape \[1, 3\]; the truth has \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"got shape \[1, 3\]; expected \[2, 3\]"):
         parity.share(torch.zeros(1, 3), torch.zeros(2, 3), 1.0)
 
 
@@ -97,7 +97,7 @@ def test_backends_that_cannot_run():
     with pytest.raises(ValueError, match="unknown name 'gpu'"):
         parity.run(backends=["gpu"])
     if not torch.cuda.is_available():
-        with pytest.raises(errors.BackendError, match="'cuda' was asked for"):
+        with pytest.raises(errors.BackendError, match="'cuda' was requested"):
             parity.run(backends=["cuda"])
 
 
@@ -118,7 +118,7 @@ def test_ulp(dtype):
 
 
 def test_new_memory_is_poisoned():
-    """As every test relies on: what a kernel doesn't write is NaN."""
+    """Memory that a kernel does not write is NaN. Every test relies on this."""
     like = torch.zeros(2, 3)
     for made in (torch.empty(2, 3), torch.empty_strided((2, 3), (1, 2)), torch.empty_like(like), like.new_empty(2, 3)):
         assert made.isnan().all()

@@ -40,13 +40,13 @@ def words_in_python(counter, key):
 
 
 def words_of(quad, *, seed, t, sample, stream):
-    """The words of elements 4*quad..4*quad + 3, by the contract's counter and key."""
+    """Return the words of elements 4*quad..4*quad + 3, computed from the documented counter and key."""
     counter = (quad, t, sample & 0xFFFFFFFF, (sample >> 32) ^ (stream << 24))
     return words_in_python(counter, (seed & 0xFFFFFFFF, seed >> 32))
 
 
 def normals_in_numpy(elements, *, seed, t, sample, stream):
-    """One sample's normals in float64, sharing no code with the package."""
+    """Return one sample's normals in float64, without code of the package."""
     quads = [words_of(q, seed=seed, t=t, sample=sample, stream=stream) for q in range((elements + 3) // 4)]
     u = (np.array(quads, dtype=np.float64).reshape(-1, 2, 2) + 0.5) / 2**32
     radius, angle = np.sqrt(-2 * np.log(u[..., 0])), 2 * np.pi * u[..., 1]
@@ -75,7 +75,7 @@ def test_words_of_any_counter(counter, key):
 
 
 def test_first_words():
-    """Timesteps, flips and dropout seeds come from these."""
+    """Timesteps, flips and dropout seeds are computed from these words."""
     sample = torch.tensor([0, 5, FIRST])
     got = first_words(sample, seed=SEED, stream=Stream.TIMESTEP, t=3)
     assert got.tolist() == [words_of(0, seed=SEED, t=3, sample=s, stream=3)[0] for s in sample.tolist()]
@@ -119,7 +119,7 @@ def test_close_to_float64(device, shape):
 
 
 def test_extreme_words(device):
-    """u next to 0 and next to 1, and angles next to multiples of pi."""
+    """u is near 0 and near 1, and angles are near multiples of pi."""
     sample = torch.tensor(parity.EXTREME_SAMPLES)
     words = [words_of(0, seed=0, t=0, sample=s, stream=1) for s in sample.tolist()]
     radii = [w for row in words for w in row[::2]]
@@ -183,7 +183,7 @@ def test_t_per_sample(device):
 
 
 def test_an_elements_place_does_not_matter(kernels):
-    """Tails take the same arithmetic: a shorter sample is the beginning of a longer one, wherever its last vector ends."""
+    """Tails use the same arithmetic: a shorter sample is the beginning of a longer one, for every length of the last vector."""
     whole = draw(2, 150)
     for elements in range(151):
         assert same_bits(draw(2, elements), whole[:, :elements])
@@ -236,7 +236,7 @@ def test_opcheck(device):
 
 
 def test_compiles_without_a_graph_break():
-    """Once for all seeds, timesteps and counts: more than torch's limit of recompilations are tried."""
+    """torch.compile compiles once for all seeds, timesteps and counts. There are more of them than torch's recompile limit."""
 
     def f(n, seed, t, first):
         return 2 * ops.philox_normal((n, 3, 5), seed=seed, t=t, stream=1, first=first)
@@ -259,7 +259,7 @@ def test_compiles_without_a_graph_break():
         ({"t": 1 << 20}, "t: got 1048576"),
         ({"t": torch.tensor([1, 2, 3])}, r"t: got int64 \[3\]; expected int64 \[2\]"),
         ({"t": torch.tensor([1.0, 2.0])}, r"t: got float32 \[2\]; expected int64 \[2\]"),
-        ({"t": torch.tensor([1, 2]), "device": "meta"}, "t: is on cpu, the noise is wanted on meta"),
+        ({"t": torch.tensor([1, 2]), "device": "meta"}, "t: is on cpu, the noise is requested on meta"),
         ({"first": -1}, r"first: got -1; expected an int in \[0, 2\^56\)"),
         ({"first": 1 << 56}, "first: got 72057594037927936"),
         ({"sample": torch.tensor([1])}, r"sample: got int64 \[1\]; expected int64 \[2\]"),

@@ -36,7 +36,7 @@ def in_numpy(t, dim, max_period=10000.0, flip_sin_to_cos=False, freq_shift=1):
 
 
 def diffusers_in_float64():
-    """diffusers' get_timestep_embedding with its two float32s made float64."""
+    """Return diffusers' get_timestep_embedding with its two float32 tensors in float64."""
     embeddings = pytest.importorskip("diffusers.models.embeddings")
     source = inspect.getsource(embeddings.get_timestep_embedding)
     assert source.count("torch.float32") == 1
@@ -110,7 +110,7 @@ def test_any_arguments(t, dim, flip, shift, period):
 
 
 def test_exact_values(device):
-    """t = 0 gives 0 and 1, an odd dim a column of zeros, and an integer the same as that number in float32."""
+    """t = 0 gives 0 and 1, an odd dim gives a column of zeros, and an integer gives the same as that number in float32."""
     t = EVERY_T.to(device)
     got = ops.timestep_embedding(t, 75)
     assert got[0].tolist() == [0.0] * 37 + [1.0] * 37 + [0.0]

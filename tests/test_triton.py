@@ -73,7 +73,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # as conftest.py found
 
 @pytest.fixture
 def device():
-    """The CPU, its tensors served by triton's interpreter."""
+    """Return the CPU device, with the Triton kernels running under the interpreter."""
     if not INTERPRETING:
         pytest.skip("triton's interpreter: there is a GPU, or no triton from 3.6 on")
     with backend.use("triton"):
@@ -118,7 +118,7 @@ def test_words(device, seed, quad, t, sample, stream):
 
 
 def step_arguments(n=2, pixels=400):
-    """Some programs for each sample, the last of them not full."""
+    """Each sample has several programs, and the last of them is not full."""
     x, o, last = (torch.randn(n, 3, 2, pixels) for _ in range(3))
     rows = torch.stack((test_ddpm_step.EVERY_TERM,) * 3).float()
     return x, o, last, rows, torch.tensor([999, 500, 7])
@@ -126,7 +126,7 @@ def step_arguments(n=2, pixels=400):
 
 @pytest.mark.parametrize("index", [3, 5, (1 << 31) - 2, -1, -7])
 def test_a_row_outside_the_table_is_recorded(device, index):
-    """Nothing but the state is written, and it goes on: a graph cannot raise."""
+    """Only the state is written, and it advances, because a graph cannot raise."""
     x, o, last, rows, timesteps = step_arguments()
     state, next_input = torch.tensor([5, 6, index, -1]), x.clone()
     kept = x.clone(), last.clone()
@@ -150,7 +150,7 @@ def test_a_row_that_wants_x0_last_is_recorded(device):
 
 
 def test_every_program_takes_the_row_before_it_changes(device):
-    """Many programs a step, of which only the last sees a NaN, step after step."""
+    """Each step has many programs, and only the last one reads a NaN."""
     x, o, last, rows, timesteps = step_arguments()
     state, expected = torch.tensor([5, 6, 0, -1]), x.clone()
     o[-1, -1, -1, -1] = torch.nan
@@ -164,7 +164,7 @@ def test_every_program_takes_the_row_before_it_changes(device):
 
 
 def test_layouts_and_batch_splits_give_the_same_bits(device):
-    """Quads, and with odd sizes elements that pick their own of a quad."""
+    """Programs draw whole quads. With odd sizes each element picks one value of its quad."""
     for shape in ((2, 3, 4, 6), (2, 3, 5, 7)):
         x, o = torch.randn(shape), torch.randn(shape)
         expected = test_ddpm_step.step(x, o)
@@ -182,7 +182,7 @@ def test_layouts_and_batch_splits_give_the_same_bits(device):
 
 @pytest.fixture
 def in_chunks(device, monkeypatch):
-    """Small tensors go the way of large ones; the names of the kernels that ran."""
+    """Make small tensors use the chunked kernels, and yield the names of the kernels that ran."""
     for name, value in {"RESIDENT": 0, "RESIDENT_BACKWARD": 0, "TILE": 256, "CHUNKS": 3}.items():
         monkeypatch.setattr(norm_kernels, name, value)
     names, launch = [], norm_kernels._Plan.launch
@@ -225,7 +225,7 @@ def test_chunks_whatever_the_default_dtype(in_chunks, default):
     [(make, torch.float32) for make in MAKES] + [(MAKES[0], torch.bfloat16), (MAKES[3], torch.float16)],
 )
 def test_chunks(in_chunks, make, dtype, layout):
-    """Some tiles to a chunk, of the last one (contiguous) a part of one; and more than one slice."""
+    """A chunk has several tiles, the last contiguous chunk a part of a tile, and there is more than one slice."""
     x, weight, bias, optional = test_group_norm_silu.inputs((2, 10, 11, 19), layout=layout)
     optional = optional if make == "every input" else {"add": 1e3 * optional["add"]} if make == "large add" else {}
     if make == "large add":
@@ -255,7 +255,7 @@ def test_chunks(in_chunks, make, dtype, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("way", ["device", "in_chunks"])
 def test_the_backward_centres_anew(request, way, layout):
-    """The saved mean is a float32, which is coarse where a group's first element is far from all others."""
+    """The saved mean is a float32, which is coarse if a group's first element is far from all other elements."""
     request.getfixturevalue(way)
     x, weight, bias, _ = test_group_norm_silu.inputs((2, 10, 11, 19), layout=layout)
     x[0, 0, 0, 0] = 1e4
@@ -285,7 +285,7 @@ def everything(layout):
 
 
 class Driver:
-    """Stands for libcuda, which has a mode for each thread; test_gpu.py captures for real."""
+    """A stand-in for libcuda, which has a capture mode per thread. test_gpu.py performs real captures."""
 
     GLOBAL = 0  # a thread's mode by itself: what loads a kernel fails while a stream is being captured
 
@@ -299,7 +299,7 @@ class Driver:
 
 
 def test_kernels_may_load_while_a_stream_is_captured(monkeypatch):
-    """The thread's mode is relaxed around a launch, and what it was behind it, whatever becomes of the launch."""
+    """The thread's mode is relaxed during a launch and restored after it, even if the launch fails."""
     driver, gpu = Driver(), torch.device("cuda", 0)
     monkeypatch.setattr(launch, "_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -456,12 +456,12 @@ def test_every_kernel_compiles(compiled):
 
 
 def test_nothing_swallows_a_nan(compiled):
-    """As a GPU's min and max do, which the interpreter's don't show."""
+    """A GPU's min and max drop NaN, which the interpreter's do not show."""
     assert not any(facts["min_max"] for facts in compiled)
 
 
 def test_registers_hold_what_they_should(compiled):
-    """No spills in the hot norms, elsewhere a few words; and no tile of a norm passes through shared memory."""
+    """The hot norms do not spill, other kernels spill a few words, and no tile of a norm passes through shared memory."""
     for facts in compiled:
         hot_norm = facts["case"] == "hot" and facts["kernel"].startswith("group_norm_silu")
         assert facts.get("spilled", 0) <= (0 if hot_norm else 64), facts

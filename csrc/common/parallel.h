@@ -1,5 +1,5 @@
 // Parallel loops for the CPU kernels. Compiled with OpenMP but not linked to a runtime (see CMakeLists.txt): the
-// symbols resolve to the runtime that torch has loaded; without OpenMP the loops are serial.
+// symbols resolve to the runtime that torch has loaded. Without OpenMP the loops are serial.
 //
 // Everything is in an unnamed namespace, as in every header that the CPU kernels share: a kernel file is compiled once
 // per instruction set, and a function with external linkage compiled for AVX-512 could be the one the linker keeps.
@@ -10,12 +10,12 @@
 namespace fastddpm {
 namespace {
 
-// The least work worth handing to another thread, in elements of a cheap kernel (about 10 us of one core).
+// The minimum work that is worth passing to another thread, in elements of a cheap kernel (about 10 us of one core).
 constexpr int64_t kParallelElements = 8192;
 
-// Calls body(i) for i in [0, count), handing out `grain` consecutive indices at a time; a single portion runs in the
-// calling thread. Which thread runs which index is not fixed, so body must write only what belongs to i. Never fewer
-// threads than asked for: an OpenMP runtime whose team changes size ends threads and starts new ones.
+// Calls body(i) for i in [0, count), in portions of `grain` consecutive indices. A single portion runs in the calling thread.
+// The assignment of indices to threads is not fixed, so body must write only data of index i. The team always has the
+// requested number of threads, because an OpenMP runtime whose team changes size ends threads and starts new ones.
 template <class Body>
 inline void parallel_for(int64_t count, int64_t grain, int threads, const Body& body) {
 #ifdef _OPENMP

@@ -6,11 +6,11 @@
 //   normals of elements 4k..4k+3:
 //     sqrt(-2 ln u0) * (cos(2 pi u1), sin(2 pi u1)),  sqrt(-2 ln u2) * (cos(2 pi u3), sin(2 pi u3))
 //
-// so a normal depends on (seed, stream, sample, t, e) alone: not on the batch, the thread, the layout or the machine.
-// Words are identical everywhere; normals are within 1.1e-6 of the same formula in float64, extreme words included.
+// A normal depends only on (seed, stream, sample, t, e), and not on the batch, the thread, the layout or the machine.
+// Words are identical on every backend. Normals are within 1.1e-6 of the formula in float64, extreme words included.
 //
-// The source is written once over a struct M that says what a word, a float and their few primitive operations are:
-// ScalarMath is one lane, on host or device; vec_random.h has the vectors of the CPU kernels.
+// The source is a template over a struct M that defines a word, a float and their few primitive operations. ScalarMath has one
+// lane, on host or device. vec_random.h defines the vectors of the CPU kernels.
 #pragma once
 
 #include <cmath>
@@ -77,8 +77,8 @@ FASTDDPM_HD void philox4x32_10(typename M::Word (&c)[4], uint64_t seed) {
 }
 
 // -ln((w + 1/2) * 2^-32), to a few 1e-8 relative. With f = w + 1/2 = 2^(32 - k) m and m in [2/3, 4/3) it is
-// k ln 2 - log1p(m - 1). Near u = 1 (k = 0) the rounding of f would be the whole answer: there 1 - u comes
-// exactly from the complement of w.
+// k ln 2 - log1p(m - 1). Near u = 1 (k = 0) the rounding of f would dominate the result. There the complement
+// of w gives 1 - u exactly.
 template <class M>
 FASTDDPM_HD typename M::Float minus_log_uniform(typename M::Word w) {
     using Word = typename M::Word;
@@ -90,7 +90,7 @@ FASTDDPM_HD typename M::Float minus_log_uniform(typename M::Word w) {
     const Float m = M::from_bits(M::bits(f) - (exponent << 23) + (2u << 23));
     const Float k = M::to_float((Int)(34u - exponent));
     const Float v = (M::to_float(~w) + 0.5f) * 0x1p-32f;
-    const Float r = f >= 2863311616.0f ? -v : m - 1.0f;  // 2/3 * 2^32: where k = 0
+    const Float r = f >= 2863311616.0f ? -v : m - 1.0f;  // 2/3 * 2^32, from which k is 0
     // (log1p(r) - r) / r^2 on [-1/3, 1/3], minimax for the relative error of log1p
     const float q[] = {0.14374099671840668f, -0.1537274271249771f, 0.13920924067497253f, -0.16419349610805511f,
                        0.20016059279441833f, -0.2500759959220886f, 0.33333104848861694f, -0.49999940395355225f};
@@ -102,7 +102,7 @@ FASTDDPM_HD typename M::Float minus_log_uniform(typename M::Word w) {
 }
 
 // Sine and cosine of quadrant * pi/2 + a for a in [-pi/4, pi/4]: polynomials of a, rotated by a swap and sign bits.
-// The quadrant, modulo 4, is the two upper bits of `quadrant`; the others are ignored.
+// The upper two bits of `quadrant` are the quadrant, modulo 4. The other bits are ignored.
 template <class M>
 FASTDDPM_HD void sine_cosine(typename M::Float a, typename M::Word quadrant, typename M::Float& sine,
                              typename M::Float& cosine) {
@@ -136,7 +136,7 @@ FASTDDPM_HD void box_muller(typename M::Word w0, typename M::Word w1, typename M
     z1 = radius * sine;
 }
 
-// The counter's words for one sample and timestep; word 0, e / 4, is the caller's.
+// The counter's words for one sample and timestep. The caller sets word 0, e / 4.
 FASTDDPM_HD uint32_t counter_word3(int64_t sample, uint32_t stream) {
     return static_cast<uint32_t>(static_cast<uint64_t>(sample) >> 32) ^ (stream << 24);
 }

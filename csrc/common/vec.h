@@ -2,7 +2,7 @@
 // and FMA, 4 otherwise. + - * / and comparisons are the compiler's own; `mask ? a : b` selects lanes.
 //
 // Sources that include this are compiled once per variant and linked together, so everything here has internal
-// linkage: a weak symbol compiled for AVX-512 must never serve the generic code.
+// linkage: the generic code must never call a weak symbol that was compiled for AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,7 @@ inline void of_dtype(Dtype dtype, const F& f) {
         f(float{});
     else if (dtype == Dtype::bfloat16)
         f(bfloat16{});
-    else  // bindings.cpp lets no other through
+    else  // bindings.cpp accepts no other dtype
         f(float16{});
 }
 
@@ -70,7 +70,7 @@ inline vint lane_index() {
 // All ones in the first `count` lanes.
 inline vint first_lanes(int count) { return lane_index() < count; }
 
-// a*b + c; rounded once wherever the variant has the instruction.
+// a*b + c, rounded once if the variant has the instruction.
 inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #if defined(FASTDDPM_VEC_AVX512)
     return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -81,7 +81,7 @@ inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
-// Both give b where a is a NaN.
+// Both return b if a is NaN.
 inline vfloat min(vfloat a, vfloat b) {
 #if defined(FASTDDPM_VEC_AVX512)
     return (vfloat)_mm512_maskz_min_ps(kAllLanes, (__m512)a, (__m512)b);
@@ -112,7 +112,7 @@ inline float sum_lanes(vfloat v) {
 }
 
 // ---- memory: load(p), load(p, count), store(p, v), store(p, v, count) ----
-// A partial load gives 0 in the lanes past count; neither touches memory past it.
+// A partial load returns 0 in the lanes past count. Partial loads and stores do not access memory past it.
 
 inline vfloat load(const float* p) {
     vfloat v;
@@ -146,7 +146,7 @@ inline void store(float* p, vfloat v, int count) {
 #endif
 }
 
-// ---- the same for bfloat16 and float16, which are widened when they are loaded and rounded when they are stored ----
+// ---- the same for bfloat16 and float16: loads widen to float32, stores round ----
 // GCC's own conversions between 16 and 32 bits go through shuffles.
 
 inline vuint widen_bits(vhalf h) {
@@ -159,7 +159,7 @@ inline vuint widen_bits(vhalf h) {
 #endif
 }
 
-// Of lanes below 2^16.
+// For lanes below 2^16.
 inline vhalf narrow_bits(vuint u) {
 #if defined(FASTDDPM_VEC_AVX512)
     return (vhalf)_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)u);
@@ -172,7 +172,7 @@ inline vhalf narrow_bits(vuint u) {
 
 inline vfloat widen(vhalf h, bfloat16) { return (vfloat)(widen_bits(h) << 16); }
 
-// Round to nearest even; a NaN stays one (its payload could otherwise round to infinity).
+// Rounds to nearest even. NaN is preserved (its payload could otherwise round to infinity).
 inline vhalf narrow(vfloat v, bfloat16) {
     vuint u = (vuint)v;
     vuint rounded = u + 0x7fff + ((u >> 16) & 1);
@@ -187,14 +187,14 @@ inline vfloat widen(vhalf h, float16) {
     return (vfloat)_mm256_cvtph_ps((__m128i)h);
 #else
     vuint u = widen_bits(h), sign = (u & 0x8000) << 16, magnitude = (u & 0x7fff) << 13;
-    // A subnormal is what its bits add to 2^-14. Nothing here is subnormal in float32, which a process may flush to 0.
+    // A subnormal's value is what its bits add to 2^-14. No float32 here is subnormal, as a process may flush those to 0.
     vuint subnormal = (vuint)((vfloat)(magnitude + (113u << 23)) - splat(0x1p-14f));
     vuint finite = magnitude < 0x0400u << 13 ? subnormal : magnitude + (112u << 23);
     return (vfloat)(sign | (magnitude < 0x7c00u << 13 ? finite : magnitude | 0x7f800000));
 #endif
 }
 
-// Round to nearest even; a NaN stays one.
+// Rounds to nearest even. NaN is preserved.
 inline vhalf narrow(vfloat v, float16) {
 #if defined(FASTDDPM_VEC_AVX512)
     return (vhalf)_mm512_maskz_cvtps_ph(kAllLanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -249,21 +249,21 @@ inline void store(T* p, vfloat v, int count) {
 
 // ---- functions ----
 
-// e^-x = m * power for |x| <= 87, relative error below 1e-7 + 2e-9 |x|; the values at +-87 beyond that, for a NaN too.
+// e^-x = m * power for |x| <= 87, with a relative error below 1e-7 + 2e-9 |x|. x is clamped to [-87, 87], also if it is NaN.
 struct ExpMinus {
     vfloat m, power;  // power = 2^n
 };
 
 inline ExpMinus exp_minus(vfloat x) {
     x = max(min(x, splat(87.0f)), splat(-87.0f));
-    // n = round(-x / ln 2): adding 1.5 * 2^23 leaves it, biased by 127, in the low bits.
+    // n = round(-x / ln 2). Adding 1.5 * 2^23 leaves n, biased by 127, in the low bits.
     const vfloat magic = splat(12582912.0f + 127.0f);
     vfloat shifted = fma(x, splat(-1.44269504f), magic);
     vfloat n = shifted - magic;
 #if defined(FASTDDPM_VEC_AVX512) || defined(FASTDDPM_VEC_AVX2)
     vfloat r = fma(n, splat(0.693147182f), x);  // off by n times ln 2's rounding, 2e-9
 #else
-    // Unfused, ln 2 comes in two parts: n times the first is exact (8 bits and 15).
+    // Without FMA, ln 2 is split in two parts. n times the first is exact (8 bits and 15).
     vfloat r = fma(n, splat(1.42860677e-6f), fma(n, splat(0.693145752f), x));
 #endif
     // e^-r = 1 - r + r^2 p(r), p minimax on |r| <= ln(2) / 2.
@@ -285,7 +285,7 @@ inline vfloat exp_clamped(vfloat x) {
 // 1 / x for finite x away from over- and underflow.
 inline vfloat reciprocal(vfloat x) {
 #if defined(FASTDDPM_VEC_AVX512)
-    // 14 bits, doubled by one Newton step: on current cores half the time of a division.
+    // 14 bits, doubled by one Newton step. On current cores this takes half the time of a division.
     vfloat r = (vfloat)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)x);
     return fma(r, fma(-x, r, splat(1.0f)), r);
 #else
@@ -299,7 +299,7 @@ inline vfloat silu(vfloat x) {
     return x * reciprocal(fma(e.m, e.power, splat(1.0f)));
 }
 
-// d silu(x) / dx = s + x s (1 - s) with s = sigmoid(x) and 1 - s = e^-x s, which doesn't cancel.
+// d silu(x) / dx = s + x s (1 - s), s = sigmoid(x), computed with 1 - s = e^-x s, which does not cancel.
 inline vfloat silu_grad(vfloat x) {
     ExpMinus e = exp_minus(x);
     vfloat s = reciprocal(fma(e.m, e.power, splat(1.0f)));

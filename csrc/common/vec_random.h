@@ -1,8 +1,8 @@
 // Philox normals, a vector at a time: common/philox.h over the vectors of common/vec.h.
 //
-// Philox runs on 64-bit lanes whose lower halves hold the words, two vectors of them per vector of words. That is what
-// the wide multiply reads and writes, so a round is a multiply, a shift and one xor of three per pair of words, with no
-// shuffles; the upper halves may hold anything.
+// Philox runs on 64-bit lanes whose lower halves hold the words, with two vectors of lanes per vector of words. The wide
+// multiply reads and writes this form. So a round is a multiply, a shift and one three-way xor per pair of words, without
+// shuffles. The upper halves may contain any value.
 #pragma once
 
 #include "philox.h"
@@ -113,7 +113,7 @@ class NormalStream {
 
     NormalStream(uint64_t seed, uint32_t stream, uint32_t t, int64_t sample)
         : seed_(seed), t_(t), sample_(static_cast<uint32_t>(sample)), word3_(counter_word3(sample, stream)) {
-        // Lane 4b + j draws quad kLanes/4 * j + b: transposing each 128 bits by itself then puts all in order.
+        // Lane 4b + j draws quad kLanes/4 * j + b, so that transposing each 128 bits separately puts all elements in order.
         for (int i = 0; i < kLanes / 2; ++i) {
             even_[i] = quad_of_lane(2 * i);
             odd_[i] = quad_of_lane(2 * i + 1);

@@ -1,16 +1,16 @@
 // One reverse step, with the row (a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi) that state points at:
-//   x0     = clamp(a*x + b*o, -clip, clip)                                          a NaN stays a NaN
+//   x0     = clamp(a*x + b*o, -clip, clip)                                          NaN is preserved
 //   x_prev = c0*x0 + c1*x + c2*x0_last + d*o + sigma*exp((f*lv_hi + (1-f)*lv_lo)/2)*z,  f = (v+1)/2
-// Terms whose coefficient is 0 are not read, and the exponential is there only for learned variances.
+// Terms with coefficient 0 are not read. The exponential is computed only for learned variances.
 //
-// Layout: the arithmetic runs over memory in the order of x. Whatever lies in another order (o or next_input of the
-// other layout, noise drawn in element order for a channels_last x) passes through a small buffer in that
-// order, so an element's arithmetic is the same in every layout, tile and lane.
+// Layout: the arithmetic follows x's memory order. Data in another order (o or next_input of the other layout, noise drawn in
+// element order for a channels_last x) is copied through a small buffer in x's order. So an element's arithmetic is the same in
+// every layout, tile and lane.
 //
-// Work: a task is a tile of one sample, a range of channels times a range of pixels of at most kTile elements. Where
-// every tensor is contiguous, a sample is one channel of channels*pixels elements.
+// Work: a task is a tile of one sample, a range of channels times a range of pixels, of at most kTile elements. If every tensor
+// is contiguous, a sample is treated as one channel of channels*pixels elements.
 //
-// Bytes: x and o are read once, x_prev (and x0, next_input) written once; drawn noise never leaves the cache.
+// Bytes: x and o are read once, x_prev (and x0, next_input) is written once. Drawn noise never leaves the cache.
 #include "common/parallel.h"
 #include "common/vec_random.h"
 #include "kernels.h"
@@ -28,7 +28,7 @@ struct Row {
     float a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi;
 };
 
-// A piece of a tensor of any dtype.
+// A run of elements of a tensor of any dtype.
 struct Input {
     const void* data;
     Dtype dtype;
@@ -60,7 +60,7 @@ struct Output {
     }
 };
 
-// Consecutive elements in the order of x. Null: absent, or not read in this row.
+// Consecutive elements in x's order. Null: absent, or not read in this row.
 struct Run {
     int64_t count;
     const float *x, *x0_last, *z;
@@ -69,7 +69,7 @@ struct Run {
     Output next;
 };
 
-// One vector of step(); a partial one goes the same way.
+// One vector of step(). A partial vector takes the same path.
 inline __attribute__((always_inline)) void step_vector(const Row& row, bool clip, float bound, const Run& run,
                                                        int64_t i, int count, vfloat& poison) {
     const vfloat zero{};
@@ -77,7 +77,7 @@ inline __attribute__((always_inline)) void step_vector(const Row& row, bool clip
     vfloat o = zero, x0 = zero, x_prev = zero;
     if (run.o.data) {
         o = run.o.vector(i, count);
-        poison = fma(o, zero, poison);  // an infinity or a NaN becomes a NaN and stays one
+        poison = fma(o, zero, poison);  // an infinity or a NaN makes poison NaN for good
         if (row.b != 0.0f) x0 = row.b * o;
     }
     if (row.a != 0.0f) x0 = fma(splat(row.a), x, x0);
@@ -105,8 +105,8 @@ inline __attribute__((always_inline)) void step_vector(const Row& row, bool clip
     if (run.next.data) run.next.vector(i, x_prev, count);
 }
 
-// Returns whether all of o (and v, where it is read) was finite. The arguments are copies: what no store can reach
-// stays in registers.
+// Returns whether all of o (and v, if it is read) was finite. The arguments are copies, so that stores cannot alias them and
+// they stay in registers.
 bool step(Row row, bool clip, float bound, Run run) {
     vfloat poison{};
     int64_t i = 0;
@@ -117,7 +117,7 @@ bool step(Row row, bool clip, float bound, Run run) {
     return finite;
 }
 
-// A matrix [channels, pixels] somewhere in memory.
+// A matrix [channels, pixels] in memory.
 struct Strides {
     int64_t channel, pixel;
 };
@@ -138,7 +138,7 @@ void copy(Input from, Strides f, void* to, Strides t, int64_t channels, int64_t 
         copy_words<uint16_t>(from.data, f, to, t, channels, pixels);
 }
 
-// The call. Layouts that coincide (one channel, one pixel) count as contiguous.
+// The call. Layouts that coincide (one channel or one pixel) are treated as contiguous.
 struct Problem {
     const DdpmStepArgs& args;
     Row row;
@@ -189,7 +189,7 @@ bool step_tile(const Problem& problem, int64_t i, int64_t c, int64_t p, int64_t 
     alignas(64) float o_buffer[kTile], v_buffer[kTile], next_buffer[kTile], z_buffer[kTile + 4],
         drawn_buffer[kTile + 4];
 
-    // In the buffers a tile is [channels, pixels] in the order of x.
+    // In the buffers a tile is [channels, pixels] in x's order.
     const Strides tile = problem.x_channels_last ? Strides{1, channels} : Strides{pixels, 1};
     const Strides x_strides = problem.strides(problem.x_channels_last, problem.channels);
     const Strides o_strides = problem.strides(problem.o_channels_last, problem.o_channels);
@@ -201,7 +201,7 @@ bool step_tile(const Problem& problem, int64_t i, int64_t c, int64_t p, int64_t 
 
     // Contiguous: one run per channel, unless the channels follow each other without a gap.
     const int64_t runs = problem.x_channels_last || whole ? 1 : channels, length = total / runs;
-    // Drawn noise likewise: its order is always contiguous.
+    // The same for drawn noise, whose order is always contiguous.
     const int64_t draws = whole ? 1 : channels, draw_length = total / draws;
 
     const bool o_in_place = problem.o_channels_last == problem.x_channels_last &&
@@ -227,7 +227,7 @@ bool step_tile(const Problem& problem, int64_t i, int64_t c, int64_t p, int64_t 
     if (next.data) next = next_in_place ? next.at(next_offset) : Output{next_buffer, args.next_dtype};
 
     const NormalStream normals(problem.seed, kStream, static_cast<uint32_t>(problem.timestep), problem.first + i);
-    // Draws number `index` of the tile into `buffer`, which has room for 4 elements before the first.
+    // Draws number `index` of the tile into `buffer`, which has space for 4 elements before the first.
     auto draw = [&](int64_t index, float* buffer) {
         const int64_t begin = (c + index) * problem.pixels + p, before = begin % 4;
         normals.write(begin - before, draw_length + before, buffer);

@@ -1,6 +1,6 @@
 // Chooses, once per process, which build of the CPU kernels this machine runs. Every csrc/cpu/<op>.cpp is compiled
 // once per instruction set into fastddpm::<variant>; this file is compiled for the baseline and defines <op>_cpu.
-// FASTDDPM_CPU_VARIANT=generic|avx2|avx512 asks for a particular one; one that cannot run here is an error.
+// FASTDDPM_CPU_VARIANT=generic|avx2|avx512 requests a particular one. It is an error if this machine cannot run it.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -66,7 +66,7 @@ const Kernels variants[] = {
 bool runs_here(const Kernels& variant) {
 #ifdef FASTDDPM_X86_VARIANTS
     unsigned a, b, c = 0, d;
-    bool f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;  // older compilers don't know the name
+    bool f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;  // older compilers do not know its name
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     if (!std::strcmp(variant.name, "avx2")) return avx2;
     if (!std::strcmp(variant.name, "avx512"))

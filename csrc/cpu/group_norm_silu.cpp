@@ -1,22 +1,22 @@
 // y = act(((x + add - mean) * rstd * weight + bias) * (1 + scale) + shift), act = SiLU or identity; and its gradient.
 //
-// Work: a task is one sample's slice of whole groups. In channels_last vectors run over channels, and a slice is the
-// sample, or a part of it where samples don't divide evenly among threads. Contiguous, vectors run over pixels,
-// and a slice is one group. A group's arithmetic is the same in whatever slice it falls, so results depend neither on
-// the thread count nor on the batch.
+// Work: a task is a slice of one sample, made of whole groups. In channels_last, vectors span channels, and a slice is the
+// whole sample, or a part of it if the samples do not divide evenly among threads. In contiguous memory, vectors span pixels,
+// and a slice is one group. A group's arithmetic is the same in every slice, so results do not depend on the thread count or
+// the batch.
 //
-// Bytes: forward reads x once and writes y once, backward reads x and dy once and writes dx once; all other passes
-// meet a slice in the cache as long as it fits. A thread's slices follow each other, and while one is computed the
-// next is prefetched: otherwise the first pass only waits for memory, and memory then waits for the second.
+// Bytes: the forward reads x once and writes y once. The backward reads x and dy once and writes dx once. All other passes
+// find a slice in the cache if it fits. A thread's slices are consecutive, and the next one is prefetched while one is
+// computed. Without prefetching, the first pass waits for memory, and memory is idle during the second.
 //
-// Statistics: sums of x + add - pivot and of its square, about a pivot taken from some of the pixels (themselves
-// summed about the group's first element). If it turns out far from the mean, the pass is done again about the mean,
-// so that the squares never cancel. Runs of kRun terms are summed in float32, the rest in float64.
+// Statistics: the sums of x + add - pivot and of its square. The pivot is the mean of a few pixels (summed relative to the
+// group's first element). If the pivot is far from the mean, the pass is repeated with the mean as pivot, so that the squares
+// never cancel. Runs of kRun terms are summed in float32, the runs in float64.
 //
-// Per-channel numbers are formed in float64 and split so that an element costs one add and one FMA:
+// Per-channel numbers are computed in float64 and split so that an element costs one add and one FMA:
 //   t = x + hi,  z = t * a + b,   hi + lo = add - mean,  a = rstd * weight * (1 + scale),
 //   b = lo * a + bias * (1 + scale) + shift
-// t is rounded relative to its own size, so that a large mean or add costs no accuracy.
+// The rounding of t is relative to its own size, so that a large mean or add costs no accuracy.
 #include "../common/parallel.h"
 #include "../common/vec.h"
 #include "../kernels.h"
@@ -28,13 +28,13 @@ namespace fastddpm {
 namespace FASTDDPM_VARIANT {
 namespace {
 
-constexpr int64_t kRun = 32;    // terms that a float32 accumulator takes
-constexpr int64_t kPilot = 16;  // pixels that the pivot is taken from, in channels_last
+constexpr int64_t kRun = 32;    // number of terms per float32 accumulator
+constexpr int64_t kPilot = 16;  // number of pixels for the pivot in channels_last
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Values per channel or per group, with room for the largest slice that a thread meets. (Not std::vectors, whose weak
-// symbols the variants would share.)
+// Values per channel or per group, with space for the thread's largest slice. (Not std::vectors, because the variants would
+// share their weak symbols.)
 struct Scratch {
     double *mean, *rstd, *lo;
     double *sum, *square;            // of t, for the statistics
@@ -72,19 +72,19 @@ inline float scalar(const T* p) {
     return load(p, 1)[0];
 }
 
-// Whole groups of one sample. Offsets are in elements and count from the tensor's start.
+// Whole groups of one sample. Offsets are in elements, from the tensor's start.
 struct Slice {
     int64_t sample, begin, channels;  // channels [begin, begin + channels)
     int64_t width;                    // channels of a group
     int64_t pixels;
     int64_t base, channel_stride, pixel_stride;
-    int64_t ahead;  // from here to the thread's next slice
+    int64_t ahead;  // offset from this slice to the thread's next one
 
     int64_t groups() const { return channels / width; }
     double group_size() const { return double(width) * pixels; }
 };
 
-// Calls f(i, lanes) over [0, count) a vector at a time; `lanes` is a constant in all calls but the tail's.
+// Calls f(i, lanes) for the vectors of [0, count). `lanes` is a constant in all calls except the tail's.
 template <class F>
 inline void for_vectors(int64_t count, const F& f) {
     int64_t i = 0;
@@ -92,7 +92,7 @@ inline void for_vectors(int64_t count, const F& f) {
     if (i < count) f(i, int(count - i));
 }
 
-// The slice's part of a per-channel vector; `absent` where there is none.
+// The slice's part of a per-channel vector, or `absent` if the vector is null.
 void load_channels(const ChannelVector& v, const Slice& at, float absent, float* out) {
     int64_t offset = at.sample * v.sample_stride + at.begin;
     if (!v.data) {
@@ -105,7 +105,7 @@ void load_channels(const ChannelVector& v, const Slice& at, float absent, float*
     });
 }
 
-// Calls f(offset, channel, lanes) over the pixels [p0, p1) of a slice, in the order of memory.
+// Calls f(offset, channel, lanes) for the pixels [p0, p1) of a slice, in memory order.
 template <bool kChannelsLast, class F>
 inline void for_elements(const Slice& at, int64_t p0, int64_t p1, const F& f) {
     if constexpr (kChannelsLast) {
@@ -121,7 +121,7 @@ inline void for_elements(const Slice& at, int64_t p0, int64_t p1, const F& f) {
     }
 }
 
-// What f above gets of a per-channel array.
+// The elements of a per-channel array that belong to a call of f above.
 template <bool kChannelsLast>
 inline vfloat of_channel(const float* v, int64_t c, int lanes) {
     return kChannelsLast ? load(v + c, lanes) : splat(v[c]);
@@ -152,8 +152,8 @@ inline void add_moments(const T* x, int64_t stride, int64_t pixels, int lanes, c
     }
 }
 
-// Sums of t = x + hi and of t^2 per channel. The accumulators stay in registers: as many vectors of channels at once
-// as fit there, or several along one channel's pixels.
+// Sums of t = x + hi and of t^2 per channel. The accumulators stay in registers: as many vectors of channels as fit, or
+// several along one channel's pixels.
 template <class T, bool kChannelsLast>
 void moments(const T* x, const Slice& at, const float* hi, double* sum, double* square) {
     x += at.base;
@@ -163,7 +163,7 @@ void moments(const T* x, const Slice& at, const float* hi, double* sum, double* 
         for (int64_t p = 0; p < at.pixels; p += kRun) {
             const T* row = x + p * stride;
             int64_t pixels = smaller(kRun, at.pixels - p), c = 0;
-            if constexpr (kLanes == 16)  // which come with 32 registers
+            if constexpr (kLanes == 16)  // AVX-512 has 32 registers
                 for (; c + 8 * kLanes <= at.channels; c += 8 * kLanes)
                     add_moments<T, 8>(row + c, stride, pixels, kLanes, hi + c, sum + c, square + c);
             for (; c + 4 * kLanes <= at.channels; c += 4 * kLanes)
@@ -215,17 +215,17 @@ void split_offsets(const Slice& at, Scratch& k) {
     }
 }
 
-// x + add at the group's first element. Saved means count from there.
+// x + add at the group's first element. Saved means are relative to it.
 template <class T>
 double first_element(const T* x, const Slice& at, const Scratch& k, int64_t g) {
     const int64_t c = g * at.width;
     return double(scalar(x + at.base + c * at.channel_stride)) + k.add[c];
 }
 
-// Mean of x + add per group, and variance (in k.rstd).
+// The mean of x + add per group, and the variance (in k.rstd).
 template <class T, bool kChannelsLast>
 void statistics(const T* x, Slice at, bool has_add, Scratch& k) {
-    if (!kChannelsLast && !has_add) {  // a group is one run of memory
+    if (!kChannelsLast && !has_add) {  // a group is contiguous in memory
         at.pixels *= at.width;
         at.channels = at.width = 1;
     }
@@ -233,7 +233,7 @@ void statistics(const T* x, Slice at, bool has_add, Scratch& k) {
         k.mean[g] = first_element(x, at, k, g);
         k.rstd[g] = -1;  // not known yet
     }
-    // A few pixels from all over the image; of a contiguous image, where a group is small, all of it.
+    // A few pixels spread over the image. In a contiguous image a small group uses all pixels.
     Slice pilot = at;
     if (kChannelsLast && at.pixels > kPilot) {
         pilot.pixels = kPilot;
@@ -254,7 +254,7 @@ void statistics(const T* x, Slice at, bool has_add, Scratch& k) {
             }
             double shift = s / part.group_size(), variance = q / part.group_size() - shift * shift;
             k.mean[g] += shift;
-            // Within sqrt(3) deviations of the mean, a pivot costs two bits to cancellation at most.
+            // A pivot within sqrt(3) deviations of the mean loses at most two bits to cancellation.
             if (pass == 1 && shift * shift > 3 * variance)
                 again = true;
             else if (pass > 0)
@@ -289,7 +289,7 @@ void set_coefficients(const Slice& at, Scratch& k) {
 
 template <class T, bool kChannelsLast, bool kSilu>
 void apply(const T* x, T* y, const Slice& at, const Scratch& k) {
-    // Pointers in locals: after a store, those in memory would be read anew.
+    // Pointers in local variables: pointers in memory would be reloaded after every store.
     const float *hi = k.hi, *a = k.a, *b = k.b;
     const T* next = x + at.ahead;
     auto value = [&](int64_t i, int64_t c, int lanes) {
@@ -302,7 +302,7 @@ void apply(const T* x, T* y, const Slice& at, const Scratch& k) {
         for_elements<kChannelsLast>(at, 0, at.pixels,
                                     [&](int64_t i, int64_t c, int lanes) { store(y + i, value(i, c, lanes), lanes); });
     } else {
-        // Rounding has a loop of its own: after SiLU's long chain of dependent operations it takes eight times as long.
+        // Rounding has a separate loop. After SiLU's long chain of dependent operations it would take eight times as long.
         constexpr int64_t kBuffer = 16 * kLanes;
         float buffer[kBuffer];
         const int64_t lines = kChannelsLast ? at.pixels : at.channels, length = kChannelsLast ? at.channels : at.pixels;
@@ -349,7 +349,7 @@ void forward_slice(const GroupNormSiluArgs& args, const Slice& at, Scratch& k) {
 //
 // With g = dy * act'(z), xhat = (t + lo) * rstd, w = weight * (1 + scale), so that a = rstd * w:
 //   dx = rstd * (w * g - mean(w * g) - xhat * mean(w * g * xhat)) = (g * a + k0) + t * k1
-// The first pass sums g, g * t and t per channel, the second forms dx. In float32 the first leaves g where dx will be.
+// The first pass sums g, g * t and t per channel, the second computes dx. In float32 the first stores g in dx's memory.
 
 template <class T>
 constexpr bool kKeepsG = sizeof(T) == sizeof(float);
@@ -363,11 +363,11 @@ template <class T, bool kChannelsLast, bool kSilu>
 void sum_gradients(const T* dy, const T* x, T* dx, const Slice& at, Scratch& k) {
     for (int64_t c = 0; c < at.channels; ++c) k.sum_g[c] = k.sum_gt[c] = k.sum_t[c] = 0;
     const float *hi = k.hi, *a = k.a, *b = k.b;
-    // A run's sums are in memory (in practice the nearest cache), which hides behind the arithmetic. The three vectors
-    // lie side by side: 4096 bytes apart, loading one would wait for storing another.
+    // A run's sums are in memory (in practice in the L1 cache); the arithmetic hides the access. The three vectors are
+    // adjacent. At a distance of 4096 bytes, a load of one would wait for a store to another.
     float* run = k.run;
     const T* next = x + at.ahead;
-    constexpr int64_t kStep = kChannelsLast ? 1 : kLanes;  // contiguous, a vector holds one channel
+    constexpr int64_t kStep = kChannelsLast ? 1 : kLanes;  // contiguous: a vector has elements of one channel
     int64_t run_size = 3 * kStep * (kChannelsLast ? (at.channels + kLanes - 1) / kLanes * kLanes : at.channels);
     for (int64_t p = 0; p < at.pixels; p += kRun * kStep) {
         for (int64_t i = 0; i < run_size; ++i) run[i] = 0;
@@ -405,7 +405,7 @@ void sum_gradients(const T* dy, const T* x, T* dx, const Slice& at, Scratch& k) 
 template <class T, bool kChannelsLast, bool kSilu>
 void apply_gradients(const T* dy, const T* x, T* dx, const Slice& at, const Scratch& k) {
     const float *hi = k.hi, *a = k.a, *b = k.b, *k1 = k.k1, *k0 = k.k0;
-    const T* next = dy + at.ahead;  // the first pass has fetched x
+    const T* next = dy + at.ahead;  // the first pass has prefetched x
     for_elements<kChannelsLast>(at, 0, at.pixels, [&](int64_t i, int64_t c, int lanes) {
         __builtin_prefetch(next + i);
         vfloat t = load(x + i, lanes) + of_channel<kChannelsLast>(hi, c, lanes);
@@ -414,13 +414,13 @@ void apply_gradients(const T* dy, const T* x, T* dx, const Slice& at, const Scra
             g = load(dx + i, lanes);
         else
             g = gradient_of_z<kSilu>(load(dy + i, lanes), fma(t, slope, of_channel<kChannelsLast>(b, c, lanes)));
-        // Rounded product, then sum: a group of one element gets exactly 0.
+        // The product is rounded before the sum, so that a group of one element gets exactly 0.
         vfloat d = g * slope + of_channel<kChannelsLast>(k0, c, lanes);
         store(dx + i, fma(t, of_channel<kChannelsLast>(k1, c, lanes), d), lanes);
     });
 }
 
-// The saved means are rounded to float32; those for which that is coarse against the deviation are found again.
+// The saved means are rounded to float32. A mean whose rounding is large against the deviation is recomputed.
 template <class T, bool kChannelsLast>
 void refine_means(const T* x, const Slice& at, const float* saved, Scratch& k) {
     auto coarse = [&](int64_t g) { return std::fabs(saved[g]) * k.rstd[g] > 4; };
@@ -478,14 +478,14 @@ void backward_slice(const GroupNormSiluBackwardArgs& args, const Slice& at, Scra
         apply_gradients<T, kChannelsLast, false>(dy, x, dx, at, k);
 }
 
-// ---- division of the work ----
+// ---- split of the work ----
 
-// Calls f(slice, scratch) for every slice, each thread taking a run of neighbours.
+// Calls f(slice, scratch) for every slice. Each thread processes consecutive slices.
 template <class Args, class F>
 void for_slices(const Args& args, bool channels_last, const F& f) {
     int64_t group = args.channels / args.groups, width = group;
     if (channels_last) {
-        // Parts of a sample end between groups and, where that is possible, between cache lines.
+        // Parts of a sample end between groups and, if possible, between cache lines.
         int64_t unit = group;
         while (unit % 32 != 0 && unit < args.channels) unit += group;
         int64_t units = (args.channels + unit - 1) / unit;
@@ -522,7 +522,7 @@ void for_slices(const Args& args, bool channels_last, const F& f) {
 }  // namespace
 
 void group_norm_silu(const GroupNormSiluArgs& args) {
-    bool channels_last = args.channels_last || args.pixels == 1;  // one pixel is both, and channels fill the vectors
+    bool channels_last = args.channels_last || args.pixels == 1;  // one pixel has both; channels fill the vectors
     of_dtype(args.dtype, [&](auto kind) {
         using T = decltype(kind);
         for_slices(args, channels_last, [&](const Slice& at, Scratch& k) {

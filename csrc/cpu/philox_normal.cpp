@@ -1,6 +1,6 @@
 // out[i, e] = the e-th normal of (seed, stream, t_i, sample_i), see common/philox.h.
 //
-// Work: a task is up to kChunk consecutive elements of one sample. Bytes: out is written once; nothing is read.
+// Work: a task is up to kChunk consecutive elements of one sample. Bytes: out is written once. Nothing is read.
 #include "common/parallel.h"
 #include "common/vec_random.h"
 #include "kernels.h"

@@ -1,9 +1,10 @@
 // out[i, :] = [sin(t_i f), cos(t_i f), 0 if dim is odd], cos first if flipped, with f_k = exp(-rate * k).
 //
-// The turns t*f / (2 pi) need more digits than a float32 has: they are formed in float64, less their nearest multiple
-// of a quarter turn; what is left, at most an eighth of a turn, goes to the float32 polynomials of common/philox.h.
+// The turns t*f / (2 pi) need more digits than a float32 has. They are computed in float64, and their nearest multiple of a
+// quarter turn is subtracted. The remainder, at most an eighth of a turn, is passed to the float32 polynomials of
+// common/philox.h.
 //
-// Work: a task is one row; the frequencies are computed once a call. Bytes: out is written once.
+// Work: a task is one row. The frequencies are computed once per call. Bytes: out is written once.
 #include <cmath>
 #include <cstdlib>
 
@@ -17,7 +18,7 @@ namespace {
 
 typedef double vdouble __attribute__((vector_size(8 * kLanes)));
 
-// turns_per_t: f_k / (2 pi), with room for a whole last vector.
+// turns_per_t: f_k / (2 pi), padded to whole vectors.
 void embed(double t, const TimestepEmbeddingArgs& args, const double* turns_per_t, float* row) {
     const int64_t half = args.dim / 2;
     float* sines = row + (args.flip_sin_to_cos ? half : 0);
@@ -27,7 +28,7 @@ void embed(double t, const TimestepEmbeddingArgs& args, const double* turns_per_
         vdouble turns;
         __builtin_memcpy(&turns, turns_per_t + k, sizeof turns);
         turns *= t;
-        // Adding 1.5 * 2^50 rounds to quarters, and leaves their number in the low bits.
+        // Adding 1.5 * 2^50 rounds to quarters and leaves their number in the low bits.
         const double magic = 0x1.8p50;
         const vdouble shifted = turns + magic;
         const vdouble rest = (turns - (shifted - magic)) * 6.283185307179586;

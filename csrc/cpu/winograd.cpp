@@ -1,19 +1,18 @@
 // 3x3 convolution, stride 1, padding 1, by Winograd's method F(2x2, 3x3), channels_last:
 //   y = A^T [sum_c (G w G^T) * (B^T d B)] A + bias + residual
-// for each 2x2 tile of y and the 4x4 patch d of x that it depends on. 16 multiplications stand for 36, and
+// for each 2x2 tile of y and the 4x4 patch d of x that it depends on. 16 multiplications replace 36. The maps
 //   B^T = [1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1]    G = [1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1]    A^T = [1 1 1 0; 0 1 -1 -1]
-// only add, so that errors stay those of a direct sum. Arithmetic is float32; for bfloat16 the transformed patches and
-// weights are rounded once, and their products summed in float32 by vdpbf16ps.
+// only add, so that errors are those of a direct sum. The arithmetic is float32. For bfloat16 the transformed patches and
+// weights are rounded once, and vdpbf16ps sums their products in float32.
 //
-// Behind nearest upsampling, d has the rows (p, q, q, r), and B^T makes (p - q, 2 q, 0, q - r) of them: 9 multiplications
-// stand for 36, on the small image. The 2 goes into the weights.
+// After nearest upsampling, d has the rows (p, q, q, r), and B^T maps them to (p - q, 2 q, 0, q - r). So 9 multiplications
+// replace 36, on the small image. The factor 2 is part of the weights.
 //
-// Work: a task is a block of tiles, lines of them or a part of one, and where blocks are fewer than threads a part of the
-// outputs. It copies what its patches are made of, with the zeros around it and after norm and SiLU where these are
-// asked for, as float32 into memory of its own, and the transformed patches too (at most kBlockBytes, so that they stay
-// in the second level cache). Then for every kColumns outputs it forms the products [tiles, C] x [C, kColumns] and
-// transforms their sums into y. So x and y meet memory once, and weights are read once for each block, in the order
-// in which they lie.
+// Work: a task is a block of tiles (lines of tiles or a part of a line) and, if there are fewer blocks than threads, a part of
+// the outputs. The task copies the pixels of its patches as float32 into its own memory, with the zeros around them and after
+// norm and SiLU if requested. It stores the transformed patches there, too (at most kBlockBytes, so that they stay in the L2
+// cache). For every kColumns outputs it then computes the products [tiles, C] x [C, kColumns] and transforms their sums into y.
+// So x is read once and y is written once. Each block reads the weights once, in memory order.
 //
 // Layouts: patches [spot][C / kChunk][tile][kChunk]; weights [K / kColumns][spot][C / kPair][kColumns][kPair].
 #include <cstdint>
@@ -23,7 +22,7 @@
 #include "../common/vec.h"
 #include "../kernels.h"
 
-// vdpbf16ps came after the rest of AVX-512: the functions that use it are compiled for it alone, and called where it is.
+// Not every AVX-512 processor has vdpbf16ps. Only the functions that use it are compiled for it, and called if it is available.
 #if defined(FASTDDPM_VEC_AVX512) && defined(__GNUC__)
 #define FASTDDPM_DOT __attribute__((target("avx512bf16")))
 #else
@@ -35,19 +34,19 @@ namespace FASTDDPM_VARIANT {
 namespace {
 
 constexpr int kTile = 2;
-constexpr int kChunk = 32;            // channels of a patch that lie together
-constexpr int kColumns = 2 * kLanes;  // outputs at once
-// Tiles at once: a multiple of kTileStep, at most kMaxTiles, whose sums with two vectors of weights and one of a patch fill the
-// 32 registers of AVX-512, or the 16 of AVX2.
+constexpr int kChunk = 32;            // adjacent channels of a patch
+constexpr int kColumns = 2 * kLanes;  // outputs that are computed together
+// The number of tiles that are computed together is a multiple of kTileStep, at most kMaxTiles. The sums of kMaxTiles tiles, two
+// vectors of weights and one of a patch fill the 32 registers of AVX-512, or the 16 of AVX2.
 constexpr int kTileStep = kLanes == 16 ? 4 : 2;
 constexpr int kMaxTiles = 3 * kTileStep;
 constexpr int64_t kBlockBytes = 384 << 10;
-constexpr int kAhead = 16 << 10;  // bytes from the weights in use to those that are fetched
+constexpr int kAhead = 16 << 10;  // distance of the prefetched weights from those in use, in bytes
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// kSide: of the patch, transformed or not; the side's outer products are the spots.
+// kSide: the side of the patch, transformed or not. The transformed patch has kSide * kSide spots.
 struct Plain3x3 {
     static constexpr bool kUpsampled = false;
     static constexpr int kSide = 4, kSpots = kSide * kSide;
@@ -57,10 +56,10 @@ struct Upsampled {
     static constexpr int kSide = 3, kSpots = kSide * kSide;
 };
 
-// Tiles [first, first + count) in the order of samples, lines and columns.
+// Tiles [first, first + count), ordered by sample, line and column.
 struct Block {
     int64_t first, count;
-    int64_t rows;  // count, rounded up to kTileStep; the rest repeats the last tile
+    int64_t rows;  // count, rounded up to kTileStep; the additional rows repeat the last tile
 };
 
 // ---- the two linear maps, on vectors of channels ----
@@ -79,7 +78,7 @@ inline void patch_row(const vfloat* d, int stride, vfloat* out) {
     }
 }
 
-// (y0, y1) of a tile's row, from the sums of a patch's.
+// (y0, y1) of a tile's row, from the sums of a row of the patch.
 template <class Image>
 inline void tile_row(const vfloat* m, vfloat* y) {
     if constexpr (Image::kUpsampled) {
@@ -91,7 +90,7 @@ inline void tile_row(const vfloat* m, vfloat* y) {
     }
 }
 
-// B^T d B; stride: from a pixel of d to the one below it.
+// B^T d B. stride: the distance from a pixel of d to the one below it.
 template <class Image>
 inline void transform_patch(const float* d, int64_t stride, int64_t channels, vfloat out[Image::kSpots]) {
     constexpr int kSide = Image::kSide;
@@ -103,7 +102,7 @@ inline void transform_patch(const float* d, int64_t stride, int64_t channels, vf
     for (int i = 0; i < kSide; ++i) patch_row<Image>(half + i, kSide, out + i * kSide);
 }
 
-// ---- rounding: vec.h's takes six instructions ----
+// ---- rounding: vec.h's version takes six instructions ----
 
 inline void store_rounded(float* p, vfloat v) { store(p, v); }
 inline void store_chunk(float* p, const vfloat* v) {
@@ -119,10 +118,10 @@ FASTDDPM_DOT inline void store_chunk(bfloat16* p, const vfloat* v) {
     __builtin_memcpy(p, &rounded, sizeof rounded);
 }
 #else
-inline void store_rounded(bfloat16* p, vfloat v) { store(p, v); }  // for the compiler: nobody comes here
+inline void store_rounded(bfloat16* p, vfloat v) { store(p, v); }  // never called, but must compile
 #endif
 
-// The first pixel of a tile of y.
+// The offset of a tile's first pixel in y.
 struct Corner {
     int64_t sample, top, left;
     Corner(const WinogradArgs& args, int64_t tile) {
@@ -133,7 +132,7 @@ struct Corner {
     }
 };
 
-// y of a block's tiles and kColumns outputs from their sums [spot][rows][kColumns].
+// Computes y of a block's tiles and kColumns outputs from their sums [spot][rows][kColumns].
 template <class Image, class Y>
 FASTDDPM_DOT void transform_sums(const WinogradArgs& args, const Block& block, const float* sums, int64_t output) {
     constexpr int kSide = Image::kSide;
@@ -163,10 +162,10 @@ FASTDDPM_DOT void transform_sums(const WinogradArgs& args, const Block& block, c
     }
 }
 
-// For weights that come from memory: the processor's own prefetching stops where a page ends.
+// Prefetches weights from memory, because the processor's prefetching stops at the end of a page.
 inline void prefetch_columns(const void* weights) {
     const uintptr_t ahead =
-        reinterpret_cast<uintptr_t>(weights) + kAhead;  // no pointer: it may lie past the weights' end
+        reinterpret_cast<uintptr_t>(weights) + kAhead;  // not a pointer, as it may be past the weights' end
     __builtin_prefetch(reinterpret_cast<const void*>(ahead));
     if (kColumns * sizeof(float) > 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + 64));
 }
@@ -202,7 +201,8 @@ FASTDDPM_DOT inline void multiply(const bfloat16* patches, int64_t chunk, const 
                                   float* sums) {
     __m512 acc[R][2] = {};
     for (int64_t c = 0; c < channels; c += kChunk, patches += chunk) {
-        for (int i = 0; i < kChunk; i += 2, weights += 2 * kColumns) {  // with a prefetch GCC 12 keeps acc in memory
+        // No prefetch here: with one, GCC 12 keeps acc in memory.
+        for (int i = 0; i < kChunk; i += 2, weights += 2 * kColumns) {
             const __m512bh low = (__m512bh)_mm512_loadu_si512(weights);
             const __m512bh high = (__m512bh)_mm512_loadu_si512(weights + kColumns);
             for (int r = 0; r < R; ++r) {
@@ -221,8 +221,8 @@ FASTDDPM_DOT inline void multiply(const bfloat16* patches, int64_t chunk, const 
 }
 #endif
 
-// The part of x that a block's patches are made of. Lines count through all samples, each with a line of zeros above and
-// below; columns from a column of zeros.
+// The part of x that a block's patches cover. Lines are numbered through all samples, each with a line of zeros above and
+// below. Column 0 is a column of zeros.
 template <class Image>
 struct Window {
     static constexpr int kShrink = Image::kUpsampled ? 2 : 1;
@@ -244,7 +244,7 @@ struct Window {
     int64_t line_of(const Corner& corner) const { return corner.sample * (height + 2) + corner.top / kShrink; }
     int64_t stride() const { return columns * channels; }
     int64_t size() const { return lines * stride(); }
-    // Of a tile's patch.
+    // The position of a tile's patch.
     int64_t offset(const Corner& corner) const {
         return (line_of(corner) - line) * stride() + (corner.left / kShrink - column) * channels;
     }
@@ -307,7 +307,7 @@ FASTDDPM_DOT void multiply_block(const Block& block, const T* patches, const T* 
             const T* first = patches + r * kChunk;
             float* out = sums + r * kColumns;
             const int64_t left = block.rows - r;
-            if (left >= kMaxTiles && left != kMaxTiles + kTileStep) {  // which are better shared evenly
+            if (left >= kMaxTiles && left != kMaxTiles + kTileStep) {  // these are better split evenly
                 multiply<kMaxTiles>(first, chunk, weights, channels, out);
                 r += kMaxTiles;
             } else if (left >= 2 * kTileStep) {
@@ -324,7 +324,7 @@ FASTDDPM_DOT void multiply_block(const Block& block, const T* patches, const T* 
     }
 }
 
-// Memory of one thread, kept for its next task. (Not a std::vector, whose weak symbols the variants would share.)
+// The memory of one thread, reused by its next task. (Not a std::vector, because the variants would share its weak symbols.)
 struct Scratch {
     char* memory = nullptr;
     size_t size = 0;
@@ -346,7 +346,7 @@ void convolve(const WinogradArgs& args) {
     constexpr int kSpots = Image::kSpots;
     const int64_t across = args.width / kTile, lines = args.samples * (args.height / kTile);
     const int64_t most = larger(kMaxTiles, kBlockBytes / (kSpots * args.channels * sizeof(T)) / kMaxTiles * kMaxTiles);
-    // Blocks of so many lines that the threads can share them evenly, or equal parts of a line.
+    // Blocks are lines, in a number that splits evenly among the threads, or equal parts of a line.
     const int64_t pieces = (across + most - 1) / most, piece = (across + pieces - 1) / pieces;
     const int64_t at_once = larger(1, most / across) * args.threads;
     const int64_t rounds = (lines + at_once - 1) / at_once;
@@ -387,7 +387,7 @@ void convolve(const WinogradArgs& args) {
 #endif
 }
 
-// A line of G's product with w's taps; its third entry is absent, its second doubled behind upsampling.
+// A line of the product of G and w's taps. After upsampling the third entry is absent and the second is doubled.
 inline void weight_row(const vfloat* w, int stride, bool upsampled, vfloat* out) {
     const vfloat half = splat(0.5f), ends = w[0] + w[2 * stride], middle = w[stride];
     *out++ = w[0];

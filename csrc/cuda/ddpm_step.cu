@@ -1,20 +1,20 @@
 // One reverse step, with the row (a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi) that state points at:
-//   x0     = clamp(a*x + b*o, -clip, clip)                                          a NaN stays a NaN
+//   x0     = clamp(a*x + b*o, -clip, clip)                                          NaN is preserved
 //   x_prev = c0*x0 + c1*x + c2*x0_last + d*o + sigma*exp((f*lv_hi + (1-f)*lv_lo)/2)*z,  f = (v+1)/2
-// A term whose coefficient is 0 plays no part, whatever its memory holds.
+// A term with coefficient 0 has no effect, even if its memory contains NaN.
 //
 // Layout: x, o and next_input may each be contiguous or channels_last. Noise is drawn in C*H*W order, four elements of a
 // counter at a time.
 //
-// Work: where a sample has 1, 3 or 4 channels and a multiple of 4 pixels, a thread takes 4 neighbouring pixels with all
-// their channels, so that every tensor is read and written in whole 8 or 16 bytes, in either layout, and every counter
-// is used up by one thread. Otherwise a thread takes the four elements of one counter, one by one.
+// Work: if a sample has 1, 3 or 4 channels and a multiple of 4 pixels, a thread processes 4 adjacent pixels with all their
+// channels. Then every tensor is read and written in units of 8 or 16 bytes, in either layout, and one thread uses all normals
+// of a counter. Otherwise a thread processes the four elements of one counter separately.
 //
-// Bytes: x and o are read once, x_prev (and x0, next_input) written once. The first loads are under way before the row
-// is known: it is two dependent reads away.
+// Bytes: x and o are read once, x_prev (and x0, next_input) is written once. The first loads start before the row is known,
+// because the row takes two dependent reads.
 //
-// State: the row index lies in the lower 32 bits of state[2]. Each block, when it has read it, adds one to the upper
-// 32 bits; the block that finds all others there writes the next index. So a step is one launch, and nobody waits.
+// State: the lower 32 bits of state[2] are the row index. After reading it, each block adds 1 to the upper 32 bits. The block
+// that finds all other blocks counted there writes the next index. So a step is one launch, and no block waits.
 #include "../common/philox.h"
 #include "device.cuh"
 
@@ -28,16 +28,16 @@ struct Row {
     float a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi;
 };
 
-// What the step needs of its row and state.
+// The values of the row and the state that a step uses.
 struct Point {
     Row row;
     uint64_t seed;
     int64_t first, t, index;
 };
 
-// What all threads do first: the row that state points at, read by one of them, for all blocks begin with the same few
-// bytes. Returns whether the step can be taken; it can't where the index is beyond the table, or the row wants an x0_last
-// that isn't there.
+// Called first by all threads. One thread reads the row that state points at, because all blocks need the same few bytes.
+// Returns whether the step is possible. It is not if the index is outside the table, or if the row requires an x0_last that
+// is absent.
 __device__ __forceinline__ bool arrive(const DdpmStepArgs& args, const Point& of_host, Point& point) {
     if (args.table_on_host) {
         point = of_host;
@@ -61,7 +61,7 @@ __device__ __forceinline__ bool arrive(const DdpmStepArgs& args, const Point& of
     return point.index < args.table_rows && (point.row.c2 == 0.0f || args.x0_last);
 }
 
-// What all threads do last. bad: the row's output was not finite where this thread looked, or the row can't be taken.
+// Called last by all threads. bad: an element of o that this thread read was not finite, or the step is not possible.
 __device__ __forceinline__ void leave(const DdpmStepArgs& args, const Point& point, bool bad) {
     if (args.table_on_host) return;
     if (bad)
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kThreads) ddpm_step_kernel(DdpmStepArgs args, 
 
 // ---- C channels, pixels in fours ----
 
-// 4 neighbouring pixels of C channels, [C][4], as C vectors of 4 elements: in a contiguous tensor a vector is a channel's,
-// in a channels_last one they follow each other in memory.
+// 4 adjacent pixels of C channels, [C][4], as C vectors of 4 elements. In a contiguous tensor each vector belongs to one
+// channel; in a channels_last tensor the vectors follow each other in memory.
 template <int C>
 struct Tile {
     float v[C][4];
@@ -171,7 +171,7 @@ struct Tile {
         return i * C * pixels + (channels_last ? p * C + 4 * k : k * pixels + p);
     }
 
-    // Loading comes in two steps, so that the loads of several tiles are under way at once: words, and what they mean.
+    // Loading has two steps, first the words and then their values, so that the loads of several tiles overlap.
     struct Words {
         uint4 of[C];
     };
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, C == 4 ? 3 : 4) ddpm_step_tile_kerne
 
 bool in_fours(const void* p, Dtype dtype) { return aligned(p, 4 * size_of(dtype)); }
 
-// A kernel, and how many of its blocks live on a multiprocessor at once.
+// A kernel, and the number of its blocks that are resident on a multiprocessor at once.
 struct Choice {
     void (*kernel)(DdpmStepArgs, Point);
     int blocks;
@@ -332,7 +332,7 @@ void ddpm_step_cuda(const DdpmStepArgs& args, CudaPlace place) {
         args.samples * (chosen.kernel == kElements.kernel ? ceil_div(args.channels * args.pixels, 4) : args.pixels / 4);
     const int64_t most = chosen.blocks * device_attribute(cudaDevAttrMultiProcessorCount, place.device);
     const int64_t blocks = ceil_div(work, kThreads) < most ? ceil_div(work, kThreads) : most;
-    // Without elements too a step is a step: state moves on.
+    // A step without elements also advances the state.
     launch(chosen.kernel, blocks ? blocks : 1, kThreads, 1, sizeof(Point), place.stream, args, of_host);
 }
 

@@ -1,4 +1,4 @@
-// Whether the CUDA kernels work on a device.
+// The self-test of the CUDA kernels on a device.
 #include <cmath>
 
 #include "device.cuh"
@@ -13,7 +13,7 @@ void load_timestep_embedding();
 
 namespace {
 
-// Memory and a stream of its own: a graph may be under capture on the caller's stream.
+// Separate memory and a separate stream, because the caller's stream may be capturing a graph.
 struct Scratch {
     float* memory = nullptr;
     cudaStream_t stream = nullptr;
@@ -28,7 +28,7 @@ struct Scratch {
 
 std::string cuda_self_test(int device) try {
     DeviceScope scope(device);
-    // Now, and not at their first launch: that may fall into a graph's capture.
+    // Load the kernels now, because their first launch may be inside a graph's capture.
     load_philox_normal();
     load_ddpm_step();
     load_group_norm_silu();

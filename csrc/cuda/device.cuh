@@ -1,9 +1,9 @@
-// What the CUDA kernels share: launches, clusters and shared memory, facts of the device, vectors of the three dtypes.
+// Shared by the CUDA kernels: launches, clusters and shared memory, device properties, vectors of the three dtypes.
 //
-// A kernel keeps to what tests/cuda_on_cpu can run on a CPU: launches only through launch(), shared memory only through
-// shared_memory<T>(), peers of a cluster only through the functions below, no inline PTX, no waiting for another block
-// outside the cluster's barrier. Compiled with -fmad=false: what is fused is written as fmaf, so that an element's arithmetic
-// is the same wherever it lies.
+// Kernels use only what tests/cuda_on_cpu can run on a CPU: launches through launch(), shared memory through
+// shared_memory<T>(), peers of a cluster through the functions below, no inline PTX, and no waiting for another block outside
+// the cluster's barrier. They are compiled with -fmad=false. A fused operation is an explicit fmaf, so that an element's
+// arithmetic does not depend on its position.
 #pragma once
 
 #include <cstdint>
@@ -27,16 +27,16 @@ namespace {
 
 inline void check(cudaError_t error, const char* what) {
     if (error != cudaSuccess) {
-        cudaGetLastError();  // or the next call would report it once more
+        cudaGetLastError();  // clear the error, or the next call would report it again
         throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
     }
 }
 
-constexpr int kPortableCluster = 8;  // blocks that every device with clusters takes
+constexpr int kPortableCluster = 8;  // cluster size that every device with clusters supports
 
 #ifndef CUDA_ON_CPU
-// kernel<<<grid, block, shared, stream>>>, `cluster` blocks in a row sharing a thread-block cluster. Its address goes to
-// the runtime with that of its attribute: it stays where it is.
+// kernel<<<grid, block, shared, stream>>>, with `cluster` consecutive blocks in a thread-block cluster. Not copyable, because
+// the runtime gets the address of the attribute.
 struct Launch {
     cudaLaunchAttribute attribute{};
     cudaLaunchConfig_t config{};
@@ -71,17 +71,17 @@ int ask_for_largest_cluster(int device, void (*kernel)(Parameters...), int threa
     cudaFuncAttributes attributes;
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the capability");
     check(cudaFuncGetAttributes(&attributes, kernel), "asking for a kernel's attributes");
-    // Where the driver compiled older code for the device at hand, that has no clusters.
+    // If the driver compiled older code for this device, that code has no clusters.
     if (major < 9 || attributes.ptxVersion < 90) return 1;
     const int most = 2 * kPortableCluster;
-    const Launch how(most, threads, most, 48 << 10, nullptr);  // with the most shared memory that any takes
+    const Launch how(most, threads, most, 48 << 10, nullptr);  // with the maximum shared memory of any kernel
     const bool large = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
                        cudaOccupancyMaxActiveClusters(&clusters, kernel, &how.config) == cudaSuccess && clusters > 0;
-    cudaGetLastError();  // a refusal is an answer
+    cudaGetLastError();  // a refusal is a valid result
     return large ? most : kPortableCluster;
 }
 
-// The most blocks that a cluster of the kernel can have: 1, 8, or the 16 that some devices allow. Asked once.
+// The maximum number of blocks in a cluster of the kernel: 1, 8, or 16 on some devices. Queried once.
 template <class... Parameters>
 int largest_cluster(int device, void (*kernel)(Parameters...), int threads) {
     static std::mutex mutex;
@@ -100,16 +100,16 @@ __device__ __forceinline__ T* shared_memory() {
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// p of this block's shared memory, as it is in block `rank` of the cluster.
+// The address in block `rank` of the cluster that corresponds to p in this block's shared memory.
 template <class T>
 __device__ __forceinline__ T* peer_shared(T* p, int rank) {
     return static_cast<T*>(__cluster_map_shared_rank(p, rank));
 }
-// A cluster's barrier in two halves: what is between them hides the others' delay.
+// A cluster's barrier in two halves. Work between them hides the delay of the other blocks.
 __device__ __forceinline__ void cluster_arrive() { __cluster_barrier_arrive(); }
 __device__ __forceinline__ void cluster_wait() { __cluster_barrier_wait(); }
-// Arrives without a fence: for who has written nothing that others read, and whose own reads lie before a
-// __syncthreads(). A fence would wait for all stores that the block has under way.
+// Arrives without a fence. This requires that the block has written nothing that other blocks read, and that its own reads
+// precede a __syncthreads(). A fence would wait for all pending stores of the block.
 __device__ __forceinline__ void cluster_arrive_relaxed() { __cluster_barrier_arrive_relaxed(); }
 #else
 template <class T>
@@ -124,8 +124,8 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {}
 
 // ---- the device ----
 
-// While it lives, `device` is current, and this thread may load kernels and allocate though a stream is being captured:
-// the first use of a kernel may fall into a capture.
+// During its lifetime `device` is current, and this thread may load kernels and allocate memory while a stream is being
+// captured. A kernel's first use may be inside a capture.
 class DeviceScope {
   public:
     explicit DeviceScope(int device) {
@@ -153,7 +153,7 @@ inline int64_t device_attribute(cudaDeviceAttr attribute, int device) {
     return value;
 }
 
-// A kernel's code goes to the device at its first launch, or here, before that can fall into a graph's capture.
+// Loads a kernel's code onto the device. Otherwise its first launch would, and that may be inside a graph's capture.
 template <class Kernel>
 void load_kernel(Kernel* kernel) {
     cudaFuncAttributes attributes;
@@ -172,8 +172,8 @@ __device__ __forceinline__ void from_float(float v, float& out) { out = v; }
 __device__ __forceinline__ void from_float(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
 __device__ __forceinline__ void from_float(float v, __half& out) { out = __float2half_rn(v); }
 
-// V neighbouring elements, loaded and stored at once. The array must be indexed by constants to stay in registers;
-// lanes of 2 bytes lie in pairs in words, as the conversions want them.
+// V adjacent elements, loaded and stored at once. The array must be indexed by constants to stay in registers. Lanes of
+// 2 bytes are stored in pairs in words, as the conversions require.
 template <class T, int V>
 struct Pack {
     static constexpr int kWords = sizeof(T) * V / 4;
@@ -190,7 +190,7 @@ struct Pack {
         Memory m;
         m.x = words[0], m.y = words[1];
         if constexpr (kWords == 4) m.z = words[2], m.w = words[3];
-        __stcg(reinterpret_cast<Memory*>(p), m);  // said this way the compiler keeps it whole
+        __stcg(reinterpret_cast<Memory*>(p), m);  // written this way, the compiler does not split the store
     }
     __device__ __forceinline__ float get(int i) const;
     __device__ __forceinline__ void put(int i, float v0, float v1);  // lanes i, even, and i + 1
@@ -238,8 +238,8 @@ __device__ __forceinline__ void Pack<T, V>::put(int i, float v0, float v1) {
     }
 }
 
-// Element `at` of an array of a dtype known at run time: its bits, and what they mean. Apart, so that several loads can
-// be under way before the first is waited for.
+// The bits and the value of element `at` of an array whose dtype is known at run time. The two are separate, so that several
+// loads can start before the first is used.
 __device__ __forceinline__ uint32_t load_bits(const void* p, Dtype dtype, int64_t at) {
     return dtype == Dtype::float32 ? static_cast<const uint32_t*>(p)[at] : static_cast<const uint16_t*>(p)[at];
 }

@@ -1,20 +1,20 @@
 // y = act(((x + add - mean) * rstd * weight + bias) * (1 + scale) + shift), act = SiLU or identity.
 //
-// Layout and work: group_norm_silu.cuh. A block loads its part once, into registers, and all three passes run on it:
-// mean, squared deviations about it, result. So the variance is that of two passes, and memory sees one.
+// Layout and work: group_norm_silu.cuh. A block loads its part once, into registers. All three passes run on the registers:
+// the mean, the squared deviations from it, and the result. So the variance is computed in two passes with one memory read.
 //
-// Per channel, hi + lo = add - first element of the group - mean, formed in float64 and split, so that an element costs
-// one add and one FMA: t = x + hi, z = t * a + b with a = rstd * weight * (1 + scale) and b = lo * a + bias * (1 + scale)
-// + shift. t is rounded relative to its own size: a large mean or add costs no accuracy, and a constant gives the bias.
-// Parts' means and squared deviations are merged by Chan's formula.
+// Per channel, hi + lo = add - first element of the group - mean, computed in float64 and split. So an element costs one add
+// and one FMA: t = x + hi, z = t * a + b with a = rstd * weight * (1 + scale) and b = lo * a + bias * (1 + scale) + shift. The
+// rounding of t is relative to its own size. So a large mean or add costs no accuracy, and a constant group gives the bias.
+// Means and squared deviations of parts are merged by Chan's formula.
 //
-// Bytes: x read once, y written once; in two stages x is read twice, the second time from the L2 if it holds a sample.
+// Bytes: x is read once, y is written once. In two stages x is read twice, the second time from the L2 if it holds a sample.
 #include "group_norm_silu.cuh"
 
 namespace fastddpm {
 namespace {
 
-// Of the column kernels: 80 registers a thread, of which 32 hold data, 96 KB of a device's multiprocessor.
+// The column kernels use 80 registers per thread, of which 32 hold data: 96 KB of data per multiprocessor.
 constexpr Limits kLimits{384, 2, 8};
 
 struct Forward {
@@ -27,7 +27,7 @@ struct Moments {
     float count, mean, m2;  // m2: sum of squared deviations from the mean
 };
 
-// Chan's formula; an empty side changes nothing.
+// Chan's formula. An empty operand has no effect.
 __device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
     const float count = a.count + b.count;
     if (count == 0.0f) return a;
@@ -35,9 +35,9 @@ __device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
     return {count, fmaf(d, share, a.mean), a.m2 + fmaf(d * d, a.count * share, b.m2)};
 }
 
-// Lane 0 gets the moments of the first `lanes` lanes, merged in a fixed order; lanes beyond them hold empty moments.
+// Lane 0 gets the moments of the first `lanes` lanes, merged in a fixed order. The other lanes hold empty moments.
 __device__ __forceinline__ Moments warp_merge(Moments m, int lanes) {
-#pragma unroll 1  // a division each: short code, and mostly few lanes
+#pragma unroll 1  // one division each; this keeps the code short, and there are usually few lanes
     for (int d = 16; d; d /= 2) {
         if (d >= lanes) continue;
         m = merge(m, {__shfl_down_sync(0xffffffffu, m.count, d), __shfl_down_sync(0xffffffffu, m.mean, d),
@@ -46,22 +46,23 @@ __device__ __forceinline__ Moments warp_merge(Moments m, int lanes) {
     return m;
 }
 
-// Per channel; see above. In the statistics b is lo, and a is not used.
+// The numbers of a channel; see above. During the statistics b is lo, and a is not used.
 struct Numbers {
     float hi, a, b;
 };
 
-// For the slice's channels and groups, in shared memory; channels too many for that are in the workspace.
+// The numbers of the slice's channels and groups, in shared memory, or in the workspace if there are too many channels.
 struct Table {
     double* offset;  // add - first element of the group
     float *hi, *a, *b;
-    float *gain, *beta;  // weight * (1 + scale), bias * (1 + scale) + shift: read from memory while x is under way
-    float *part_mean, *part_m2;  // of this block's part: read by the other blocks of the cluster
+    // weight * (1 + scale), bias * (1 + scale) + shift. They are read from memory while x is being loaded.
+    float *gain, *beta;
+    float *part_mean, *part_m2;  // of this block's part; the other blocks of the cluster read them
     float *mean, *rstd;
-    float* sums;  // of the threads
+    float* sums;  // the threads' partial sums
 
     static constexpr int kChannelFloats = 7;  // offset counts twice
-    // Of the workspace for a block whose channels are too many for shared memory: even, for a double comes first.
+    // Workspace floats of a block with too many channels for shared memory. Even, because a double comes first.
     static __host__ __device__ int64_t elsewhere(int channels) {
         return (int64_t{kChannelFloats} * channels + 1) / 2 * 2;
     }
@@ -69,7 +70,7 @@ struct Table {
     static size_t bytes(int channels, int groups, int64_t sums) {
         return (kChannelFloats * channels + 4 * groups + sums) * sizeof(float);
     }
-    // elsewhere: memory for the channels' numbers, null: they are in shared memory too.
+    // elsewhere: memory for the channels' numbers; null if they are in shared memory, too.
     __device__ Table(int channels, int groups, float* elsewhere) {
         offset = elsewhere ? reinterpret_cast<double*>(elsewhere) : shared_memory<double>();
         hi = reinterpret_cast<float*>(offset + channels), a = hi + channels, b = a + channels;
@@ -81,14 +82,14 @@ struct Table {
 
 enum Pass { kMean, kDeviation, kResult };
 
-// The channels' numbers of one pass after the other.
+// Computes the channels' numbers, one pass after the other.
 template <class T>
 struct Channels {
     const Norm& k;
     const Part& at;
     const Table& table;
 
-    // Of channel c of the slice: hi + lo = offset - mean, the mean being 0, the part's, or the group's.
+    // For channel c of the slice: hi + lo = offset - mean. The mean is 0, the part's, or the group's.
     template <Pass kPass>
     __device__ __forceinline__ void compute(int c) const {
         const int channel = at.first_channel + c, g = c / k.width;
@@ -117,8 +118,8 @@ struct Channels {
     __device__ __forceinline__ Numbers operator()(int c) const { return {table.hi[c], table.a[c], table.b[c]}; }
 };
 
-// The moments of group g of a slice in parts: from the other blocks of the cluster, or from what the first stage left
-// in `parts`. Lane 0 gets them.
+// Returns to lane 0 the moments of group g of a slice in parts, from the other blocks of the cluster or from `parts`, which the
+// first stage stored.
 __device__ __forceinline__ Moments merged(const Norm& k, const Table& table, const float* parts, int g, float unit) {
     Moments m{};
     for (int p = threadIdx.x % 32; p < k.parts; p += 32) {
@@ -136,7 +137,7 @@ __device__ __forceinline__ Moments merged(const Norm& k, const Table& table, con
     return warp_merge(m, k.parts);
 }
 
-// kRun: channels that are summed together in a thread, a divisor of the group's width and of V.
+// kRun: the number of channels that a thread sums together, a divisor of the group's width and of V.
 template <class T, int V, int N, int kRun, bool kColumns>
 __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_silu_kernel(Norm k, Forward f) {
     using Of = Numbers[V > 1 ? 2 : 1];
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
     const Table table(k.slice_groups * k.width, k.slice_groups, elsewhere);
     const Channels<T> channels{k, at, table};
     const int thread = threadIdx.x, threads = blockDim.x;
-    const float unit = kColumns ? static_cast<float>(k.width) : V;  // elements of a group in one of k.total
+    const float unit = kColumns ? static_cast<float>(k.width) : V;  // elements of a group in each of the k.total units
     channels.template tabulate<kMean>();
     if (k.stage != kRest) {
         const float count = static_cast<float>(at.end - at.begin) * unit;
@@ -166,8 +167,8 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
         });
         slots.sum_groups(pieces, table.sums, at.groups, [&](int g, float sum) {
             float mean = count > 0.0f ? sum / count : 0.0f;
-            // Columns: the part has equally many elements of each channel, so lo can be added here. Without `add` an
-            // offset is a number of x's dtype, and lo is 0.
+            // Columns: the part has the same number of elements of each channel, so lo can be added here. Without `add` an
+            // offset has x's dtype, and lo is 0.
             if (kColumns && k.add.data) {
                 float lo = 0.0f;
                 for (int c = thread % 32; c < k.width; c += 32) lo += table.b[g * k.width + c];
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
         }
     }
     __syncthreads();
-    if (clustered) cluster_arrive_relaxed();  // the peers' sums are read
+    if (clustered) cluster_arrive_relaxed();  // this block has read its peers' sums
 
     channels.template tabulate<kResult>();
     slots.template each<true>(channels, [&](int j, int v, const Of& n) {
@@ -235,7 +236,7 @@ __global__ void __launch_bounds__(kLimits.threads, kColumns ? 2 : 1) group_norm_
         put_lanes(data[j], v, out);
     });
     slots.template store<T>(f.y, data);
-    if (clustered) cluster_wait();  // or a block could be gone while another reads its shared memory
+    if (clustered) cluster_wait();  // else a block could exit while another reads its shared memory
 }
 
 using Kernel = void (*)(Norm, Forward);
@@ -267,7 +268,7 @@ Split split_of(const GroupNormSiluArgs& args, bool pointers_aligned, int device)
                  device_facts(device, group_norm_silu_kernel<float, 4, kLimits.many, 1, false>, kLimits.threads));
 }
 
-// Means and squared deviations: an even number, for a double may follow.
+// Means and squared deviations. Their number is even, because a double may follow.
 int64_t stage_floats(const Split& s) { return s.two_stage ? 2 * s.blocks(s.batch) * s.slice_groups : 0; }
 
 }  // namespace

@@ -1,14 +1,15 @@
-// What the forward and the backward of group_norm_silu share: how the work is split among blocks and threads, the
-// per-channel numbers, and sums over a group.
+// Shared by the forward and the backward of group_norm_silu: the split of the work among blocks and threads, the per-channel
+// numbers, and sums over a group.
 //
-// A block takes a part of a slice: whole groups of one sample, over all pixels or some of them. Two mappings:
-//   columns  channels_last: a slice is several neighbouring groups, at least 32 bytes of each pixel, so that memory's
-//            sectors are used whole. A thread keeps one vector of channels and walks over the pixels.
-//   flat     all else, above all contiguous tensors: a slice is one group, whose elements the threads take in turn.
-// The parts of a slice are blocks of a cluster, which read each other's sums in shared memory; without clusters, or
-// where a slice is too large for one, they leave their sums in a workspace (stage kSums) and a second launch (kRest)
-// reads those and its elements once more, of so few samples at a time that the L2 still has them. Sums are merged in a
-// fixed order and nothing is atomic: reruns are bit-identical.
+// A slice is a set of whole groups of one sample. A block processes a part of a slice, all of its pixels or some of them. There
+// are two mappings:
+//   columns  channels_last: a slice is several adjacent groups, at least 32 bytes of each pixel, so that memory sectors are
+//            used completely. A thread has one vector of channels and iterates over the pixels.
+//   flat     all other cases, mainly contiguous tensors: a slice is one group, and its elements are distributed cyclically.
+// The parts of a slice are the blocks of a cluster and read each other's sums in shared memory. Without clusters, or if a slice
+// is too large for one, the blocks store their sums in a workspace (stage kSums). A second launch (kRest) reads the sums, and
+// the elements again. It processes so few samples at a time that the L2 still holds them. Sums are merged in a fixed order and
+// nothing is atomic, so reruns are bit-identical.
 #pragma once
 
 #include "device.cuh"
@@ -16,12 +17,12 @@
 namespace fastddpm {
 namespace {
 
-constexpr int kTabledChannels = 1536;  // of a flat slice: per-channel numbers of so many fit into shared memory
-constexpr int kColumnChannels = 384;   // likewise of columns, backward
+constexpr int kTabledChannels = 1536;  // flat: the number of channels whose numbers fit into shared memory
+constexpr int kColumnChannels = 384;   // the same for columns, backward
 
 enum Stage { kWhole, kSums, kRest };
 
-// The operands that both directions have, and the split. Strides follow from `channels_last`.
+// The operands of both directions, and the split. `channels_last` determines the strides.
 struct Norm {
     const void* x;
     ChannelVector weight, bias, add, scale, shift;
@@ -31,10 +32,10 @@ struct Norm {
     bool channels_last, silu;
 
     int slice_groups, slices, parts;
-    uint32_t total, part_size;  // of a slice and of a part: pixels (columns) or vectors (flat)
-    int columns, rows;          // vectors of a slice's pixel, 1 where flat; threads for each of them
+    uint32_t total, part_size;  // size of a slice and of a part, in pixels (columns) or vectors (flat)
+    int columns, rows;          // vectors per pixel of a slice (flat: 1); threads per column
     Stage stage;
-    float* workspace;  // first what one stage leaves to the other: `stage_floats` of them
+    float* workspace;  // begins with the `stage_floats` floats that the first stage passes to the second
     int64_t stage_floats;
 };
 
@@ -47,7 +48,7 @@ __device__ __forceinline__ V warp_sum(V v) {
     return v;
 }
 
-// Calls f(i, the sum of values[i * stride .. i * stride + run)) for i < count, a warp for each; f on every lane.
+// Calls f(i, sum of values[i * stride .. i * stride + run)) for i < count. One warp computes each sum; all its lanes call f.
 template <class F>
 __device__ __forceinline__ void sum_runs(const float* values, int count, int run, int stride, const F& f) {
     const int lane = threadIdx.x % 32;
@@ -60,17 +61,17 @@ __device__ __forceinline__ void sum_runs(const float* values, int count, int run
 
 // ---- the split, on the device ----
 
-// Where a block's work lies.
+// The position of a block's work.
 struct Part {
     int64_t sample;
-    int64_t index;  // of the block among those of this launch, in the order of memory
+    int64_t index;  // index of the block in this launch, in memory order
     int part;
     int first_group, groups;  // of the slice
     int first_channel, channels;
     uint32_t begin, end;
 
     __device__ explicit Part(const Norm& k) {
-        // The second stage goes backwards, from what the first read last.
+        // The second stage runs backwards, starting with the data that the first stage read last.
         const unsigned i = k.stage == kRest ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
         const unsigned whole = i / unsigned(k.parts), row = whole / unsigned(k.slices);
         index = i;
@@ -83,19 +84,19 @@ struct Part {
         begin = size_before(k, part);
         end = size_before(k, part + 1);
     }
-    // Pixels or vectors in the parts before this one.
+    // The number of pixels or vectors in the parts before this one.
     static __device__ uint32_t size_before(const Norm& k, int part) {
         const uint64_t size = uint64_t{k.part_size} * part;
         return size < k.total ? static_cast<uint32_t>(size) : k.total;
     }
 };
 
-// Up to N vectors of V elements for each thread: which elements, and of which channels (counted from the slice's first).
+// The positions and channels (relative to the slice's first) of up to N vectors of V elements per thread.
 template <int V, int N, bool kColumns>
 struct Slots {
-    static constexpr int kStep = V > 1 ? 2 : 1;  // lanes treated together, as conversions want them
-    int count;                                   // slots of this thread that hold data
-    int column, row, rows;                       // columns: threads with the same column are `rows`
+    static constexpr int kStep = V > 1 ? 2 : 1;  // lanes processed together, as the conversions require
+    int count;                                   // number of this thread's slots that hold data
+    int column, row, rows;                       // columns: `rows` threads have the same column
     int width;                                   // channels of a group
     int64_t base, stride;                        // columns: offset of slot 0, and between slots
     int channel[kColumns ? 1 : N];
@@ -147,8 +148,8 @@ struct Slots {
         for (int j = 0; j < N; ++j)
             if (j < count) data[j].store(static_cast<T*>(to) + offset(j));
     }
-    // Sums the threads' pieces by group: f(group, sum), by a warp for each. A thread has V / pieces neighbouring channels
-    // in each piece, and no group ends within one. sums: room for all pieces of all threads.
+    // Sums the threads' pieces by group and calls f(group, sum), with one warp per group. A piece has V / pieces adjacent
+    // channels, and no group ends inside one. sums: memory for all pieces of all threads.
     template <int kPieces, class F>
     __device__ __forceinline__ void sum_groups(const float (&pieces)[kPieces], float* sums, int groups,
                                                const F& f) const {
@@ -161,12 +162,12 @@ struct Slots {
         sum_runs(sums, groups, run, run, f);
         __syncthreads();
     }
-    // Calls f(slot, lane, numbers) for all that hold data, kStep lanes from an even one at a time; numbers[u] is what
-    // of(channel) gives for the lane's channel. Columns: a channel's numbers are fetched once for all slots. With kEmpty,
-    // f is also called for slots that hold no data.
+    // Calls f(slot, lane, numbers) for all lanes that hold data, kStep lanes at a time, from an even lane. numbers[u] is
+    // of(channel) for the lane's channel. Columns: a channel's numbers are fetched once for all slots. With kEmpty, f is also
+    // called for slots that hold no data.
     template <bool kEmpty, class Of, class F>
     __device__ __forceinline__ void each(const Of& of, const F& f) const {
-        if (kColumns && (kEmpty || count == N))  // mostly: and then without asking for each
+        if (kColumns && (kEmpty || count == N))  // the common case needs no test per slot
             each_of<true>(of, f);
         else
             each_of<false>(of, f);
@@ -215,12 +216,12 @@ __device__ __forceinline__ void put_lanes(Pack<T, V>& pack, int v, const float (
 
 // ---- numbers of a channel ----
 
-// An element of an optional per-channel vector, as bits.
+// The bits of an element of an optional per-channel vector.
 __device__ __forceinline__ uint32_t bits_of_channel(const ChannelVector& v, int64_t sample, int channel) {
     return v.data ? load_bits(v.data, v.dtype, sample * v.sample_stride + channel) : 0;
 }
 
-// What is known of a channel before x's statistics are.
+// The numbers of a channel that do not depend on x's statistics.
 struct Operands {
     double offset;      // add less the first element of the channel's group: x + offset is x + add - first, exactly
     double gain, beta;  // weight * (1 + scale), bias * (1 + scale) + shift
@@ -234,7 +235,8 @@ __device__ __forceinline__ Operands operands_of(const Norm& k, int64_t sample, i
     const uint32_t add = bits_of_channel(k.add, sample, channel), add_first = bits_of_channel(k.add, sample, first),
                    weight = bits_of_channel(k.weight, sample, channel), bias = bits_of_channel(k.bias, sample, channel),
                    scale = bits_of_channel(k.scale, sample, channel), shift = bits_of_channel(k.shift, sample, channel);
-    Operands o{-static_cast<double>(to_float(x)), 0.0, 0.0};  // zero bits are 0 in every dtype: what is absent adds 0
+    // Zero bits are 0 in every dtype, so an absent vector adds 0.
+    Operands o{-static_cast<double>(to_float(x)), 0.0, 0.0};
     o.offset += static_cast<double>(of_bits(add, k.add.dtype)) - static_cast<double>(of_bits(add_first, k.add.dtype));
     const double factor = 1.0 + of_bits(scale, k.scale.dtype);
     o.gain = of_bits(weight, k.weight.dtype) * factor;
@@ -246,7 +248,7 @@ __device__ __forceinline__ Operands operands_of(const Norm& k, int64_t sample, i
 
 __device__ __forceinline__ float silu(float z) { return __fdividef(z, 1.0f + __expf(-z)); }
 
-// d silu / dz = s + z s (1 - s), s = sigmoid(z) and 1 - s = e^-z s, which doesn't cancel.
+// d silu / dz = s + z s (1 - s), s = sigmoid(z), computed with 1 - s = e^-z s, which does not cancel.
 __device__ __forceinline__ float silu_grad(float z) {
     const float e = __expf(z < -80.0f ? 80.0f : -z), s = __fdividef(1.0f, 1.0f + e);
     return s * fmaf(z, e * s, 1.0f);
@@ -254,18 +256,18 @@ __device__ __forceinline__ float silu_grad(float z) {
 
 // ---- the split, on the host ----
 
-// What a kernel can take.
+// The limits of a kernel.
 struct Limits {
     int threads;    // in a block
-    int few, many;  // slots of a thread, in its two versions
+    int few, many;  // slots of a thread in the kernel's two versions
 };
 
 struct Device {
     int64_t sms, l2;
-    int cluster;  // the most blocks of one
+    int cluster;  // maximum number of blocks in a cluster
 };
 
-// `kernel` stands for all that are split alike.
+// `kernel` represents all kernels with the same split.
 template <class... Parameters>
 Device device_facts(int index, void (*kernel)(Parameters...), int threads) {
     return {device_attribute(cudaDevAttrMultiProcessorCount, index), device_attribute(cudaDevAttrL2CacheSize, index),
@@ -277,7 +279,7 @@ struct Split {
     int slots, threads, slice_groups, slices, parts, slice_columns;
     uint32_t total, part_size;
     bool two_stage;
-    int64_t batch;  // samples of a launch
+    int64_t batch;  // samples per launch
 
     int lanes(Dtype dtype) const { return vectors ? static_cast<int>(16 / size_of(dtype)) : 1; }
     int64_t blocks(int64_t samples) const { return samples * slices * parts; }
@@ -300,15 +302,15 @@ inline void split_slice(Split& s, const Limits& limits, const Device& device, in
     s.two_stage = parts * capacity < total;
     if (s.two_stage) {
         parts = ceil_div(total, capacity);
-    } else {  // more blocks, as long as each has something to do
+    } else {  // more blocks, as long as each has work
         const int most = device.cluster < kPortableCluster ? device.cluster : kPortableCluster;
         while (parts < most && slices * parts < device.sms && ceil_div(total, 2 * parts) * columns >= 256) parts *= 2;
     }
     const int64_t size = ceil_div(total, parts);
     s.total = static_cast<uint32_t>(total);
     s.slice_columns = columns;
-    // Few slots where the whole grid lives on the device at once, and the time is one block's; else a thread's
-    // beginnings count, and are better spent on many elements.
+    // Few slots if the whole grid is resident at once, because the time is then that of one block. Otherwise many slots, to
+    // amortize the work at the start of each thread.
     const bool few = size <= limits.threads / columns * limits.few &&
                      slices * parts * s.threads_for(size, limits.few) <= device.sms * 2 * limits.threads;
     s.slots = few ? limits.few : limits.many;
@@ -317,7 +319,7 @@ inline void split_slice(Split& s, const Limits& limits, const Device& device, in
         throw std::logic_error("group_norm_silu: a block of " + std::to_string(s.threads) + " threads");
 }
 
-// Samples of a launch: in two stages so few that the second finds in the L2 what the first read.
+// Samples per launch. With two stages they are so few that the second finds the first one's data in the L2.
 template <class Args>
 void limit_batch(Split& s, const Args& args, const Device& device) {
     s.batch = INT32_MAX / s.blocks(1);
@@ -327,11 +329,11 @@ void limit_batch(Split& s, const Args& args, const Device& device) {
     if (s.batch < 1) s.batch = 1;
 }
 
-// Two stages: up to half as many parts more, where the last wave of blocks would leave much of the device idle. A few are
-// tried: a call may have many parts, and its host little time.
+// Two stages: if the last wave of blocks would leave much of the device idle, up to 50 % more parts. Only a few numbers are
+// tried, because a call may have many parts, and host time is limited.
 inline void fill_waves(Split& s, const Limits& limits, const Device& device) {
-    const auto busiest = [&](const Split& t) {  // pixels or vectors of a multiprocessor
-        const int64_t resident = (t.columns ? 2 : 1) * limits.threads / t.threads;  // as __launch_bounds__ has it
+    const auto busiest = [&](const Split& t) {  // pixels or vectors per multiprocessor
+        const int64_t resident = (t.columns ? 2 : 1) * limits.threads / t.threads;  // as in __launch_bounds__
         return ceil_div(t.blocks(t.batch), device.sms * resident) * resident * t.part_size;
     };
     const int64_t least = s.parts;
@@ -344,20 +346,21 @@ inline void fill_waves(Split& s, const Limits& limits, const Device& device) {
     s = best;
 }
 
-// pointers_aligned: x and all that has its layout lie at multiples of 16 bytes.
+// pointers_aligned: whether x and all tensors of its layout are aligned to 16 bytes.
 template <class Args>
 Split split(const Args& args, bool pointers_aligned, const Limits& limits, const Device& device) {
     const int64_t element = size_of(args.dtype), width = args.channels / args.groups, lanes = 16 / element;
     if (args.channels > INT32_MAX || args.pixels > INT32_MAX || width * args.pixels > UINT32_MAX - 1024)
         throw std::runtime_error("group_norm_silu: more than 2^31 channels or pixels, or 2^32 elements in a group");
     Split s{};
-    if (!args.samples || !args.channels || !args.pixels) {  // nothing to split, or to divide by
-        s.columns = true;                                   // in one stage, they need no workspace
+    // With a size of 0 there is nothing to split, and the sizes must not be divisors. One stage needs no workspace.
+    if (!args.samples || !args.channels || !args.pixels) {
+        s.columns = true;
         return s;
     }
     s.vectors = pointers_aligned && (args.channels_last ? args.channels : args.pixels) % lanes == 0;
 
-    // Groups of the narrowest slice that is made of whole vectors, and of whole sectors if pixels are.
+    // The number of groups in the narrowest slice of whole vectors, and of whole sectors if a pixel has whole sectors.
     const int64_t grain = args.channels * element % 32 ? 16 : 32;
     int64_t narrow = 1;
     while (s.vectors && args.channels_last && narrow * width * element % grain) ++narrow;
@@ -371,7 +374,7 @@ Split split(const Args& args, bool pointers_aligned, const Limits& limits, const
                         static_cast<int>(groups * width / lanes));
             return t;
         };
-        // Wider: 64 bytes; and where blocks are many and images small, so wide that a block has something to do.
+        // Wider slices: 64 bytes, or, with many blocks and small images, wide enough to give each block work.
         int64_t wide = narrow;
         const auto small = [&] {
             return args.pixels * wide * width < 256 * lanes &&
@@ -382,7 +385,7 @@ Split split(const Args& args, bool pointers_aligned, const Limits& limits, const
             wide *= 2;
         const Split narrowest = with_groups(narrow);
         s = with_groups(wide);
-        // Narrower slices where they keep on chip what would not fit, or all of the device busy.
+        // Narrower slices if that makes the data fit on the chip, or keeps the whole device busy.
         if (s.two_stage != narrowest.two_stage || (!s.two_stage && s.blocks(args.samples) < 2 * device.sms))
             s = narrowest;
     } else {
@@ -396,7 +399,7 @@ Split split(const Args& args, bool pointers_aligned, const Limits& limits, const
     return s;
 }
 
-// The kernels' view of a call, but for the batch and the stage.
+// The kernels' view of a call, without the batch and the stage.
 template <class Args>
 Norm norm_of(const Args& args, const Split& s, int64_t stage_floats) {
     Norm k{};
@@ -424,7 +427,7 @@ Norm norm_of(const Args& args, const Split& s, int64_t stage_floats) {
     return k;
 }
 
-// Launches kernel(k, more) for all samples, a batch at a time, in one stage or two.
+// Launches kernel(k, more) for all samples, one batch at a time, in one or two stages.
 template <class More>
 void launch_batches(void (*kernel)(Norm, More), Norm k, const Split& s, size_t shared, int64_t samples,
                     const More& more, CudaPlace place) {

@@ -1,21 +1,21 @@
 // The gradient of y = act(z), z = xhat * gain + beta, with g = dL/dz = dy * act'(z), gain = weight * (1 + scale):
 //   dx = rstd * (g * gain - mean_group(g * gain) - xhat * mean_group(g * gain * xhat))
-// and sums over pixels for the gradients of all else: of g, of g * xhat and of dx. SiLU is recomputed from x.
+// and the sums over pixels of g, g * xhat and dx, for the other gradients. SiLU is recomputed from x.
 //
-// As in the forward t = x + hi, hi + lo = add - first element of the group - mean, and z = t * a + b, a = rstd * gain.
-// Three sums per channel, of g, of g * t and of t, give everything: the third corrects the rounding of the saved mean.
-// Then dx = g * a + t * k1 + k0, and its sum over pixels follows without another pass.
+// As in the forward, t = x + hi, hi + lo = add - first element of the group - mean, and z = t * a + b, a = rstd * gain. Three
+// sums per channel are sufficient: those of g, g * t and t. The third corrects the rounding of the saved mean. Then
+// dx = g * a + t * k1 + k0, and its sum over pixels follows without another pass.
 //
 // Layout and work: group_norm_silu.cuh. Columns: a thread holds its vectors of x and dy in registers for both passes.
-// Flat: a warp walks over the pixels of one channel after the other, twice.
+// Flat: a warp iterates over the pixels of one channel after the other, twice.
 //
-// Bytes: x and dy read once, dx written once; flat, and in two stages, x and dy are read twice.
+// Bytes: x and dy are read once, dx is written once. Flat, and in two stages, x and dy are read twice.
 #include "group_norm_silu.cuh"
 
 namespace fastddpm {
 namespace {
 
-constexpr Limits kLimits{256, 2, 8};  // of the column kernel: 128 registers a thread, of which 64 hold data
+constexpr Limits kLimits{256, 2, 8};  // the column kernel has 128 registers per thread, of which 64 hold data
 constexpr int kFlatThreads = 128;
 
 enum Sum { kG, kGt, kT, kSums3 };
@@ -27,12 +27,12 @@ struct Backward {
     float *sum_g, *sum_g_xhat, *sum_dx;  // [samples, channels]
 };
 
-// Of a channel.
+// The numbers of a channel.
 struct Numbers {
     float hi, a, b, k1, k0;
 };
 
-// What the first pass needs; lo comes back for the second.
+// The numbers for the first pass; lo is returned for the second.
 template <class T>
 __device__ __forceinline__ Numbers first_numbers(const Norm& k, const Backward& f, int64_t sample, int channel,
                                                  double& lo) {
@@ -63,12 +63,12 @@ __device__ __forceinline__ float gradient(const Norm& k, const Numbers& n, float
     return fmaf(v.g, n.a, fmaf(v.t, n.k1, n.k0));
 }
 
-// What the channels of a group have in common: of their sums, by one warp.
+// The numbers that a group's channels share. One warp computes them from the channels' sums.
 struct Common {
-    float shift, k1, k0;  // shift: what the saved mean was off by
+    float shift, k1, k0;  // shift: the rounding error of the saved mean
 };
 
-// Of channel c in [begin, begin + k.width): sum(c, which), and a(c, lo), which sets lo too.
+// For channel c in [begin, begin + k.width): sum(c, which), and a(c, lo), which also sets lo.
 template <class SumOf, class AOf>
 __device__ __forceinline__ Common common_of(const Norm& k, float rstd, int begin, const SumOf& sum, const AOf& a) {
     const double pixels = static_cast<double>(k.pixels), count = pixels * k.width;
@@ -86,7 +86,7 @@ __device__ __forceinline__ Common common_of(const Norm& k, float rstd, int begin
     return {static_cast<float>(shift), static_cast<float>(k1), static_cast<float>(-ag / count)};
 }
 
-// The second pass's numbers of a channel, and its sums to the caller.
+// Computes a channel's numbers for the second pass, and stores its sums for the caller.
 __device__ __forceinline__ void second_numbers(const Norm& k, const Backward& f, const Part& at, int channel,
                                                const Common& common, double lo, float g, float gt, float t,
                                                Numbers& n) {
@@ -104,16 +104,16 @@ __device__ __forceinline__ void second_numbers(const Norm& k, const Backward& f,
 
 // ---- columns ----
 
-// Rows of the threads' sums lie so far apart: threads that store at once then meet other banks.
+// Distance between rows of the threads' sums, chosen so that simultaneous stores use different banks.
 __host__ __device__ inline int odd(int rows) { return rows | 1; }
 
-// In shared memory, for the slice's channels and groups.
+// The numbers of the slice's channels and groups, in shared memory.
 struct Table {
     double* lo;
     float *hi, *a, *b, *k0;
-    float *part, *total;  // [3, channels]; part is read by the other blocks of the cluster
+    float *part, *total;  // [3, channels]; the other blocks of the cluster read `part`
     Common* common;
-    float* sums;  // of the threads
+    float* sums;  // the threads' partial sums
 
     static size_t bytes(int channels, int groups, int64_t sums) {
         return channels * (sizeof(double) + 10 * sizeof(float)) + groups * sizeof(Common) + sums * sizeof(float);
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kLimits.threads, 2) group_norm_silu_backward_k
         table.total[i] = sum;
     }
     __syncthreads();
-    if (clustered) cluster_arrive_relaxed();  // the peers' sums are read
+    if (clustered) cluster_arrive_relaxed();  // this block has read its peers' sums
     for (int g = thread / 32; g < at.groups; g += threads / 32) {
         const Common common = common_of(
             k, f.rstd[at.sample * k.groups + at.first_group + g], g * k.width,
@@ -224,13 +224,13 @@ __global__ void __launch_bounds__(kLimits.threads, 2) group_norm_silu_backward_k
         put_lanes(x[j], v, out);
     });
     slots.template store<T>(f.dx, x);
-    if (clustered) cluster_wait();  // or a block could be gone while another reads its shared memory
+    if (clustered) cluster_wait();  // else a block could exit while another reads its shared memory
 }
 
 // ---- flat ----
 
-// A part is a range of pixels, in vectors of V. Sums of one stage go to where the caller wants the results, which take
-// their place later.
+// A part is a range of pixels, in vectors of V. With one stage, sums are stored in the caller's result arrays, and the results
+// replace them later.
 template <class T, int V>
 __global__ void __launch_bounds__(kFlatThreads) group_norm_silu_backward_flat_kernel(Norm k, Backward f) {
     constexpr int kStep = V > 1 ? 2 : 1;
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kFlatThreads) group_norm_silu_backward_flat_ke
     const auto offset = [&](int channel, uint32_t i) {
         return base + (k.channels_last ? int64_t{i} * k.channels + channel : channel * k.pixels + int64_t{i} * V);
     };
-    // Channel by channel: [parts, 3, width] of a group, or the callers' [3 arrays][channels].
+    // Per channel: a group's [parts, 3, width], or the caller's [3 arrays][channels].
     float* parts = k.workspace + int64_t{kSums3} * k.width * (at.index - at.part);
     float* const whole[kSums3] = {f.sum_g, f.sum_g_xhat, f.sum_dx};
     const int64_t row = at.sample * k.channels + at.first_channel;
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kFlatThreads) group_norm_silu_backward_flat_ke
         double lo;
         Numbers n = first_numbers<T>(k, f, at.sample, at.first_channel + c, lo);
         const float g = sum_of(c, kG), gt = sum_of(c, kGt), t = sum_of(c, kT);
-        __syncwarp();  // all lanes have read what lane 0 overwrites
+        __syncwarp();  // all lanes have read the values that lane 0 overwrites
         Part writer = at;
         if (lane != 0) writer.part = -1;
         second_numbers(k, f, writer, at.first_channel + c, *common, lo, g, gt, t, n);
@@ -338,7 +338,7 @@ Split split_of(const GroupNormSiluBackwardArgs& args, bool pointers_aligned, int
     const Device device = device_facts(index, group_norm_silu_backward_kernel<float, 4, kLimits.many>, kLimits.threads);
     Split s = split(args, pointers_aligned, kLimits, device);
     if (s.columns) return s;
-    // Flat: a part is pixels of all channels of a group; parts only where groups are too few for the device.
+    // Flat: a part is a range of pixels, with all channels of a group. There are parts only if the groups do not fill the device.
     if (args.channels_last) s.vectors = false;
     const int64_t pixels = args.pixels / s.lanes(args.dtype), groups = args.samples * args.groups;
     int64_t parts = ceil_div(4 * device.sms, groups);

@@ -1,7 +1,7 @@
 // out[i, e] = the e-th normal of (seed, stream, t_i, sample_i), see common/philox.h.
 //
 // Work: a thread draws the four normals of one counter, four consecutive elements of one sample.
-// Bytes: out is written once, 16 bytes a thread where the samples allow it; nothing is read.
+// Bytes: out is written once, 16 bytes per thread if the sample size allows it. Nothing is read.
 #include "../common/philox.h"
 #include "device.cuh"
 
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) philox_normal_kernel(PhiloxNormalArg
     box_muller<ScalarMath>(words[2], words[3], z.z, z.w);
     float* out = args.out + i * args.elements + 4 * quad;
     if constexpr (kVector) {
-        __stcg(reinterpret_cast<float4*>(out), z);  // said this way the compiler keeps it whole
+        __stcg(reinterpret_cast<float4*>(out), z);  // written this way, the compiler does not split the store
     } else {
         const int64_t left = args.elements - 4 * quad;
         out[0] = z.x;

@@ -1,10 +1,11 @@
 // out[i, :] = [sin(t_i f), cos(t_i f), 0 if dim is odd], cos first if flipped, with f_k = exp(-rate * k).
 //
-// The turns t*f / (2 pi) need more digits than a float32 has: they are formed in float64, less their nearest multiple
-// of a quarter turn; what is left, at most an eighth of a turn, goes to the float32 polynomials of common/philox.h.
-// Frequencies are computed here and not read: a table would have to be brought to the device before a graph's capture.
+// The turns t*f / (2 pi) need more digits than a float32 has. They are computed in float64, and their nearest multiple of a
+// quarter turn is subtracted. The remainder, at most an eighth of a turn, is passed to the float32 polynomials of
+// common/philox.h.
+// The kernel computes the frequencies. A table would have to be copied to the device before a graph's capture.
 //
-// Work: a thread computes one frequency and walks over the rows with it. Bytes: out is written once.
+// Work: a thread computes one frequency and iterates over the rows. Bytes: out is written once.
 #include "../common/philox.h"
 #include "device.cuh"
 
@@ -12,7 +13,7 @@ namespace fastddpm {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int64_t kRows = 16;  // of a block at least: a frequency costs as much as several rows
+constexpr int64_t kRows = 16;  // minimum per block, because a frequency costs as much as several rows
 
 __global__ void __launch_bounds__(kThreads) timestep_embedding_kernel(TimestepEmbeddingArgs args, int64_t rows) {
     const int64_t half = args.dim / 2, columns = ceil_div(half, kThreads);
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) timestep_embedding_kernel(TimestepEm
         const double t = args.t_int ? static_cast<double>(args.t_int[i]) : static_cast<double>(args.t_float[i]);
         const double turns = t * turns_per_t, quarters = rint(4.0 * turns);
         const float rest = static_cast<float>((turns - 0.25 * quarters) * 6.283185307179586);
-        // The quadrant goes into the two upper bits.
+        // The quadrant is passed in the upper two bits.
         const uint32_t quadrant = static_cast<uint32_t>(static_cast<int64_t>(quarters)) << 30;
         float sine, cosine;
         sine_cosine<ScalarMath>(rest, quadrant, sine, cosine);

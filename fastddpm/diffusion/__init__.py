@@ -1,1 +1,1 @@
-"""The paper's mathematics without a network: schedules, step coefficients, the variational bound."""
+"""The mathematics of diffusion without a network: schedules, step coefficients and the variational bound."""

@@ -1,1 +1,1 @@
-"""fastddpm inside other libraries. Nothing is imported from here: diffusers.py and diffusers_resnet.py import diffusers."""
+"""Integrations with other libraries. This file imports nothing; diffusers.py and diffusers_resnet.py import diffusers."""

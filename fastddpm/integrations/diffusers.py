@@ -1,33 +1,34 @@
-"""diffusers' DDPMScheduler and DDIMScheduler with their step in one kernel, for unmodified pipelines.
+"""diffusers' DDPMScheduler and DDIMScheduler with the step in one kernel, for unmodified pipelines.
 
     pipe.scheduler = FusedDDPMScheduler.from_config(pipe.scheduler.config)                  # torch's noise, as before
-    pipe.scheduler = FusedDDPMScheduler.from_config(pipe.scheduler.config, noise_seed=7)    # fastddpm's
+    pipe.scheduler = FusedDDPMScheduler.from_config(pipe.scheduler.config, noise_seed=7)    # fastddpm's noise
 
-Each is a subclass and takes its parent's place: the same options, timesteps, numbers, and draws from torch's generators.
+Each scheduler is a subclass that replaces its parent. It has the same options, timesteps and results, and draws from torch's
+generators in the same way.
 
-Numbers: within a few float32 roundings of the parent's. Coefficients are computed as diffusers does, in the precision of its
-alphas_cumprod: float32, which shows in the last timesteps, where 1 - abar/abar_prev is what is left of a difference (up to 1e-4
-of x0). What diffusers does otherwise than the papers stays: DDPM's last step adds noise where its timestep is not 0, DDIM's
-previous timestep is t - T // steps whatever the spacing. float16 and bfloat16 are computed in float32 and rounded once, where
-diffusers rounds every operation. Betas rescaled to zero SNR with epsilon and no clipping give
-numbers near 2^100 where diffusers gives infinities.
+**Numbers.** Results are within a few float32 roundings of the parent's. Coefficients are computed as diffusers computes them,
+in the precision of its alphas_cumprod. In float32 this is visible in the last timesteps, because 1 - abar/abar_prev cancels
+there (up to 1e-4 of x0). Two deviations of diffusers from the papers are preserved: DDPM's last step adds noise unless its
+timestep is 0, and DDIM's previous timestep is t - T // steps for every spacing. float16 and bfloat16 are computed in float32
+and rounded once; diffusers rounds every operation. With betas rescaled to zero SNR, epsilon prediction and no clipping,
+results are near 2^100; diffusers' are infinite.
 
-Noise: torch's by default, drawn as diffusers draws it, so that generators end in the same state. With `noise_seed` a step's
-noise is that of `fastddpm.sample`: image i of a batch is image `noise_first + i` of the seed's endless sequence, and its noise
-depends on (noise_seed, noise_first + i, timestep) alone. It is drawn inside the kernel, and a `generator` passed to `step` is
-not used: there pipelines pass what they were given for x_T, which stays the pipeline's own. `noise_first` is 0 at first, is
-not part of the config, and advances by the batch size when a chain takes its last timestep, so that batches don't share noise:
-two calls for 4 images have the noise of one for 8. Set it to go on where another process stopped. (A loop that steps a batch
-in parts, each at the same timestep, would give the parts the same noise.)
+**Noise.** By default the noise is torch's, drawn as diffusers draws it, so that generators end in the same state. With
+`noise_seed` it is the noise of `fastddpm.sample`: image i of a batch is image `noise_first + i` of the seed's endless
+sequence, and its noise depends only on (noise_seed, noise_first + i, timestep). The kernel draws it and ignores a `generator`
+passed to `step`, because pipelines pass the generator of x_T there. x_T remains the pipeline's own. `noise_first` starts at 0
+and is not part of the config. It advances by the batch size at the last timestep of a chain, so that batches do not share
+noise: two calls for 4 images have the same noise as one call for 8. Set it to continue where another process stopped. A loop
+that steps a batch in parts, each at the same timestep, would give the parts the same noise.
 
-Not fused: where model_output or sample requires grad and grad is enabled, diffusers' own step serves, which has a gradient; with
-noise_seed that is a ValueError. Options that the kernel doesn't have are refused when a scheduler is made: thresholding, and the
-variance types "learned" and "fixed_large_log".
+**Not fused.** If model_output or sample requires grad and grad is enabled, diffusers' own step runs, because it has a
+gradient. With `noise_seed` this is a ValueError. The constructor refuses options that the kernel does not support:
+thresholding, and the variance types "learned" and "fixed_large_log".
 
-Saved pipelines: a folder that `DDPMPipeline.save_pretrained` writes with one of these loads where this module has been imported,
-and nowhere else: for others put the plain one back first, `pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)`.
-DDIMPipeline makes a plain DDIMScheduler of whatever scheduler it is given or loads: assign to its `scheduler`, as above, once the
-pipeline is there.
+**Saved pipelines.** A folder that `DDPMPipeline.save_pretrained` writes with one of these schedulers loads only if this
+module has been imported. To save for other users, restore the plain scheduler first: `pipe.scheduler =
+DDPMScheduler.from_config(pipe.scheduler.config)`. DDIMPipeline converts any scheduler passed to it, or loaded, to a plain
+DDIMScheduler. So assign to its `scheduler`, as above, after the pipeline has been created.
 """
 
 from __future__ import annotations
@@ -52,16 +53,16 @@ except ModuleNotFoundError as error:
     if error.name != "diffusers":
         raise
     raise ImportError(
-        "fastddpm.integrations.diffusers needs diffusers, which is missing: pip install diffusers"
+        "fastddpm.integrations.diffusers requires diffusers, which is missing: pip install diffusers"
     ) from error
 if tuple(int(number) for number in diffusers.__version__.split(".")[:2]) < (0, 32):
-    # Its DDPM goes from t to t - T // steps, whatever the next timestep is.
+    # DDPM in older versions steps from t to t - T // steps, even if the next timestep is another.
     raise ImportError(
-        f"fastddpm.integrations.diffusers needs diffusers 0.32 or newer, and this is {diffusers.__version__}: "
+        f"fastddpm.integrations.diffusers requires diffusers 0.32 or newer, and this is {diffusers.__version__}: "
         "pip install -U diffusers"
     )
 
-# A pipeline that is loaded looks for SchedulerMixin beside its scheduler.
+# A loading pipeline looks up SchedulerMixin in the module of its scheduler.
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin  # noqa: F401
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
@@ -72,21 +73,21 @@ __all__ = ["FusedDDIMScheduler", "FusedDDPMScheduler"]
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 ALTERNATIVES = {
-    "learned": "; diffusers' own DDPMScheduler takes a variance that the network gives as it is",
-    "fixed_large_log": "; diffusers takes the root of its logarithm, which is NaN: use fixed_large",
+    "learned": "; diffusers' own DDPMScheduler supports a variance that the network predicts directly",
+    "fixed_large_log": "; diffusers computes the root of its logarithm, which is NaN: use fixed_large",
 }
 
 
 class _Chain(NamedTuple):
-    """What the steps of a chain look up, on the host."""
+    """The values that the steps of a chain look up, on the host."""
 
-    source: tuple  # what it was read from: the scheduler's timesteps, alphas_cumprod and so on
+    source: tuple  # the scheduler's objects that the chain was read from: timesteps, alphas_cumprod, ...
     timesteps: list[int]
     abar: torch.Tensor
-    rows: dict[tuple, dict[int, torch.Tensor]]  # for step's arguments that they depend on: by timestep, float64 [9]
+    rows: dict[tuple, dict[int, torch.Tensor]]  # float64 [9], by the arguments of step that matter, then by timestep
 
     def timestep(self, timestep: int | torch.Tensor) -> int:
-        """Return the timestep as an int. Elements of the scheduler's own tensor are known by address: no wait for a GPU."""
+        """Return the timestep as an int. An element of scheduler.timesteps is recognized by its address, without a GPU sync."""
         listed = self.source[0]
         if isinstance(timestep, torch.Tensor) and (timestep.device, timestep.dtype) == (listed.device, listed.dtype):
             stride = listed.element_size() * listed.stride(0)
@@ -97,7 +98,7 @@ class _Chain(NamedTuple):
 
 
 def _init(parent: type) -> Callable:
-    """Return parent's __init__ with noise_seed added. from_config and save_config read its signature."""
+    """Return the parent's __init__ with noise_seed added. from_config and save_config read its signature."""
 
     def __init__(self, *args, noise_seed: int | None = None, **options) -> None:
         parent.__init__(self, *args, **options)
@@ -105,7 +106,7 @@ def _init(parent: type) -> Callable:
         self.noise_first = 0
         self._chain = None
         self._check_options()
-        # Without a seed the config has the parent's options only, so that the parent can load it.
+        # Without a seed the config contains only the parent's options, so that the parent can load it.
         if noise_seed is not None:
             self.register_to_config(noise_seed=noise_seed)
 
@@ -116,14 +117,14 @@ def _init(parent: type) -> Callable:
 
 
 class _Fused:
-    """What both schedulers share. A subclass's _table(chain, timesteps, *arguments) returns float64 rows of ops/ddpm_step.py."""
+    """The base of both schedulers. A subclass's _table(chain, timesteps, *arguments) returns float64 rows for ddpm_step."""
 
     def _check_options(self) -> None:
         config = self.config
         if config.thresholding:
             raise ValueError(
-                f"thresholding: got {config.thresholding}; it is not fused: use diffusers' own scheduler, or clip_sample=True "
-                "with a clip_sample_range"
+                f"thresholding: got {config.thresholding}; not supported by the fused step: use diffusers' own scheduler, or "
+                "clip_sample=True with a clip_sample_range"
             )
         if config.prediction_type not in PREDICTIONS:
             raise ValueError(
@@ -131,11 +132,11 @@ class _Fused:
             )
         if config.clip_sample and not config.clip_sample_range > 0:
             raise ValueError(
-                f"clip_sample_range: got {config.clip_sample_range}; expected a positive bound; clip_sample=False is none"
+                f"clip_sample_range: got {config.clip_sample_range}; expected a positive bound, or clip_sample=False"
             )
 
     def _current(self) -> _Chain:
-        """Return the chain that the scheduler is set to, read again if something that it was read from has been replaced."""
+        """Return the chain of the scheduler's current settings. It is read again if one of its sources has been replaced."""
         source = self.timesteps, self.alphas_cumprod, self.num_inference_steps, self.config
         if self._chain is None or any(a is not b for a, b in zip(source, self._chain.source, strict=True)):
             self._check_options()
@@ -157,12 +158,12 @@ class _Fused:
         if self.noise_seed is not None:
             raise ValueError(
                 f"noise_seed: is {self.noise_seed}, and model_output or sample requires grad, which only diffusers' own step "
-                "with torch's noise serves; call it under torch.no_grad(), or leave noise_seed out"
+                "with torch's noise supports; call it under torch.no_grad(), or omit noise_seed"
             )
         return True
 
     def _check_shapes(self, model_output: torch.Tensor, sample: torch.Tensor, learned: bool = False) -> None:
-        """Raise ValueError where the shapes don't fit. learned: whether model_output also holds a variance."""
+        """Raise ValueError if the shapes do not match. `learned` is whether model_output also contains a variance."""
         expected = list(sample.shape)
         if len(expected) < 2:
             raise ValueError(
@@ -189,7 +190,7 @@ class _Fused:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (prev_sample, pred_original_sample).
 
-        noisy: whether the step adds noise. noise: default the seed's, or without a seed the generator's.
+        `noisy` is whether the step adds noise. The noise is `noise` if it is not None, else the seed's, else the generator's.
         """
         if reason := backend.emulated_reason(model_output.device, model_output.dtype):
             warn_once(self, backend.slow_module_warning(reason).replace("the module", "the model"))
@@ -213,9 +214,9 @@ class _Fused:
         return tuple(v.to(dtype) if sample.dim() > 2 else v.to(dtype).squeeze(2) for v in results)
 
     def _x0_coefficients(self, abar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return float64 (a, b) of x0 = a*x + b*o, from the float32 roots that diffusers takes."""
+        """Return float64 (a, b) of x0 = a*x + b*o, from float32 square roots, as diffusers computes them."""
         if self.config.prediction_type == "epsilon":
-            # rescale_betas_zero_snr makes the last root 0. A power of 2 clips (x - o)/0 to the bound that its sign points to.
+            # rescale_betas_zero_snr makes the last root 0. With 2^-100 instead, (x - o)/0 is clipped to the bound of its sign.
             inverse = 1 / abar.sqrt().double().clamp(min=2.0**-100)
             return inverse, -(1 - abar).sqrt().double() * inverse
         a, b = x0_coefficients(abar, self.config.prediction_type)
@@ -223,17 +224,26 @@ class _Fused:
 
 
 def _without_gaps(v: torch.Tensor) -> torch.Tensor:
-    """Return v as the op takes it: detached, without gaps, and [N, C, 1] where it is [N, C]."""
+    """Return v in the form that the op requires: detached, without gaps, and [N, C, 1] if it is [N, C]."""
     v = v.detach() if v.requires_grad else v
     v = v.unsqueeze(2) if v.dim() == 2 else v
     return v.contiguous() if layout(v) == "gapped" else v
 
 
 class FusedDDPMScheduler(_Fused, DDPMScheduler):
-    """diffusers' DDPMScheduler with a fused step: see the top of `fastddpm.integrations.diffusers`.
+    """diffusers' DDPMScheduler with a fused step.
 
-    noise_seed: an int in [0, 2^64), for fastddpm's noise, part of the config; None for torch's. All else as in DDPMScheduler, but
-    for thresholding and the variance types "learned" and "fixed_large_log": ValueError.
+    It supports all options of DDPMScheduler except thresholding and the variance types "learned" and "fixed_large_log". The
+    documentation of `fastddpm.integrations.diffusers` describes its numbers and noise.
+
+    Attributes:
+        noise_seed: The seed of fastddpm's noise, an int in [0, 2^64), stored in the config. None uses torch's noise, which is
+            the default. It is passed to the constructor or to `from_config` by keyword.
+        noise_first: The index of a batch's first image in the seed's sequence, an int in [0, 2^56). It starts at 0 and
+            advances by the batch size at the last timestep of a chain.
+
+    Raises:
+        ValueError: If an option is not supported or noise_seed is out of range. The message names the option.
     """
 
     __init__ = _init(DDPMScheduler)
@@ -256,7 +266,7 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
         abar = chain.abar[t]
         prev = torch.where(before >= 0, chain.abar[before.clamp(min=0)], self.one.cpu())
         c0, c1, beta, _ = ddpm_coefficients(abar, prev)
-        posterior = ddim_variance(abar, prev).clamp(min=1e-20)  # in diffusers' order of operations, to the bit
+        posterior = ddim_variance(abar, prev).clamp(min=1e-20)  # in diffusers' order of operations, so bit-identical
         lv_lo = lv_hi = None
         if self.config.variance_type == "learned_range":
             sigma, lv_lo, lv_hi = torch.ones_like(beta), posterior.log(), beta.log()
@@ -273,10 +283,21 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """As DDPMScheduler.step: (prev_sample, pred_original_sample), in the dtype that sample and model_output promote to.
+        """Return the previous sample and the predicted original sample, as DDPMScheduler.step does.
 
-        sample: [N, C, *spatial]. model_output: likewise, or [N, 2C, *spatial] for "learned_range". timestep: one of
-        `timesteps`. generator: of the noise, unless there is a noise_seed. Raises ValueError naming what does not fit.
+        Args:
+            model_output: The network's output, [N, C, *spatial], or [N, 2C, *spatial] for the variance type "learned_range".
+            timestep: One of `timesteps`.
+            sample: The noisy images, [N, C, *spatial].
+            generator: The generator of the noise. Ignored with a noise_seed.
+            return_dict: Whether to return a DDPMSchedulerOutput instead of a tuple.
+
+        Returns:
+            prev_sample and pred_original_sample, with sample's shape, in the dtype that sample and model_output promote to.
+
+        Raises:
+            ValueError: If a shape or noise_first is invalid, or if a noise_seed is set and a tensor requires grad.
+            IndexError: If `timestep` is not one of `timesteps` after set_timesteps.
         """
         if self._needs_gradient(model_output, sample):
             return super().step(model_output, timestep, sample, generator, return_dict)
@@ -289,10 +310,19 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
 
 
 class FusedDDIMScheduler(_Fused, DDIMScheduler):
-    """diffusers' DDIMScheduler with a fused step: see the top of `fastddpm.integrations.diffusers`.
+    """diffusers' DDIMScheduler with a fused step.
 
-    noise_seed: an int in [0, 2^64), for fastddpm's noise where eta > 0, part of the config; None for torch's. All else as in
-    DDIMScheduler, but for thresholding: ValueError.
+    It supports all options of DDIMScheduler except thresholding. The documentation of `fastddpm.integrations.diffusers`
+    describes its numbers and noise.
+
+    Attributes:
+        noise_seed: The seed of fastddpm's noise for eta > 0, an int in [0, 2^64), stored in the config. None uses torch's
+            noise, which is the default. It is passed to the constructor or to `from_config` by keyword.
+        noise_first: The index of a batch's first image in the seed's sequence, an int in [0, 2^56). It starts at 0 and
+            advances by the batch size at the last timestep of a chain.
+
+    Raises:
+        ValueError: If an option is not supported or noise_seed is out of range. The message names the option.
     """
 
     __init__ = _init(DDIMScheduler)
@@ -302,7 +332,7 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
         abar = chain.abar[t]
         prev = torch.where(before >= 0, chain.abar[before.clamp(min=0)], self.final_alpha_cumprod.cpu())
         sigma = eta * ddim_variance(abar, prev).sqrt()
-        # Unlike ddim_coefficients, diffusers takes the eps of the x0 before clipping, and rounds every root to float32.
+        # Unlike ddim_coefficients, diffusers uses the eps of the x0 before clipping, and rounds every root to float32.
         eps_scale = (1 - prev - sigma**2).sqrt().double()
         a, b = self._x0_coefficients(abar)
         c0, signal, noise = prev.sqrt().double(), abar.sqrt().double(), (1 - abar).sqrt().double()
@@ -326,10 +356,24 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """As DDIMScheduler.step: (prev_sample, pred_original_sample), in the dtype that sample and model_output promote to.
+        """Return the previous sample and the predicted original sample, as DDIMScheduler.step does.
 
-        sample, model_output: [N, C, *spatial]. timestep: in 0..T-1. variance_noise: in place of a generator's noise, and of
-        noise_seed's. Raises ValueError naming what does not fit, and before `set_timesteps`.
+        Args:
+            model_output: The network's output, [N, C, *spatial].
+            timestep: A timestep in 0..T-1.
+            sample: The noisy images, [N, C, *spatial].
+            eta: The noise's standard deviation in units of that of DDPM's posterior, at least 0.
+            use_clipped_model_output: Whether eps is computed from the clipped x0.
+            generator: The generator of the noise. Ignored with a noise_seed.
+            variance_noise: The noise, like sample. Replaces the generator's noise and that of noise_seed.
+            return_dict: Whether to return a DDIMSchedulerOutput instead of a tuple.
+
+        Returns:
+            prev_sample and pred_original_sample, with sample's shape, in the dtype that sample and model_output promote to.
+
+        Raises:
+            ValueError: If a shape or noise_first is invalid, if set_timesteps has not been called, if both variance_noise and
+                generator are given with eta > 0, or if a noise_seed is set and a tensor requires grad.
         """
         if self._needs_gradient(model_output, sample):
             return super().step(

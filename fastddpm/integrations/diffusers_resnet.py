@@ -1,4 +1,4 @@
-"""diffusers' ResnetBlock2D with its norms and SiLUs in one kernel each; `fastddpm.fuse_norms` puts it in place."""
+"""diffusers' ResnetBlock2D with each norm and its SiLU in one kernel. `fastddpm.fuse_norms` installs it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import nn
 from ..ops import winograd
 from .fused_layers import can_fuse, computes, conditions_broadcast, expand_conditions, has_affine, norm_silu
 
-MIN_PIXELS = 256  # of a batch, for which transforming a convolution's weights in every call pays
+MIN_PIXELS = 256  # pixels of a batch from which transforming a convolution's weights in every call is worth its time
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    """ResnetBlock2D by `ops.group_norm_silu`; with hooks or replaced parts it runs unfused.
+    """A ResnetBlock2D computed with `ops.group_norm_silu`. A block with hooks or replaced parts runs unfused.
 
-    On a CPU the results of norm and SiLU don't go to memory, where the convolution after them can compute them itself.
+    On a CPU the convolution after a norm computes the norm and SiLU itself if it can, so that their result is never stored.
     """
 
     @staticmethod
     def unsupported_reason(block: ResnetBlock2D) -> str | None:
-        """Return why the fused forward doesn't support the block's norms or nonlinearity; None if it does."""
+        """Return why the fused forward does not support the block's norms or nonlinearity; None if it does."""
         for name, norm in (("norm1", block.norm1), ("norm2", block.norm2)):
             if not (computes(norm, nn.GroupNorm) and has_affine(norm)):
                 return f"its {name} has hooks, or is no GroupNorm with weights and a bias"
@@ -49,7 +49,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
             return h.contiguous() if x.is_contiguous() else h
         h = norm_silu(self.norm1, x)
         if resample is not None:
-            if self.upsample is not None and len(x) >= 64:  # as diffusers does, for torch's kernel of upsampling
+            if self.upsample is not None and len(x) >= 64:  # as diffusers does, for torch's upsampling kernel
                 x, h = x.contiguous(), h.contiguous()
             x, h = resample(x), resample(h)
         h = self.conv2(self.dropout(norm_silu(self.norm2, self.conv1(h), **conditions)))
@@ -58,11 +58,11 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return (x + h) / self.output_scale_factor
 
     def _can_fuse_convolutions(self, x: torch.Tensor, conditions: dict[str, torch.Tensor]) -> bool:
-        """Return whether convolutions can compute the norms before them, and faster: on a CPU, in float32, without gradients."""
+        """Return whether the convolutions can compute the norms before them, and faster (CPU, float32, no gradients)."""
         return (
             not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()  # a trace goes on to other sizes, and to gradients
+            and not torch.jit.is_tracing()  # a trace may later run with other sizes or with gradients
             and x.dim() == 4
             and winograd.suits(x, torch.float32)
             and len(x) * x.shape[2] * x.shape[3] >= MIN_PIXELS
@@ -78,7 +78,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         )
 
     def _keeps_size(self, x: torch.Tensor) -> bool:
-        """Return whether the shortcut's result has the shape of conv2's."""
+        """Return whether the shortcut's result has the shape of conv2's result."""
         if self.conv_shortcut is None:
             return self.conv2.out_channels == x.shape[1]
         conv = self.conv_shortcut
@@ -119,7 +119,7 @@ def _float32(layer: nn.Module) -> bool:
 def _is_winograd_convolution(conv: nn.Module, channels: int) -> bool:
     return (
         computes(conv, nn.Conv2d)
-        and "_conv_forward" not in conv.__dict__  # which user code replaces for another padding
+        and "_conv_forward" not in conv.__dict__  # user code replaces this method for other paddings
         and winograd.shaped(conv.weight, list(conv.stride), list(conv.padding))
         and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
         and conv.in_channels == channels

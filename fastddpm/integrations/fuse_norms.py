@@ -1,7 +1,7 @@
-"""`fuse_norms`: replace the forwards of any module's GroupNorms, and of the SiLU after them, with this package's kernel.
+"""Replace the forward of a module's GroupNorms, and of the SiLU after them, with fastddpm's kernel, in place.
 
-Modules keep their place, parameters and hooks; only their class changes, to a subclass with another forward. Inputs that the
-kernel doesn't support (2-D or float64, gapped or otherwise permuted memory, CUDA's autocast) run as before.
+Modules keep their names, parameters and hooks. Only their class changes, to a subclass with another forward. Inputs that the
+kernel does not support run as before: 2-D or float64 tensors, gapped or permuted memory, and tensors under CUDA's autocast.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from ..utils.warn import warn_once
 from .fused_layers import FusedGroupNorm, FusedSequential, has_affine, is_norm_silu_pair
 
 __all__ = ["FusedNorms", "fuse_norms"]
-SHOWN = 5  # of the modules that were skipped
+SHOWN = 5  # skipped modules that a report names
 
 
 class FusedNorms:
-    """What `fuse_norms` did: print it, or `undo` it.
+    """The report of a `fuse_norms` call. Print it for a summary; call `undo` to restore the modules.
 
-    swapped: how many of each kind. skipped: the names of modules that have a GroupNorm and are not fused, and why.
-    before: how many modules an earlier call had fused, of this module or of the one that it is a copy of.
+    Attributes:
+        swapped: The number of modules that the call fused, by kind.
+        skipped: The reason for each module that has a GroupNorm but is not fused, by module name.
+        before: The number of modules that were already fused, by an earlier call or as copies of fused modules.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class FusedNorms:
         self.swapped, self.skipped, self.before, self._classes = swapped, skipped, before, classes
 
     def undo(self) -> None:
-        """Give all modules torch's or diffusers' class back, those of earlier calls too, unless their class has changed since."""
+        """Restore the original class of all fused modules, those of earlier calls included, unless it has been changed since."""
         for module, kind, fused in self._classes:
             if type(module) is fused:
                 module.__class__ = kind
@@ -55,19 +57,32 @@ class FusedNorms:
 
 
 def fuse_norms(module: nn.Module) -> FusedNorms:
-    """Let the GroupNorms in `module` run by `ops.group_norm_silu`, in place, and say which.
+    """Run the GroupNorms in `module` with `ops.group_norm_silu`, in place, and return a report.
 
-    diffusers' ResnetBlock2D with SiLU as a whole: both norms with the SiLU behind them, and the timestep's embedding added, or
-    scaled and shifted by, in the second one's pass. A Sequential with a GroupNorm and a SiLU behind it: those two at once.
-    Other GroupNorms without a SiLU. Subclasses of these, and what has a forward put into it, are somebody's own code and stay, as
-    do norms without weights or bias; a pair or block with hooks on its members runs unfused. Names, parameters, state dicts
-    and hooks are as before; but hooks for all modules at once, and what counts operations, miss what runs as one kernel. It is
-    differentiable once; copies stay fused, and who loads a pickle of one needs fastddpm.
+    Three kinds of modules are fused:
 
-    Returns a `FusedNorms`: print it to see what was swapped, and call its `undo()` to have it all back.
-    On a CPU, where convolutions take nearly all of the time, norms alone gain next to nothing. There a ResnetBlock2D's
-    convolutions take their norms with them as well, by Winograd's method: in float32, without gradients, with widths divisible
-    by 32 and even sides. Raises TypeError for what is not a module.
+    - diffusers' ResnetBlock2D with SiLU: each norm with its SiLU. The second norm's kernel also adds the timestep embedding, or
+      scales and shifts by it.
+    - A Sequential in which a SiLU follows a GroupNorm: the two together.
+    - Any other GroupNorm, without a SiLU.
+
+    Subclasses of these, modules with an overridden `forward`, and norms without a weight or bias are left unchanged. A pair or
+    block with hooks on its members runs unfused. Names, parameters, state dicts and hooks do not change. Global module hooks
+    and operation counters do not see the layers inside a fused kernel. A fused module is differentiable once. Its copies are
+    fused, too, and unpickling it requires fastddpm.
+
+    On a CPU convolutions take nearly all of the time, so fused norms alone gain almost nothing. There the convolutions of a
+    ResnetBlock2D also compute their norms, by Winograd's method. This requires float32, no gradients, channel counts divisible
+    by 32, and even heights and widths.
+
+    Args:
+        module: The module to change, of any class.
+
+    Returns:
+        A `FusedNorms`. Print it to see which modules were fused; call its `undo()` to restore them.
+
+    Raises:
+        TypeError: If `module` is not a torch.nn.Module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}; expected a torch.nn.Module")
@@ -81,7 +96,7 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
         layer.__class__ = fused
 
     def accepts(name: str, layer: nn.Module, kind: type) -> bool:
-        """Return whether the layer is of this kind; skip one that user code has changed."""
+        """Return whether the layer is of this kind; record it as skipped if user code has changed it."""
         if not isinstance(layer, kind) or type(layer) in ours:
             return False
         if type(layer) is not kind:
@@ -110,7 +125,7 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
             swapped["GroupNorm"] += layer not in inside
             swap(layer, FusedGroupNorm)
     for p in module.parameters():
-        moves = p.device.type == "cpu" and torch.cuda.is_available()  # it may be on its way to a GPU
+        moves = p.device.type == "cpu" and torch.cuda.is_available()  # the caller may move it to a GPU later
         if not moves and (reason := backend.emulated_reason(p.device, p.dtype)):
             warn_once(module, backend.slow_module_warning(reason))
             break
@@ -118,13 +133,13 @@ def fuse_norms(module: nn.Module) -> FusedNorms:
 
 
 def _norms_before_silu(layer: nn.Module) -> list[nn.GroupNorm]:
-    """Return the norms in a Sequential that have a SiLU after them."""
+    """Return the norms in a Sequential that a SiLU follows."""
     pairs = itertools.pairwise(layer) if isinstance(layer, nn.Sequential) else ()
     return [norm for norm, activation in pairs if is_norm_silu_pair(norm, activation)]
 
 
 def _resnet_block() -> type | None:
-    """Return FusedResnetBlock2D if diffusers has been imported: without it no module has such a block."""
+    """Return FusedResnetBlock2D, or None if diffusers has not been imported, as no module then has such a block."""
     if "diffusers.models.resnet" not in sys.modules:
         return None
     from .diffusers_resnet import FusedResnetBlock2D

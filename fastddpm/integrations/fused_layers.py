@@ -1,4 +1,4 @@
-"""Layers that run GroupNorm, alone or with SiLU, by this package's kernel, in place of torch's."""
+"""Layers that compute GroupNorm, with or without SiLU, with fastddpm's kernel instead of torch's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def norm_silu(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return silu(norm(x + add) * (1 + scale) + shift); add, scale and shift: [N, C] or [1, C]. silu=False leaves out SiLU."""
+    """Return silu(norm(x + add) * (1 + scale) + shift), without SiLU if silu=False. Conditions are [N, C] or [1, C]."""
     conditions = {"add": add, "scale": scale, "shift": shift}
     if can_fuse(norm, x) and conditions_broadcast(x, conditions):
         return ops.group_norm_silu(
@@ -33,12 +33,12 @@ def norm_silu(
 
 
 def conditions_broadcast(x: torch.Tensor, conditions: dict[str, torch.Tensor | None]) -> bool:
-    """Return whether each condition has one row or a row per sample; with more, torch's layers return a sample per row."""
+    """Return whether each condition has one row or one per sample. With more, torch's layers return one sample per row."""
     return all(v is None or len(v) in (1, len(x)) for v in conditions.values())
 
 
 def expand_conditions(x: torch.Tensor, conditions: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
-    """Return the conditions with a row for each sample."""
+    """Return the conditions with one row per sample."""
     return {name: None if v is None else v.expand(len(x), -1) for name, v in conditions.items()}
 
 
@@ -57,17 +57,17 @@ def can_fuse(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
 
 
 def _keeps_layout(x: torch.Tensor) -> bool:
-    """Return whether torch's group_norm keeps x's strides, as the kernel does: otherwise a caller's .view might fail."""
+    """Return whether torch's group_norm preserves x's strides, as the kernel does. If not, a caller's .view might fail."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return x.is_contiguous() or (
         x.dim() in formats
         and x.is_contiguous(memory_format=formats[x.dim()])
-        and x.stride(0) == x[0].numel()  # is_contiguous ignores this stride of a single image, but group_norm doesn't
+        and x.stride(0) == x[0].numel()  # is_contiguous ignores this stride of a single image, but group_norm does not
     )
 
 
 def _transformed() -> bool:
-    """Return whether torch.func or forward-mode differentiation is active, for which the kernel has no rules."""
+    """Return whether torch.func transforms or forward-mode differentiation are active; the kernel supports neither."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -76,21 +76,21 @@ def has_affine(norm: nn.GroupNorm) -> bool:
 
 
 def computes(layer: nn.Module, kind: type) -> bool:
-    """Return whether a call of the layer computes what `kind` computes, and runs no hooks."""
+    """Return whether calling the layer computes what `kind` computes and runs no hooks."""
     return type(layer) in (kind, FUSED.get(kind)) and forward_is_unmodified(layer)
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """GroupNorm by `ops.group_norm_silu`, without a SiLU."""
+    """A GroupNorm computed by `ops.group_norm_silu`, without SiLU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return norm_silu(self, input, silu=False)
 
 
 class FusedSequential(nn.Sequential):
-    """Sequential that runs each GroupNorm and the SiLU after it at once.
+    """A Sequential that computes each GroupNorm and the SiLU after it in one kernel.
 
-    Its members are unmodified: a member by itself, or a slice, computes what its class does.
+    Its members are unmodified, so a member or a slice computes what its class computes.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

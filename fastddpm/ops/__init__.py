@@ -1,4 +1,4 @@
-"""The fused operations, each with a plain-PyTorch reference `<op>_ref`."""
+"""The fused ops. Each has a reference in plain PyTorch, `<op>_ref`."""
 
 from .ddpm_step import ddpm_step, ddpm_step_, ddpm_step_ref
 from .group_norm_silu import group_norm_silu, group_norm_silu_ref

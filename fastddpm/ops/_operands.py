@@ -1,4 +1,4 @@
-"""Tensors and options that travel together to the kernels, the compiled ones and Triton's."""
+"""Tuples of tensors and options that the ops pass to the compiled kernels and to the Triton kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Norm(NamedTuple):
-    """What a norm does with x. weight and bias are [C]; add, scale and shift [C], [N, C] or None."""
+    """The operands of group_norm_silu besides x. weight and bias are [C]; add, scale and shift are [C], [N, C] or None."""
 
     num_groups: int
     weight: torch.Tensor
@@ -20,7 +20,7 @@ class Norm(NamedTuple):
 
 
 class StepOperands(NamedTuple):
-    """The tensors that a step's kernel reads and writes: x, x_prev, x0_last, x0 and noise share one of the kernels' layouts."""
+    """The tensors that the step kernel reads and writes. x, x_prev, x0_last, x0 and noise have the same memory layout."""
 
     x: torch.Tensor
     x_prev: torch.Tensor

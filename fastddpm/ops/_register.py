@@ -13,7 +13,7 @@ library = torch.library.Library("fastddpm", "DEF")
 
 
 def register(schema: str, implementation: Callable, fake: Callable) -> None:
-    """Define fastddpm::<op> for every device: the backend is chosen inside the implementation."""
+    """Define fastddpm::<op> for every device. The implementation itself chooses the backend."""
     name = schema.split("(", 1)[0]
     library.define(schema)
     library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -21,16 +21,17 @@ def register(schema: str, implementation: Callable, fake: Callable) -> None:
 
 
 def forward_mode(op: str) -> bool:
-    """Whether forward-mode differentiation (torch.func.jvp, jacfwd, dual tensors) is at work, so that the reference has to serve.
+    """Return whether forward-mode differentiation (torch.func.jvp, jacfwd, dual tensors) is active.
 
-    Kernels have no rule for it, and torch would drop the tangents without a word. A backend that was asked for refuses.
+    The op must then run its reference: the kernels have no forward-mode rule, and torch would drop the tangents silently.
+    Raises BackendError if the user requested any other backend.
     """
     if forward_ad._current_level < 0:
         return False
     if backend.requested_backend() not in (None, "reference"):
         raise backend.BackendError(
-            f"{op}: backend {backend.requested_backend()!r} was asked for, but only the reference has forward-mode derivatives "
-            "(torch.func.jvp, jacfwd); choose that, or none"
+            f"{op}: backend {backend.requested_backend()!r} was requested, but only the reference has forward-mode derivatives "
+            "(torch.func.jvp, jacfwd); choose backend 'reference' or None"
         )
     return True
 
@@ -40,10 +41,10 @@ def has_tangent(v: torch.Tensor | None) -> bool:
 
 
 def layout(x: torch.Tensor) -> str:
-    """Return the memory layout of x [N, C, *spatial], judged by strides, ignoring size-1 dimensions.
+    """Return the memory layout of x [N, C, *spatial]. Dimensions of size 1 are ignored.
 
-    "contiguous" and "channels_last" are the kernels' layouts; a tensor that is both counts as contiguous. "dense": another
-    permutation without gaps; "gapped": elements overlap or leave gaps.
+    "contiguous" and "channels_last" are the layouts that the kernels support; a tensor that has both is "contiguous".
+    "dense" is any other permutation without gaps. "gapped" means that elements overlap or leave gaps.
     """
     if x.is_contiguous():
         return "contiguous"
@@ -66,7 +67,7 @@ def _is_dense_in_order(x: torch.Tensor, order: tuple[int, ...]) -> bool:
 
 
 def checked_layout(x: torch.Tensor, name: str) -> str:
-    """Return layout(x); raise ValueError where elements overlap or leave gaps."""
+    """Return layout(x); raise ValueError if elements overlap or leave gaps."""
     kind = layout(x)
     if kind == "gapped":
         raise ValueError(

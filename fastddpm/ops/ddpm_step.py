@@ -1,13 +1,13 @@
-"""One reverse step of any sampler, fused: prediction to x0, clip, mean, variance, noise.
+"""One fused reverse step of any sampler: x0 from the prediction, clipping, mean, variance and noise.
 
 With o the network's output and a row (a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi):
 
-    x0     = clamp(a*x + b*o, -clip, clip)                          a NaN stays a NaN
+    x0     = clamp(a*x + b*o, -clip, clip)                          NaN is preserved
     x_prev = c0*x0 + c1*x + c2*x0_last + d*o + sigma*exp((f*lv_hi + (1-f)*lv_lo)/2)*z,    f = (v+1)/2
 
-For DDPM (Ho et al. 2020, eqs. 7, 11 and 15): c0*x0 + c1*x is the posterior mean, sigma*z the fresh noise. v is the second half
-of an output with 2C channels ("learned_range"); it is read only where (lv_lo, lv_hi) != (0, 0). Terms whose coefficient
-is 0 are not read. z is the `noise` argument, or Philox stream 1 of (seed, timestep, first + i).
+For DDPM (Ho et al. 2020, eqs. 7, 11 and 15), c0*x0 + c1*x is the posterior mean and sigma*z the fresh noise. v is the second
+half of an output with 2C channels ("learned_range"); it is read only if (lv_lo, lv_hi) != (0, 0). Terms with coefficient 0
+are not read. z is the `noise` argument, or else Philox stream 1 of (seed, timestep, first + i).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ O_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _term(coefficient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """coefficient * value, and exactly 0 where the coefficient is 0, whatever value holds."""
+    """Return coefficient * value; exactly 0 if the coefficient is 0, even if the value is NaN or infinite."""
     return torch.where(coefficient == 0, 0.0, coefficient * value)
 
 
 def _step(x, o, row, z, x0_last, clip):
-    """(x_prev, x0) for row [9] in x's dtype; nothing here waits for the device."""
+    """Return (x_prev, x0) for row [9] in x's dtype, without synchronizing with the device."""
     c = x.shape[1]
     eps, v = o[:, :c].to(x.dtype), o[:, c:].to(x.dtype)
     x0 = _term(row[A], x) + _term(row[B], eps)
@@ -56,7 +56,7 @@ def _step(x, o, row, z, x0_last, clip):
 
 
 def _normals(x, seed, t, first):
-    """z of stream 1 in x's dtype, for seed's int64 bits, t and first as 0-d tensors or ints."""
+    """Return z of stream 1, in x's shape and dtype. seed (its int64 bits), t and first are ints or 0-d tensors."""
     n = x.shape[0]
     sample = first + torch.arange(n, device=x.device)
     t = torch.as_tensor(t, device=x.device).reshape(1)
@@ -65,7 +65,7 @@ def _normals(x, seed, t, first):
 
 
 def _bad(o, row, c):
-    """Whether what the step reads of o is not finite, a 0-d bool tensor."""
+    """Return whether any element of o that the step reads is not finite, as a 0-d bool tensor."""
     bad = ~o[:, :c].isfinite().all() & ((row[B] != 0) | (row[D] != 0))
     if o.shape[1] > c:
         learned = (row[SIGMA] != 0) & ((row[LV_LO] != 0) | (row[LV_HI] != 0))
@@ -83,7 +83,7 @@ def _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip):
 
 
 def _launch(kind, operands, table, clip, *, table_on_host=False):
-    """Run the kernel. table: rows, timesteps and state, on x's device or, for a single step, on the host."""
+    """Run the kernel. table is (rows, timesteps, state), on x's device or, for a single step, on the host."""
     if kind == "triton":
         from ._triton import ddpm_step as triton_kernels
 
@@ -103,7 +103,7 @@ def _in_kernel_layout(v: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _like(v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """v in x's strides (itself where they agree)."""
+    """Return v in x's memory layout; v itself if the layouts agree."""
     if v is None or layout(v) == layout(x):
         return v
     return torch.empty_like(x).copy_(v)
@@ -118,17 +118,17 @@ def _functional(x, o, row, noise, seed, t, first, x0_last, clip):
     if kind != "reference" and x.numel():
         x_in = _in_kernel_layout(x, "x")
         result = torch.empty_like(x_in), torch.empty_like(x_in)
-        host = torch.device("cpu")  # whatever the default device is
+        host = torch.device("cpu")  # explicit, as the default device may be another
         table = row.float(), torch.tensor([t or 0], device=host), torch.tensor([seed or 0, first, 0, -1], device=host)
         operands = StepOperands(
             x_in, result[0], _in_kernel_layout(o, "o"), _like(x0_last, x_in), result[1], noise=_like(noise, x_in)
         )
         _launch(kind, operands, table, clip, table_on_host=True)
-        if x_in is x:  # and the results have its strides, as the fake promises
+        if x_in is x:  # the results then have x's strides, as the fake implementation promises
             return result
     else:
         result = _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip)
-    outputs = torch.empty_like(x), torch.empty_like(x)  # in x's exact strides, as the fake promises
+    outputs = torch.empty_like(x), torch.empty_like(x)  # in x's exact strides, as the fake implementation promises
     return tuple(v if v.stride() == y.stride() else y.copy_(v) for v, y in zip(result, outputs, strict=True))
 
 
@@ -146,7 +146,7 @@ register(
 
 def _in_place(x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=None, clip=1.0):
     kind = backend.select(x.device, o.dtype)
-    if next_input is not None and kind == "cpu":  # which takes fewer dtypes
+    if next_input is not None and kind == "cpu":  # it supports fewer dtypes than the reference
         kind = backend.select(x.device, next_input.dtype)
     if kind != "reference" and x.numel():
         operands = StepOperands(x, x, _in_kernel_layout(o, "o"), x0, x0, next_input, _like(noise, x))
@@ -157,7 +157,7 @@ def _in_place(x, o, rows, timesteps, state, *, x0=None, next_input=None, noise=N
     index_in_range = index.clamp(0, count - 1)
     row, t = rows.index_select(0, index_in_range)[0], timesteps.index_select(0, index_in_range)
     complete = row[C2] == 0 if x0 is None else torch.ones_like(possible)
-    if x.device.type == "cpu":  # elsewhere the host doesn't look, and state says so
+    if x.device.type == "cpu":  # on other devices the host does not read the state, and state[3] records the error
         if not possible:
             raise ValueError(f"state points at row {int(index)} of a table of {count}")
         if not complete:
@@ -207,7 +207,7 @@ def _check_pair(x, o, clip):
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}; expected a positive bound or None")
     if x.requires_grad or o.requires_grad:
-        raise ValueError("x, o: require grad, and the sampling step has no gradient; call it under torch.no_grad()")
+        raise ValueError("x, o: require grad, but the sampling step has no gradient; call it under torch.no_grad()")
 
 
 def _check_like(name, v, x):
@@ -219,7 +219,7 @@ def _check_like(name, v, x):
 
 
 def _checked(x, o, row, noise, seed, t, first, x0_last, clip):
-    """Return the arguments as the op takes them: row float64, seed as int64 bits; raise ValueError for one that doesn't fit."""
+    """Return the arguments in the op's form: row as float64, seed as int64 bits. Raise ValueError for an invalid argument."""
     _check_pair(x, o, clip)
     _check_like("noise", noise, x)
     _check_like("x0_last", x0_last, x)
@@ -230,14 +230,14 @@ def _checked(x, o, row, noise, seed, t, first, x0_last, clip):
     if seed is not None:
         seed = as_int64_bits(check_seed(seed))
         if noise is None and (t is None or not 0 <= t < 1 << 20):
-            raise ValueError(f"t: got {t}; expected the timestep, an int in [0, 2^20), to draw the noise for")
+            raise ValueError(f"t: got {t}; expected the timestep of the noise, an int in [0, 2^20)")
     return x, o, row.double(), noise, seed, t, check_first(first), x0_last, clip
 
 
 def _check_values(row, noise, seed, x0_last):
-    """What depends on the row's values: not while torch.compile traces, but when the op runs."""
+    """Check the row's values. This happens when the op runs, as the values are unknown while torch.compile traces."""
     if noise is None and seed is None and float(row[SIGMA]) != 0:
-        raise ValueError("noise: missing, and no seed to draw it from; pass noise= or seed= and t=")
+        raise ValueError("noise: missing, and there is no seed to draw it from; pass noise=, or seed= and t=")
     if x0_last is None and float(row[C2]) != 0:
         raise ValueError("x0_last: missing, and the row's coefficient c2 is not 0")
 
@@ -254,12 +254,37 @@ def ddpm_step(
     x0_last: torch.Tensor | None = None,
     clip: float | None = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x_prev, x0), both like x, by the formula at the top of this file.
+    """Return (x_prev, x0): one reverse step of a sampler, fused into one kernel.
 
-    x: float32 [N, C, *spatial] (float64 goes to the reference). o: the network's output, float32, bfloat16 or float16,
-    [N, C, ...] or [N, 2C, ...]. row: 9 coefficients (see diffusion/coefficients.py), rounded to float32 by the kernels.
-    noise: z, like x; else z is drawn for (seed, t, first + i): seed in [0, 2^64), t the training timestep.
-    clip: bound on x0, None for none. Raises ValueError naming the argument that does not fit, also if x or o require grad.
+    With o the network's output and row = (a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi):
+
+        x0     = clamp(a*x + b*o, -clip, clip)
+        x_prev = c0*x0 + c1*x + c2*x0_last + d*o + sigma*exp((f*lv_hi + (1-f)*lv_lo)/2)*z,    f = (v+1)/2
+
+    For DDPM (Ho et al. 2020, eqs. 7, 11 and 15), c0*x0 + c1*x is the posterior mean and sigma*z the fresh noise. v is the
+    second half of an output with 2C channels; it is read only if (lv_lo, lv_hi) != (0, 0). Terms with coefficient 0 are not
+    read. A NaN in x0 survives the clamp.
+
+    Args:
+        x: The noisy images x_t, float32 [N, C, *spatial]. float64 runs the reference.
+        o: The network's output, [N, C, *spatial] or, with a learned variance, [N, 2C, *spatial]; float32, bfloat16,
+            float16 or x's dtype.
+        row: The 9 coefficients, on the CPU. The kernels round them to float32.
+        noise: The noise z, like x. If None, z is drawn for (seed, t, first + i), i being the image's index in the batch. Not
+            read if sigma is 0.
+        seed: The noise's seed, an int in [0, 2^64). Required if sigma is not 0 and `noise` is None.
+        t: The training timestep of the noise, an int in [0, 2^20). Required with `seed`.
+        first: The sample index of the batch's first image, an int in [0, 2^56).
+        x0_last: The previous step's x0, like x. Required if c2 is not 0.
+        clip: The positive bound of x0; None disables clipping.
+
+    Returns:
+        x_prev and x0, each with x's shape, dtype and strides.
+
+    Raises:
+        ValueError: If an argument has an unsupported shape, dtype, device or value, or if x or o requires grad. The message
+            names the argument.
+        BackendError: If the requested backend does not support the tensors.
     """
     if forward_mode("ddpm_step"):
         return ddpm_step_ref(x, o, row, noise=noise, seed=seed, t=t, first=first, x0_last=x0_last, clip=clip)
@@ -278,7 +303,27 @@ def ddpm_step_ref(
     x0_last: torch.Tensor | None = None,
     clip: float | None = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ddpm_step` in plain PyTorch, in x's dtype: with float64 x and o, the truth."""
+    """Return (x_prev, x0) as `ddpm_step` does, computed in plain PyTorch in x's dtype.
+
+    With float64 x and o, the result is the ground truth that the kernels are tested against.
+
+    Args:
+        x: As in `ddpm_step`.
+        o: As in `ddpm_step`.
+        row: As in `ddpm_step`.
+        noise: As in `ddpm_step`.
+        seed: As in `ddpm_step`.
+        t: As in `ddpm_step`.
+        first: As in `ddpm_step`.
+        x0_last: As in `ddpm_step`.
+        clip: As in `ddpm_step`.
+
+    Returns:
+        x_prev and x0, with x's shape and dtype.
+
+    Raises:
+        ValueError: If an argument has an unsupported shape, dtype, device or value. The message names the argument.
+    """
     x, o, row, noise, seed, t, first, x0_last, clip = _checked(x, o, row, noise, seed, t, first, x0_last, clip)
     _check_values(row, noise, seed, x0_last)
     return _functional_reference(x, o, row, noise, seed, t, first, x0_last, clip)
@@ -296,19 +341,33 @@ def ddpm_step_(
     noise: torch.Tensor | None = None,
     clip: float | None = 1.0,
 ) -> None:
-    """The step in place, everything it needs on x's device, so that a captured graph serves every seed and table.
+    """Replace x by x_prev of `ddpm_step`, with the row, the seed and the step counter read from device memory.
 
-    x: float32 [N, C, *spatial], becomes x_prev. rows float32 [S, 9] and timesteps int64 [S]: the sampler's table.
-    state: int64 [4] = (seed's bits, first, row index, first bad row or -1). Row `state[2]`, in [0, 2^31), is taken and
-    state[2] advances by one; state[3] records the first row whose o was not finite. A row beyond the table, or one that
-    wants the last x0 where there is no x0, is an error on the CPU; on a GPU x stays as it is and state[3] records it.
-    x0: like x, holds the last x0 and receives the new one. next_input: x_prev once more, in the network's dtype and
-    layout. The host is not waited for.
+    A CUDA graph captured around this op can be replayed with any seed and any table of the same size. The host does not wait
+    for the device.
+
+    Args:
+        x: The noisy images x_t, float32 [N, C, *spatial], contiguous or channels_last. Receives x_prev.
+        o: The network's output, as in `ddpm_step`.
+        rows: The sampler's coefficients, float32 [S, 9], on x's device.
+        timesteps: The training timesteps of the rows, int64 [S], on x's device.
+        state: int64 [4], on x's device: (the seed's bits, first, row index, first bad row or -1). The step uses row
+            `state[2]`, in [0, 2^31), and then adds 1 to state[2]. state[3] records the first row whose o was not finite.
+        x0: The previous step's x0, like x and in x's layout. Receives this step's x0. Required if a row's c2 is not 0.
+        next_input: Receives a copy of x_prev in its own dtype (float32, bfloat16 or float16) and layout, for the network.
+        noise: The noise z, like x. If None, z is drawn for (seed, timestep, first + i).
+        clip: The positive bound of x0; None disables clipping.
+
+    Raises:
+        ValueError: If an argument has an unsupported shape, dtype, device, layout or value. On the CPU, also if state[2] is
+            not a row of the table, or if the row's c2 is not 0 and x0 is None. A GPU then leaves x unchanged and
+            records the row in state[3].
+        BackendError: If the requested backend does not support the tensors.
     """
     _check_pair(x, o, clip)
     if has_tangent(x) or has_tangent(o) or has_tangent(noise):
         raise ValueError(
-            "x, o, noise: carry tangents, and the step in place has no derivative; ddpm_step has a forward one"
+            "x, o, noise: carry tangents, but ddpm_step_ has no derivative; use ddpm_step, which has forward-mode derivatives"
         )
     _check_like("x0", x0, x)
     _check_like("noise", noise, x)
@@ -327,10 +386,10 @@ def ddpm_step_(
     for name, v in (("x", x), ("x0", x0), ("next_input", next_input)):
         if v is not None and checked_layout(v, name) == "dense":
             raise ValueError(
-                f"{name}: strides {v.stride()}; expected contiguous or channels_last, as it is written in place"
+                f"{name}: strides {v.stride()}; expected contiguous or channels_last memory, because the step writes it in place"
             )
     if x0 is not None and layout(x0) != layout(x):
-        raise ValueError(f"x0: strides {x0.stride()}; expected x's memory layout, {x.stride()}")
+        raise ValueError(f"x0: strides {x0.stride()}; expected x's memory layout, with strides {x.stride()}")
     if next_input is not None and (
         next_input.shape != x.shape or next_input.dtype not in O_DTYPES or next_input.device != x.device
     ):

@@ -1,10 +1,10 @@
-"""GroupNorm followed by SiLU, with what a diffusion U-Net has around it.
+"""GroupNorm followed by SiLU, fused with a diffusion U-Net's additions before and after the norm.
 
     h    = x + add                                            (the projected time embedding)
     xhat = (h - mean_group(h)) / sqrt(var_group(h) + eps)
     y    = silu((xhat * weight + bias) * (1 + scale) + shift)
 
-Statistics are taken about the group's first element and in two passes, never as E[h^2] - E[h]^2.
+The statistics are computed relative to the group's first element and in two passes, never as E[h^2] - E[h]^2, which cancels.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _per_channel(v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[C] or [N, C] as something that broadcasts against [N, C, P]."""
+    """Return v, [C] or [N, C], with a trailing dimension so that it broadcasts against [N, C, P]."""
     return v.to(dtype)[..., None]
 
 
 def _flat(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x as [N, C, P]; P is spelt out, for -1 is ambiguous where x is empty."""
+    """Return x as [N, C, P]. P is computed, because -1 is ambiguous if x is empty."""
     return x.to(dtype).reshape(*x.shape[:2], math.prod(x.shape[2:]))
 
 
 def _grouped(
     x: torch.Tensor, num_groups: int, add: torch.Tensor | None, mean: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x + add, minus each group's first element and, if given, the mean [N, G] relative to it: [N, G, C/G * P]."""
+    """Return x + add minus its group's first element, and minus `mean` [N, G] (relative to that element): [N, G, C/G * P]."""
     h = _flat(x, _compute_dtype(x))
     if add is not None:
         h = h + _per_channel(add, h.dtype)
     n, c, pixels = h.shape
     h = h.reshape(n, num_groups, c // num_groups * pixels)
-    pivot = h[..., :1].detach()  # the norm doesn't see a shift, so neither does its gradient
+    pivot = h[..., :1].detach()  # the norm is invariant to a shift, and so is its gradient
     return h - (pivot if mean is None else pivot + mean[..., None])
 
 
@@ -74,7 +74,7 @@ def _backward_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (dx, sum_p g, sum_p g*xhat, sum_p dx) with g = dL/dz; the sums are [N, C]."""
     h = _grouped(x, norm.num_groups, norm.add, mean)
-    grouped = (h - h.mean(-1, keepdim=True)) * rstd[..., None]  # the saved mean was rounded: centre once more
+    grouped = (h - h.mean(-1, keepdim=True)) * rstd[..., None]  # the saved mean was rounded, so centre again
     g = _flat(dy, grouped.dtype)
     xhat = grouped.reshape(g.shape)
     if norm.silu:
@@ -95,13 +95,13 @@ def _backward_reference(
 
 
 def _in_kernel_layout(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """Return x in one of the kernels' layouts, itself where it has one, and whether that is channels_last."""
+    """Return (x in a layout that the kernels support, whether it is channels_last). x is copied only if necessary."""
     kind = checked_layout(x, "x")
     return (x.contiguous(), False) if kind == "dense" else (x, kind == "channels_last")
 
 
 def _workspace(kind: str, backward: bool, x: torch.Tensor, channels_last: bool, num_groups: int) -> torch.Tensor | None:
-    """What the CUDA kernels need beside their operands: from torch, so that it may lie in a graph's memory pool."""
+    """Allocate the CUDA kernels' workspace, or return None. torch allocates it, so that a graph's memory pool can hold it."""
     if kind != "cuda":
         return None
     index, _ = backend.launch_target(kind, x.device)
@@ -113,7 +113,7 @@ def _workspace(kind: str, backward: bool, x: torch.Tensor, channels_last: bool, 
 
 
 def _launch_forward(kind, x, y, channels_last, statistics, norm, eps):
-    """Run the kernel on prepared tensors: x and y in one of the kernels' layouts; statistics: mean and rstd, both outputs."""
+    """Run the kernel. x and y have a layout that the kernels support. y and `statistics`, (mean, rstd), are outputs."""
     if kind == "triton":
         from ._triton import group_norm_silu as triton_kernels
 
@@ -130,9 +130,10 @@ def _launch_forward(kind, x, y, channels_last, statistics, norm, eps):
 
 
 def _launch_backward(kind, dy, x, dx, channels_last, statistics, norm, sums):
-    """Run the kernel on prepared tensors: dy, x and dx in one of the kernels' layouts.
+    """Run the backward kernel. dy, x and dx have a layout that the kernels support.
 
-    statistics: mean and rstd, as the forward returned them. sums: of g, g*xhat and dx, [N, C] each, outputs as dx.
+    `statistics` is the (mean, rstd) that the forward returned. dx and `sums` are outputs: the sums of g, g*xhat and dx, each
+    [N, C].
     """
     if kind == "triton":
         from ._triton import group_norm_silu as triton_kernels
@@ -214,7 +215,7 @@ def _setup_context(ctx, inputs, output):
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, add, scale, shift, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.kind = backend.select(x.device, x.dtype)  # backward runs on another thread: remember
+    ctx.kind = backend.select(x.device, x.dtype)  # stored, because backward runs on another thread
 
 
 def _autograd(ctx, dy, *_):
@@ -227,7 +228,7 @@ def _autograd(ctx, dy, *_):
     d_weight, d_bias = (sum_gx * gain).sum(0), (sum_g * gain).sum(0)
     d_scale = None if scale is None else w * sum_gx + b * sum_g
 
-    def like(grad, v):  # [N, C] gradients back to [C] where the input was [C]
+    def like(grad, v):  # sum [N, C] gradients to [C] if the input was [C]
         return None if v is None else (grad.sum(0) if v.dim() == 1 else grad).to(v.dtype)
 
     return (
@@ -237,7 +238,9 @@ def _autograd(ctx, dy, *_):
 
 
 def _no_second_derivative(ctx, *_):
-    raise RuntimeError("group_norm_silu: differentiable once; group_norm_silu_ref has every derivative")
+    raise RuntimeError(
+        "group_norm_silu: has no second derivative; use group_norm_silu_ref, which is differentiable any number of times"
+    )
 
 
 torch.library.register_autograd("fastddpm::group_norm_silu", _autograd, setup_context=_setup_context)
@@ -261,7 +264,7 @@ def _check(x, num_groups, weight, bias, eps, add, scale, shift):
         optional = name in ("add", "scale", "shift")
         if v is None and optional:
             continue
-        # Compared with one shape alone: with another of them, torch 2.6's export would rule out a batch of c.
+        # Compare with one shape only. Comparing with both would make torch 2.6's export exclude batches of size c.
         if list(v.shape) != ([n, c] if optional and v.dim() == 2 else [c]):
             shapes = f"[{c}] or [{n}, {c}]" if optional else f"[{c}]"
             raise ValueError(f"{name}: got shape {list(v.shape)}; expected {shapes}")
@@ -287,22 +290,42 @@ def group_norm_silu(
     shift: torch.Tensor | None = None,
     silu: bool = True,
 ) -> torch.Tensor:
-    """silu(group_norm(x + add) * (1 + scale) + shift), in x's dtype and with x's exact strides.
+    """Return silu(group_norm(x + add) * (1 + scale) + shift), computed in one fused kernel.
 
-    x: [N, C, *spatial], float32, bfloat16, float16 or float64; contiguous and channels_last are
-    the kernels' layouts, other dense permutations are copied in and out, overlapping or gapped ones refused.
-    weight, bias: [C]; add, scale, shift: [C] or [N, C]; each in x's dtype or float32.
-    eps: torch's default; the paper's network uses 1e-6. silu: False leaves the activation out.
+        h    = x + add
+        xhat = (h - mean_group(h)) / sqrt(var_group(h) + eps)
+        y    = silu((xhat * weight + bias) * (1 + scale) + shift)
 
-    Differentiable once, and in forward mode (torch.func.jvp), where the reference serves. Raises ValueError naming the
-    argument that does not fit.
+    mean_group and var_group are taken over a group's channels and all pixels of a sample. The op is differentiable once in
+    reverse mode. In forward mode (torch.func.jvp) it runs the reference.
+
+    Args:
+        x: float32, bfloat16, float16 or float64, [N, C, *spatial]. float64 runs the reference. The kernels support contiguous
+            and channels_last memory; other dense permutations are copied.
+        num_groups: The number of groups G, a divisor of C.
+        weight: The norm's weight [C], in x's dtype or float32.
+        bias: The norm's bias [C], in x's dtype or float32.
+        eps: Added to the variance, at least 0. The default is torch's; the paper's network uses 1e-6.
+        add: Added to x before the norm, for example the projected time embedding: [C] or [N, C], in x's dtype or float32.
+        scale: The norm's result is multiplied by 1 + scale: [C] or [N, C], in x's dtype or float32.
+        shift: Added after the scale: [C] or [N, C], in x's dtype or float32.
+        silu: Whether to apply SiLU. If False, the activation is the identity.
+
+    Returns:
+        A tensor with x's shape, dtype and exact strides.
+
+    Raises:
+        ValueError: If an argument has an unsupported shape, dtype, device or value, or if elements of x overlap or leave gaps
+            in memory. The message names the argument.
+        BackendError: If the requested backend does not support x.
     """
     _check(x, num_groups, weight, bias, eps, add, scale, shift)
     if forward_mode("group_norm_silu"):
         checked_layout(x, "x")
         y = group_norm_silu_ref(x, num_groups, weight, bias, eps, add=add, scale=scale, shift=shift, silu=silu)
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
-        return y.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))  # as x lies
+        # In x's memory order.
+        return y.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
     y, _, _ = torch.ops.fastddpm.group_norm_silu(
         x, num_groups, weight.contiguous(), bias.contiguous(), float(eps),
         _dense(add), _dense(scale), _dense(shift), silu,
@@ -322,6 +345,26 @@ def group_norm_silu_ref(
     shift: torch.Tensor | None = None,
     silu: bool = True,
 ) -> torch.Tensor:
-    """`group_norm_silu` in plain, differentiable PyTorch: float32 arithmetic (float64 for float64 x)."""
+    """Return what `group_norm_silu` returns, computed in plain, differentiable PyTorch.
+
+    The arithmetic is float32, or float64 for float64 x.
+
+    Args:
+        x: As in `group_norm_silu`, in any floating dtype and any memory layout.
+        num_groups: As in `group_norm_silu`.
+        weight: As in `group_norm_silu`.
+        bias: As in `group_norm_silu`.
+        eps: As in `group_norm_silu`.
+        add: As in `group_norm_silu`.
+        scale: As in `group_norm_silu`.
+        shift: As in `group_norm_silu`.
+        silu: As in `group_norm_silu`.
+
+    Returns:
+        A tensor with x's shape and dtype.
+
+    Raises:
+        ValueError: If an argument has an unsupported shape, dtype, device or value. The message names the argument.
+    """
     _check(x, num_groups, weight, bias, eps, add, scale, shift)
     return _forward_reference(x, Norm(num_groups, weight, bias, add, scale, shift, silu), eps)[0]

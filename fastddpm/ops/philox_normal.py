@@ -5,9 +5,8 @@
     u_k     = (w_k + 1/2) 2^-32
     z       = (r01 cos 2 pi u1, r01 sin 2 pi u1, r23 cos 2 pi u3, r23 sin 2 pi u3),  r01 = sqrt(-2 ln u0), r23 = sqrt(-2 ln u2)
 
-e is the element's index in the sample's C*H*W order, whatever the memory layout, and t < 2^20: the bits above are
-reserved. An element's noise depends on (seed, stream, t, sample, e) alone: not on the batch, the device, the process or the order
-of calls.
+e is the element's index in the sample's C*H*W order, in every memory layout. t is below 2^20; the bits above are reserved. An
+element's noise depends only on (seed, stream, t, sample, e), and not on the batch, the device, the process or the order of calls.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ _MASK = 0xFFFFFFFF
 def philox_words_ref(
     counter: Sequence[torch.Tensor | int], seed: torch.Tensor | int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The four 32-bit words of Philox4x32-10, as int64 tensors of the counters' broadcast shape.
+    """Return the four 32-bit words of Philox4x32-10, as int64 tensors of the counters' broadcast shape.
 
-    seed: the int64 bit pattern of a seed in [0, 2^64), an int or a 0-d int64 tensor.
+    `seed` is the int64 bit pattern of a seed in [0, 2^64), as an int or a 0-d int64 tensor.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) for c in counter))
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # The 64-bit products may wrap into the sign bit: the masks take the right words all the same.
+        # The 64-bit products may overflow into the sign bit. The masks still extract the right words.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
@@ -43,7 +42,7 @@ def philox_words_ref(
 
 
 def first_words(sample: torch.Tensor, *, seed: int, stream: Stream, t: int = 0) -> torch.Tensor:
-    """Word w0 of element 0 for each sample index, int64 [N] in [0, 2^32): for timesteps, flips and dropout seeds."""
+    """Return word w0 of element 0 of each sample, int64 [N] in [0, 2^32). Timesteps, flips and dropout seeds use it."""
     high = ((sample >> 32) & _MASK) ^ (int(stream) << 24)
     zero = torch.zeros_like(sample)
     return philox_words_ref((zero, zero + t, sample & _MASK, high), as_int64_bits(seed))[0]
@@ -52,7 +51,7 @@ def first_words(sample: torch.Tensor, *, seed: int, stream: Stream, t: int = 0) 
 def normals_float64(
     elements: int, sample: torch.Tensor, t: torch.Tensor, seed: torch.Tensor | int, stream: int
 ) -> torch.Tensor:
-    """float64 normals [N, elements] for sample int64 [N] and t int64 [N] or [1]."""
+    """Return float64 normals [N, elements]. sample is int64 [N]; t is int64 [N] or [1]."""
     quad = torch.arange((elements + 3) // 4, device=sample.device)
     high = ((sample >> 32) & _MASK) ^ (stream << 24)
     words = philox_words_ref((quad, t[:, None], (sample & _MASK)[:, None], high[:, None]), seed)
@@ -133,7 +132,7 @@ def _checked(shape, seed, t, stream, first, sample, device):
                     f"{name}: got {dtype_name(value.dtype)} {list(value.shape)}; expected int64 [{shape[0]}]"
                 )
             if value.device != device:
-                raise ValueError(f"{name}: is on {value.device}, the noise is wanted on {device}")
+                raise ValueError(f"{name}: is on {value.device}, the noise is requested on {device}; move one of them")
     if not isinstance(t, torch.Tensor) and not 0 <= t < 1 << 20:
         raise ValueError(f"t: got {t}; expected an int in [0, 2^20)")
     return shape, seed, first, device
@@ -149,11 +148,32 @@ def philox_normal(
     sample: torch.Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Standard normals, float32 [N, ...], within 4e-6 of the float64 formula at the top of this file.
+    """Return standard normals from the counter-based generator Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
 
-    seed: int in [0, 2^64). t: the timestep, an int in [0, 2^20) or int64 [N]. stream: see `Stream`.
-    first: row i is sample first + i, in [0, 2^56); `sample` int64 [N] replaces first + arange(N).
-    device: where the noise is wanted; default that of t or sample, else the CPU. Raises ValueError on values out of range.
+        key     = (seed low 32, seed high 32)
+        counter = (e // 4, t, sample low 32, (sample high 32) xor (stream << 24))
+        u_k     = (w_k + 1/2) 2^-32        for the generator's words w_0..w_3
+        z       = (r01 cos 2 pi u1, r01 sin 2 pi u1, r23 cos 2 pi u3, r23 sin 2 pi u3)
+        r01     = sqrt(-2 ln u0),    r23 = sqrt(-2 ln u2)
+
+    e is the element's index in its sample, in C*H*W order. An element depends only on (seed, stream, t, sample, e), and not on
+    the batch, the device, the process or the order of calls.
+
+    Args:
+        shape: The shape [N, ...] of the result.
+        seed: An int in [0, 2^64).
+        t: The timestep: an int in [0, 2^20), or int64 [N] with one for each sample.
+        stream: The purpose of the draw, an int in [0, 256); see `Stream`.
+        first: The sample index of row 0, an int in [0, 2^56). Row i is sample first + i.
+        sample: The sample index of each row, int64 [N]. Replaces first + i.
+        device: The device of the result. Default: that of t or sample if one is a tensor, else the CPU.
+
+    Returns:
+        float32 `shape`, contiguous; each element is within 4e-6 of the formula in float64.
+
+    Raises:
+        ValueError: If an argument is out of range or has the wrong dtype, shape or device. The message names the argument.
+        BackendError: If the requested backend does not support the device.
     """
     shape, seed, first, device = _checked(shape, seed, t, stream, first, sample, device)
     per_sample = t.contiguous() if isinstance(t, torch.Tensor) else None
@@ -179,7 +199,23 @@ def philox_normal_ref(
     sample: torch.Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """`philox_normal` in plain PyTorch: float64 arithmetic, rounded once to float32."""
+    """Return what `philox_normal` returns, computed in plain PyTorch: in float64, rounded once to float32.
+
+    Args:
+        shape: As in `philox_normal`.
+        seed: As in `philox_normal`.
+        t: As in `philox_normal`.
+        stream: As in `philox_normal`.
+        first: As in `philox_normal`.
+        sample: As in `philox_normal`.
+        device: As in `philox_normal`.
+
+    Returns:
+        float32 `shape`.
+
+    Raises:
+        ValueError: If an argument is out of range or has the wrong dtype, shape or device. The message names the argument.
+    """
     shape, seed, first, device = _checked(shape, seed, t, stream, first, sample, device)
     t = t if isinstance(t, torch.Tensor) else torch.tensor([t], device=device)
     z = normals_float64(

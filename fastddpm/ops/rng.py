@@ -1,4 +1,4 @@
-"""Seeds and streams of the counter-based random numbers (see ops/philox_normal.py)."""
+"""Seeds and streams of the counter-based random numbers of ops/philox_normal.py."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from ..utils.validation import check_int
 
 
 def random_seed() -> int:
-    """64 bits from torch's default CPU generator, so that torch.manual_seed governs them."""
+    """Return 64 random bits from torch's default CPU generator, so that torch.manual_seed determines them."""
     high, low = torch.randint(0, 1 << 32, (2,)).tolist()
     return high << 32 | low
 
 
 def seed_of(seed: int | torch.Generator | None) -> int:
+    """Return a seed in [0, 2^64): `seed` itself, 64 bits drawn from a generator, or a random seed for None."""
     if seed is None:
         return random_seed()
     if isinstance(seed, torch.Generator):
@@ -28,7 +29,7 @@ UINT64 = 1 << 64
 
 
 def as_int64_bits(seed: int) -> int:
-    """A seed in [0, 2^64) as the int64 with the same bits, as it crosses op schemas."""
+    """Return the int64 with the bits of a seed in [0, 2^64): op schemas have no uint64."""
     return seed - UINT64 if seed >= UINT64 // 2 else seed
 
 
@@ -41,11 +42,20 @@ def check_first(first: object, name: str = "first") -> int:
 
 
 class Stream(enum.IntEnum):
-    """What a draw is for; streams never share a counter."""
+    """The purpose of a random draw. Draws of different streams never share a counter.
 
-    X_T = 0  # the chain's start, t = 0
-    REVERSE = 1  # a reverse step's z
-    FORWARD = 2  # q(x_t | x_0)
-    TIMESTEP = 3  # training timestep, t = (w0 T) >> 32
+    Attributes:
+        X_T: The noise x_T that a chain starts from; t is 0.
+        REVERSE: The noise z of a reverse step.
+        FORWARD: The noise of q(x_t | x_0).
+        TIMESTEP: A training timestep, (w0 * T) >> 32 for the first random word w0.
+        FLIP: Whether a training image is flipped.
+        DROPOUT: The seed of a training step's dropout.
+    """
+
+    X_T = 0
+    REVERSE = 1
+    FORWARD = 2
+    TIMESTEP = 3
     FLIP = 4
     DROPOUT = 5

@@ -2,7 +2,7 @@
 
     half = dim // 2,   f_k = exp(-ln(max_period) k / (half - freq_shift)),   [sin(t f), cos(t f)], zero-padded for odd dim
 
-Ho's constants are max_period 10000, freq_shift 1, sine first; the others are the conventions of later codebases.
+The paper uses max_period 10000, freq_shift 1 and sines first. Later codebases use other values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ._register import forward_mode, register
 
 
 def _rate(dim: int, max_period: float, freq_shift: float) -> float:
-    """f_k = exp(-rate k)."""
+    """Return the rate in f_k = exp(-rate k)."""
     return math.log(max_period) / (dim // 2 - freq_shift)
 
 
@@ -76,10 +76,24 @@ def timestep_embedding(
     flip_sin_to_cos: bool = False,
     freq_shift: float = 1,
 ) -> torch.Tensor:
-    """Embed timesteps t, int64 or float32 [N] with |t| <= 10^6, as float32 [N, dim], within 2e-6 of float64.
+    """Return the sinusoidal embedding of timesteps (Ho et al. 2020, after Vaswani et al. 2017).
 
-    float64 t goes to the reference and gives float64, for networks in that dtype.
-    flip_sin_to_cos puts the cosines first. Raises ValueError for dim < 2 and for dim // 2 == freq_shift (a division by 0).
+        half = dim // 2,    f_k = exp(-ln(max_period) k / (half - freq_shift)),    k = 0..half - 1
+        out  = [sin(t f), cos(t f)], padded with a zero if dim is odd
+
+    Args:
+        t: The timesteps, int64 or float32 [N] with |t| <= 10^6, or float64 [N], which runs the reference.
+        dim: The number of columns, at least 2.
+        max_period: The period of the slowest frequency is 2 pi max_period if freq_shift is 1. Positive; the paper uses 10000.
+        flip_sin_to_cos: Whether the cosines come first.
+        freq_shift: Subtracted from dim // 2 in the frequencies, so it must differ from dim // 2. The paper uses 1.
+
+    Returns:
+        float32 [N, dim], within 2e-6 of the formula in float64; float64 [N, dim] for float64 t.
+
+    Raises:
+        ValueError: If t has another shape or dtype, dim < 2, dim // 2 == freq_shift (a division by 0) or max_period <= 0.
+        BackendError: If the requested backend does not support t's device.
     """
     _check(t, dim, max_period, freq_shift)
     if t.is_floating_point() and forward_mode("timestep_embedding"):
@@ -97,6 +111,20 @@ def timestep_embedding_ref(
     flip_sin_to_cos: bool = False,
     freq_shift: float = 1,
 ) -> torch.Tensor:
-    """`timestep_embedding` in plain PyTorch: float64 arithmetic, rounded once to float32."""
+    """Return what `timestep_embedding` returns, computed in plain PyTorch: in float64, rounded once to the result's dtype.
+
+    Args:
+        t: As in `timestep_embedding`.
+        dim: As in `timestep_embedding`.
+        max_period: As in `timestep_embedding`.
+        flip_sin_to_cos: As in `timestep_embedding`.
+        freq_shift: As in `timestep_embedding`.
+
+    Returns:
+        float32 [N, dim], or float64 [N, dim] for float64 t.
+
+    Raises:
+        ValueError: If t has another shape or dtype, dim < 2, dim // 2 == freq_shift or max_period <= 0.
+    """
     _check(t, dim, max_period, freq_shift)
     return _reference(t, dim, float(max_period), flip_sin_to_cos, float(freq_shift))

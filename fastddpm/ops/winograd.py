@@ -1,7 +1,7 @@
-"""3x3 convolutions with 16 multiplications for 36: Winograd's F(2x2, 3x3) on a CPU, as csrc/cpu/winograd.cpp does it.
+"""3x3 convolutions by Winograd's F(2x2, 3x3) on a CPU, with 16 multiplications instead of 36 (csrc/cpu/winograd.cpp).
 
-The same function of x; in float32 its rounding errors are below those of direct sums. Transformed weights have 16/9 of
-the size.
+The result is that of a direct convolution. In float32 its rounding errors are smaller than those of direct sums. Transformed
+weights are 16/9 as large.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from .. import backend
 from ..utils.validation import dtype_name
 from ._register import register
 
-GROWTH = 16 / 9  # of the weights
+GROWTH = 16 / 9  # size of the transformed weights / size of the weights
 
 
 def shaped(weight: torch.Tensor, stride: list[int], padding: list[int]) -> bool:
-    """Whether `convolve` can do this convolution. weight: [K, C, 3, 3]."""
+    """Return whether `convolve` supports a convolution with this weight [K, C, 3, 3], stride and padding."""
     k, c, *size = weight.shape
     return (size, stride, padding) == ([3, 3], [1, 1], [1, 1]) and c % 32 == k % 32 == 0
 
 
 def suits(x: torch.Tensor, dtype: torch.dtype, upsample: bool = False) -> bool:
-    """Whether it can do so for x [N, C, H, W] with products in dtype on this processor, and is the faster way."""
+    """Return whether `convolve` supports x [N, C, H, W] with products in dtype on this processor, and is faster."""
     return (
         (upsample or x.shape[2] % 2 == x.shape[3] % 2 == 0)
         and x.dtype in (dtype, torch.float32)
         and dtype in backend.DTYPES
         and backend.select(x.device, dtype) == "cpu"
-        and backend.native.cpu_variant() != "generic"  # which is not faster this way
+        and backend.native.cpu_variant() != "generic"  # the generic kernels are not faster
         and backend.native.winograd_serves(dtype_name(dtype))
     )
 
 
 def pack(weight: torch.Tensor, dtype: torch.dtype, upsample: bool = False) -> torch.Tensor:
-    """[K, C, 3, 3], transformed and then rounded to dtype, in the kernel's order: [16 K C], or [9 K C] to upsample."""
+    """Return weight [K, C, 3, 3] transformed, rounded to dtype and in the kernel's order: [16 K C], or [9 K C] to upsample."""
     outputs, channels = weight.shape[:2]
     weight = weight.float().contiguous()
     packed = torch.empty((9 if upsample else 16) * outputs * channels, dtype=dtype, device=weight.device)
@@ -53,9 +53,9 @@ def norm_coefficients(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(h, a, b), float32 [3, N, C], with group_norm_silu(x, num_groups, weight, bias, eps, ...) = silu((x + h) * a + b).
+    """Return (h, a, b), float32 [3, N, C], with group_norm_silu(x, num_groups, weight, bias, eps, ...) = silu((x + h) * a + b).
 
-    x: [N, C, H, W] channels_last; weight, bias, add, scale, shift as there.
+    x is [N, C, H, W], channels_last. The other arguments are those of group_norm_silu.
     """
     n, c, height, width = x.shape
     coefficients = torch.empty(3, n, c, dtype=torch.float32, device=x.device)
@@ -79,11 +79,18 @@ def convolve(
     upsample: bool = False,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """w * x [+ bias] [+ residual], [N, K, H, W] channels_last, in dtype: packed's, which is the default, or float32.
+    """Return w * x [+ bias] [+ residual], [N, K, H, W], channels_last.
 
-    x: [N, C, H, W], H and W even; or, to be upsampled first, [N, C, H/2, W/2]; C and K divisible by 32; in packed's dtype
-    or float32. packed: `pack(w)`. bias: float32 [K]. residual: in the result's dtype. out: where the result may go; may be
-    the residual. coefficients: `norm_coefficients(x)`; x then stands for its GroupNorm and SiLU, which never go to memory.
+    Args:
+        x: [N, C, H, W] with even H and W, or [N, C, H/2, W/2] with `upsample`; in packed's dtype or float32. C and K are
+            divisible by 32.
+        packed: The transformed weights, `pack(w)`.
+        bias: float32 [K].
+        residual: Like the result.
+        out: Memory for the result, used if it is channels_last. May be `residual`.
+        coefficients: `norm_coefficients(x)`. The convolution is then that of x's GroupNorm and SiLU, which are never stored.
+        upsample: Whether x is upsampled by 2 (nearest neighbour) first.
+        dtype: The result's dtype: packed's, which is the default, or float32.
     """
     n, c, height, width = x.shape
     if upsample:
@@ -116,10 +123,11 @@ def norm_silu_convolution(
     offset: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """kernel * group_norm_silu(x, num_groups, weight, bias, eps, add, scale, shift) [+ offset] [+ residual], channels_last.
+    """Return kernel * group_norm_silu(x, num_groups, weight, bias, eps, add, scale, shift) [+ offset] [+ residual].
 
-    For weights that may change between calls: kernel [K, C, 3, 3] is transformed in each, which costs as much as the
-    convolution of about a hundred pixels. All in float32; x: [N, C, H, W], H and W even; C and K divisible by 32.
+    Every call transforms kernel [K, C, 3, 3], so the weights may change between calls. The transformation costs as much as
+    the convolution of about a hundred pixels. x is [N, C, H, W] with even H and W; C and K are divisible by 32. All tensors are
+    float32. The result is channels_last.
     """
     (n, c, height, width), k = x.shape, kernel.shape[0]
     for name, v, shape in (
@@ -150,7 +158,7 @@ def _no_gradient(ctx, *_):
     raise RuntimeError("norm_silu_convolution: has no gradient; trace the block that calls it with gradients enabled")
 
 
-# An op, so that tracing and dispatch modes see it.
+# Registered as an op, so that tracing and dispatch modes see it.
 register(
     "norm_silu_convolution(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, Tensor? add, Tensor? scale, "
     "Tensor? shift, Tensor kernel, Tensor? offset, Tensor? residual) -> Tensor",

@@ -1,16 +1,16 @@
 // Runs CUDA device code on a CPU: g++ -x c++ -include cuda_on_cpu.h kernel.cu, with CUDA's own headers for the types.
 //
-// A fiber for each CUDA thread; the blocks of a cluster are alive together, clusters run one after another. A fiber runs
-// until it meets a barrier or a warp collective, in an order shuffled by CUDA_ON_CPU_SEED, so that a kernel with a race
-// gives other results for another seed. Shared memory starts as NaNs, lies between fences for the address sanitizer, and
-// is gone when its block is. What deadlocks on a GPU throws here and names the thread that waits.
+// Each CUDA thread is a fiber. The blocks of a cluster run concurrently, and clusters run one after another. A fiber runs
+// until it reaches a barrier or a warp collective. CUDA_ON_CPU_SEED shuffles the order of the fibers, so that a kernel with a
+// race returns different results for different seeds. Shared memory is filled with NaNs at first, lies between fences for the
+// address sanitizer, and ends with its block. A deadlock throws an exception that names the waiting thread.
 //
-// Kernels keep to launch(), shared_memory<T>(), peer_shared(), cluster_arrive(), cluster_arrive_relaxed()
-// and cluster_wait() of csrc/cuda/device.cuh, of which these are the other half; no inline PTX, no textures, no cp.async,
-// no waiting for another block outside a cluster.
+// Kernels use only launch(), shared_memory<T>(), peer_shared(), cluster_arrive(), cluster_arrive_relaxed() and cluster_wait() of
+// csrc/cuda/device.cuh, which this header implements. They use no inline PTX, no textures and no cp.async, and do not wait for
+// another block outside a cluster.
 //
-// CUDA_ON_CPU_{SEED,SMS,MAJOR,L2} in the environment: the order (0: by index), multiprocessors, major compute
-// capability and bytes of L2 that kernels are told of.
+// The environment variables CUDA_ON_CPU_{SEED,SMS,MAJOR,L2} set the order (0: by index), and the number of multiprocessors, the
+// major compute capability and the bytes of L2 that the simulated device reports.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -39,7 +39,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// What a kernel promises of its blocks is checked by its host.
+// The host code checks the launch bounds of its kernels.
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
@@ -61,7 +61,7 @@ struct Block {
     std::unique_ptr<char[]> shared;
     size_t size;
     bool gone;
-    std::vector<Slot> slots[2];  // what the threads hold up to their warps
+    std::vector<Slot> slots[2];  // the values that the threads exchange within their warps
 };
 
 struct Fiber {
@@ -77,7 +77,7 @@ struct Fiber {
     unsigned mask = 0;
     int parity = 0;
     int arrivals = 0;      // at the cluster's barrier
-    bool relaxed = false;  // the last of them had no fence
+    bool relaxed = false;  // the last arrival had no fence
 };
 
 constexpr size_t kStack = 256 * 1024;
@@ -85,16 +85,16 @@ inline dim3 grid, block;
 inline Fiber* me = nullptr;
 inline Fiber host;  // the scheduler, on the caller's stack
 inline std::vector<Block> blocks;
-inline std::deque<Fiber> fibers;  // kept from launch to launch for their stacks
+inline std::deque<Fiber> fibers;  // reused by later launches, because of their stacks
 inline int live = 0;
 inline const std::function<void()>* body = nullptr;
 inline std::exception_ptr failure;
 
-// Where it is set, launches are told to it and not run: plan.cpp asks only how work is split.
+// If set, it is called instead of running a launch. plan.cpp uses it to find out how work is split.
 inline void (*planned)(const void* kernel, int64_t grid, int block, int cluster, size_t shared) = nullptr;
 
-// Jumps, once both sides have run: a swap of contexts asks the kernel for the signal mask each time. The address
-// sanitizer follows only swaps that it is told of.
+// Switches by longjmp after both sides have started, because swapcontext makes a system call for the signal mask. The address
+// sanitizer must be notified of every switch.
 inline void change(Fiber& from, Fiber& to) {
 #if defined(__SANITIZE_ADDRESS__)
     const void* bottom = nullptr;
@@ -149,18 +149,18 @@ inline void resume(int first, int count) {
     for (int i = first; i < first + count; ++i) fibers[i].state = State::runs;
 }
 
-// Lets every group of threads go on that has wholly arrived; false where nobody can.
+// Releases every group of threads that has completely arrived. Returns false if there is none.
 inline bool release() {
     const int threads = static_cast<int>(block.x);
     bool any = false;
-    int arrivals = INT32_MAX;  // that all have made
+    int arrivals = INT32_MAX;  // minimum over the blocks
     for (int i = 0; i < live; ++i) arrivals = std::min(arrivals, fibers[i].arrivals);
     for (int i = 0; i < live; ++i)
         if (fibers[i].state == State::at_cluster && fibers[i].arrivals <= arrivals) resume(i, 1), any = true;
     for (int first = 0; first < live; first += threads) {
         Block& done = blocks[first / threads];
         if (!done.gone && all(first, threads, State::done)) {
-            std::memset(done.shared.get(), 0xff, done.size);  // a peer that still reads it gets NaNs
+            std::memset(done.shared.get(), 0xff, done.size);  // a peer that still reads it reads NaNs
             done.gone = true;
         }
         if (all(first, threads, State::at_block)) resume(first, threads), any = true;
@@ -183,7 +183,7 @@ inline bool release() {
     return any;
 }
 
-// Runs every thread that can, of blocks that don't sleep, to its next barrier; whether there was one.
+// Runs every ready thread of the blocks that do not sleep to its next barrier. Returns whether there was one.
 inline bool run(const std::vector<int>& order, const std::vector<bool>& sleeps) {
     bool any = false;
     for (int i : order) {
@@ -236,7 +236,7 @@ inline void launch(int64_t blocks_of_grid, int threads, int cluster, size_t shar
                 makecontext(&fiber.context, entry, 0);
             }
         }
-        // In each round some blocks sleep, so that those of a cluster don't go in step.
+        // In each round some blocks sleep, so that the blocks of a cluster do not run in lockstep.
         std::vector<bool> sleeps(cluster);
         for (bool going = true; going;) {
             if (seed) {
@@ -264,7 +264,7 @@ inline void launch(int64_t blocks_of_grid, int threads, int cluster, size_t shar
     me = nullptr;
 }
 
-// Two slots by turns: nobody can be two exchanges ahead.
+// Two alternating slots are sufficient, because no thread can be two exchanges ahead.
 template <class T>
 T exchange(unsigned mask, T v, int from) {
     static_assert(sizeof(T) <= sizeof(Slot), "");
@@ -348,7 +348,7 @@ inline void cluster_wait() { sim::wait(sim::State::at_cluster); }
 }  // namespace
 }  // namespace fastddpm
 
-// ---- the runtime's part that the kernels' hosts call ----
+// ---- the functions of the CUDA runtime that the kernels' host code calls ----
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }

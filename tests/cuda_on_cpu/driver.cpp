@@ -1,5 +1,6 @@
-// Calls every CUDA kernel without PyTorch and compares with the formulas in float64: for compute-sanitizer on a GPU, and
-// for the address sanitizer with the device code run on a CPU. One line a case; exit status 1 where a result is wrong.
+// Calls every CUDA kernel without PyTorch and compares the results with the formulas in float64. It runs under
+// compute-sanitizer on a GPU, and under the address sanitizer with the device code on a CPU. It prints one line per case. The
+// exit status is 1 if a result is wrong.
 //   driver [text]    only the cases whose name contains the text
 #include <cmath>
 #include <cstdio>
@@ -28,8 +29,8 @@ void check(cudaError_t error) {
 
 size_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-// Device memory of exactly `count` elements (of one where there are none), so that a step over its end is seen. Starts as
-// NaNs.
+// Device memory of exactly `count` elements (at least one), so that sanitizers detect an access past its end. Filled with NaNs at
+// first.
 class Array {
   public:
     Array(int64_t count, Dtype dtype = Dtype::float32) : count_(count), dtype_(dtype) {
@@ -42,7 +43,7 @@ class Array {
     Array(const Array&) = delete;
     Array& operator=(const Array&) = delete;
 
-    // Rounds the values to the array's dtype, in place too, so that they are what the kernel sees.
+    // Rounds the values to the array's dtype, also in place, so that the formulas use the kernel's inputs.
     void upload(std::vector<double>& values) {
         std::vector<unsigned char> raw(bytes());
         for (int64_t i = 0; i < count_; ++i) {
@@ -129,12 +130,12 @@ std::vector<double> random(int64_t count, double mean = 0.0, double deviation = 
 const CudaPlace kPlace{0, nullptr};
 bool all_good = true;
 
-// The largest error as a share of scale + relative * |truth|.
+// Returns the largest error as a share of scale + relative * |truth|.
 double share(const std::vector<double>& got, const std::vector<double>& truth, double scale, double relative) {
     double worst = got.size() == truth.size() ? 0.0 : INFINITY;
     for (size_t i = 0; i < got.size() && i < truth.size(); ++i) {
         const double error = std::fabs(got[i] - truth[i]) / (scale + relative * std::fabs(truth[i]));
-        if (!(error <= worst)) worst = error;  // a NaN stays
+        if (!(error <= worst)) worst = error;  // also for NaN
     }
     return worst;
 }
@@ -392,22 +393,22 @@ int main(int count, char** words) try {
                 test_ddpm_step(2, 5, 7, dtype, i & 1, i & 2, i & 4, true, false);
             }
     if (wanted("group_norm_silu")) {
-        test_group_norm_silu(1, 16, 16384, 2, Dtype::bfloat16, true, true, 1.0);  // more than a portable cluster takes
-        test_group_norm_silu(2, 8, 50000, 4, Dtype::float16, true, true);         // or any: two stages, twice
-        test_group_norm_silu(1, 960, 196, 32, Dtype::bfloat16, true, false);  // threads that don't come in whole rows
+        test_group_norm_silu(1, 16, 16384, 2, Dtype::bfloat16, true, true, 1.0);  // larger than a portable cluster
+        test_group_norm_silu(2, 8, 50000, 4, Dtype::float16, true, true);         // larger than any: two stages, twice
+        test_group_norm_silu(1, 960, 196, 32, Dtype::bfloat16, true, false);      // threads that do not form whole rows
         test_group_norm_silu(1, 320, 196, 2, Dtype::bfloat16, true, false);
-        for (int64_t channels : {1500, 1750, 2049})  // in shared memory, and beyond
+        for (int64_t channels : {1500, 1750, 2049})  // numbers in shared memory, and too many for it
             for (bool channels_last : {true, false})
                 test_group_norm_silu(2, channels, 3, 1, Dtype::float32, channels_last, true);
         for (Dtype dtype : dtypes)
             for (bool channels_last : {true, false}) {
-                test_group_norm_silu(2, 64, 49, 32, dtype, channels_last, true);     // columns, two channels a group
+                test_group_norm_silu(2, 64, 49, 32, dtype, channels_last, true);     // columns, two channels per group
                 test_group_norm_silu(1, 128, 256, 32, dtype, channels_last, false);  // a cluster for each slice
                 test_group_norm_silu(2, 96, 20, 8, dtype, channels_last, true);   // groups of 12 straddle the vectors
                 test_group_norm_silu(1, 24, 33, 2, dtype, channels_last, false);  // pixels of 48 or 96 bytes
                 test_group_norm_silu(2, 37, 6, 37, dtype, channels_last, true);   // no whole vectors in either layout
                 test_group_norm_silu(1, 8, 4800, 1, dtype, channels_last, false, 3.0);  // a large group
-                test_group_norm_silu(1, 2056, 3, 1, dtype, channels_last, true);        // more channels than are tabled
+                test_group_norm_silu(1, 2056, 3, 1, dtype, channels_last, true);        // more channels than the table
                 test_group_norm_silu(1, 6, 651, 2, dtype, channels_last, false);        // single elements, in parts
                 test_group_norm_silu(2, 6, 1, 2, dtype, channels_last, true);           // one pixel
             }

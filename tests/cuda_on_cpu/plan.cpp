@@ -1,6 +1,6 @@
-// How the hosts of the CUDA kernels split work, without running it: a case on each line of stdin, "op samples channels
-// pixels", in bfloat16, channels_last, with 32 groups, as the networks call it. On stdout a line for each launch:
-// "line kernel blocks threads cluster shared", kernel as its address in this file, which `nm` knows by name.
+// Prints how the host code of the CUDA kernels splits work, without running the kernels. Each line of stdin is a case, "op
+// samples channels pixels", in bfloat16, channels_last, with 32 groups, as the networks call it. Each line of stdout is a
+// launch, "line kernel blocks threads cluster shared". kernel is its address in this file; `nm` gives the name.
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
@@ -23,7 +23,7 @@ void print(const void* kernel, int64_t blocks, int threads, int cluster, size_t 
                 threads, cluster, shared);
 }
 
-// Pointers are looked at for their alignment alone.
+// Only the alignment of the pointers is used.
 template <class T>
 T* somewhere() {
     return reinterpret_cast<T*>(uintptr_t{1} << 12);

@@ -1,4 +1,4 @@
-// Kernels with mistakes, each of which cuda_on_cpu has to find: planted NAME. Exit status 0 where it didn't.
+// Kernels with deliberate mistakes that cuda_on_cpu must detect. Usage: planted NAME. The exit status is 0 if it did not.
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -8,7 +8,7 @@
 namespace fastddpm {
 namespace {
 
-// Every thread writes its number, and reads its neighbour's and that of a thread of the cluster's other block.
+// Every thread writes its number, and reads the numbers of its neighbour and of a thread in the cluster's other block.
 __global__ void neighbour(float* out, std::string bug) {
     float* values = shared_memory<float>();
     const int i = threadIdx.x, n = blockDim.x, at = blockIdx.x * n + i;
@@ -44,7 +44,7 @@ int main(int, char** words) try {
         std::vector<float> out(128);
         launch(neighbour, 2, 64, 2, (64 + (bug == "memory nobody wrote")) * sizeof(float), nullptr, out.data(), bug);
         if (seed == 0) first = out;
-        same &= first == out;  // which NaNs are not
+        same &= first == out;  // false for NaN
     }
     std::puts(same ? "always the same" : "not always the same");
     return !same;

@@ -1,4 +1,4 @@
-// The CPU kernels that bindings.cpp wants beside the CUDA ones, for the module that runs the latter on a CPU.
+// Stubs of the CPU kernels that bindings.cpp requires, for the module that runs the CUDA kernels on a CPU.
 #include <stdexcept>
 
 #include "kernels.h"

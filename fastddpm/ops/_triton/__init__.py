@@ -1,1 +1,1 @@
-"""The ops as Triton kernels, one file each, imported only where a tensor is served by them."""
+"""The Triton kernels, one file per op. A file is imported only when its kernel runs."""

@@ -1,24 +1,24 @@
 """One reverse step, with a row (a, b, c0, c1, c2, d, sigma, lv_lo, lv_hi):
 
-    x0     = clamp(a*x + b*o, -clip, clip)                                          a NaN stays a NaN
+    x0     = clamp(a*x + b*o, -clip, clip)                                          NaN is preserved
     x_prev = c0*x0 + c1*x + c2*x0_last + d*o + sigma*exp((f*lv_hi + (1-f)*lv_lo)/2)*z,  f = (v+1)/2
 
-A term whose coefficient is 0 plays no part, whatever its memory holds; x0_last, noise and v are not read then, their loads
-being masked off. The exponential is there only for learned variances.
+A term with coefficient 0 has no effect, even if its memory contains NaN. x0_last, noise and v are then not read, because their
+loads are masked. The exponential is computed only for learned variances.
 
-Layout: x, x_prev, x0, x0_last and noise share one, contiguous or channels_last; o and next_input have each their own. Where
-all are contiguous, a sample is one channel of channels*pixels elements.
+Layout: x, x_prev, x0, x0_last and noise share one layout, contiguous or channels_last. o and next_input each have their own. If
+all are contiguous, a sample is treated as one channel of channels*pixels elements.
 
-Work: a program has a tile of one sample, BLOCK_C channels times BLOCK_P pixels. Noise goes by an element's index in
-C*H*W order: BLOCK_P/4 quads per channel, where a channel has whole quads. Elsewhere, with odd sizes in mixed
-layouts, each element computes its quad and takes its own of the four.
+Work: a program processes a tile of one sample, BLOCK_C channels times BLOCK_P pixels. Noise is indexed by an element's position
+in C*H*W order: BLOCK_P/4 quads per channel if a channel consists of whole quads. Otherwise (odd sizes in mixed layouts) each
+element computes its quad and uses one of the four values.
 
-The state (seed, first, row index, first bad row) is read and advanced in place. All programs need the row index before
-it may change, and a second kernel to advance it would cost as much as the step of a small batch. So each program draws
-its number from the upper half of state[2] with the same atomic that reads the row index from the lower, and who draws
-the last number knows that all others have read: it stores the next index, with no number drawn. Nobody waits.
+The state (seed, first, row index, first bad row) is read and advanced in place. All programs must read the row index before
+it changes, and a second kernel to advance it would cost as much as the step of a small batch. So one atomic reads the row
+index from the lower half of state[2] and draws a number from the upper half. The program that draws the last number knows that
+all programs have read the index. It stores the next index, with the upper half 0. No program waits.
 
-Bytes: x and o are read once, x_prev (and x0, next_input) written once; drawn noise never leaves the registers.
+Bytes: x and o are read once, x_prev (and x0, next_input) is written once. Drawn noise never leaves the registers.
 """
 
 import torch
@@ -30,12 +30,12 @@ from .._register import layout
 from .launch import OPTIONS, cdiv, needs_int64, on, power_of_2
 from .philox import normals
 
-TILE = 1024  # elements, eight per thread
+TILE = 1024  # elements, 8 per thread
 
 
 @triton.jit
 def _everywhere(condition, like):
-    """A scalar condition in the shape of a mask. By way of an integer, as the interpreter needs it."""
+    """Broadcast a scalar condition to a mask, via an integer, which the interpreter requires."""
     return tl.broadcast_to(tl.where(condition, 1, 0), like.shape) != 0
 
 
@@ -46,7 +46,7 @@ def _add_term(total, coefficient, value):
 
 @triton.jit
 def _exp(x):
-    """e^x within 1e-7 + 2e-9 |x| for |x| <= 87; the values at +-87 beyond. exp2.approx is just too coarse for the bound."""
+    """Return e^x within 1e-7 + 2e-9 |x|, with x clamped to [-87, 87]. exp2.approx is slightly too coarse for the bound."""
     x = tl.where(x > 87.0, 87.0, tl.where(x < -87.0, -87.0, x))
     shifted = tl.fma(x, 1.44269504, 12583039.0)  # 1.5 2^23 + 127: n = round(x / ln 2), biased, in the low bits
     n = shifted - 12583039.0
@@ -74,7 +74,7 @@ def ddpm_step_kernel(
     x0,
     next_input,
     noise,
-    rows,  # [table_rows, 9], or None: the row and what follows by value
+    rows,  # [table_rows, 9], or None: then the row, seed, first and timestep are passed by value
     timesteps,
     state,
     table_rows,
@@ -105,7 +105,7 @@ def ddpm_step_kernel(
     if LARGE:
         pixels = pixels.to(tl.int64)
     if ALIGNED:
-        pixels = pixels // 4 * 4  # says so to the compiler
+        pixels = pixels // 4 * 4  # shows the compiler that pixels is a multiple of 4
     pid = tl.program_id(0)
     blocks_p = tl.cdiv(pixels, BLOCK_P).to(tl.int32)
     blocks_c: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
@@ -115,8 +115,8 @@ def ddpm_step_kernel(
     c = pid // blocks_p % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     inside = (c < CHANNELS) & (p < pixels)
 
-    # Everything is loaded before anything is stored: x_prev may be x, and x0 be x0_last. These are under way before the
-    # row is known, which is two dependent reads away.
+    # All loads precede all stores, because x_prev may be x, and x0 may be x0_last. These loads start before the row is known,
+    # as the row takes two dependent reads.
     at, o_at = i * CHANNELS * pixels, i * O_CHANNELS * pixels
     offset, o_offset = (
         _offset(c, p, CHANNELS, pixels, X_CHANNELS_LAST),
@@ -183,7 +183,7 @@ def ddpm_step_kernel(
     result = tl.where(sigma != 0.0, tl.fma(spread, z, result), result)
 
     if rows is not None:
-        # All who see a bad value store the same number, and only where none stands: no atomic is needed.
+        # Programs that see a bad value store the same number, and only if none is stored yet. So no atomic is needed.
         bad = (tl.abs(eps) < float("inf")) == 0
         bad = bad & _everywhere((b != 0.0) | (d != 0.0), inside)
         if O_CHANNELS > CHANNELS:
@@ -206,10 +206,10 @@ def ddpm_step(
     clip: float | None,
     table_on_host: bool,
 ) -> None:
-    """x_prev may be x, and x0 be x0_last. table: rows, timesteps and state.
+    """Run one step. x_prev may be x, and x0 may be x0_last. `table` is (rows, timesteps, state).
 
-    table_on_host: rows [9], timesteps [1] and state are host memory, read by the call and not written. A row index
-    outside the table, or a row with c2 != 0 without x0_last, stores nothing but its number in the state.
+    With `table_on_host`, rows [9], timesteps [1] and state are in host memory; the call reads them and does not write them. For a
+    row index outside the table, or a row with c2 != 0 and no x0_last, the kernel only records the row in the state.
     """
     x, _, o, _, _, next_input, _ = operands
     rows, timesteps, state = table

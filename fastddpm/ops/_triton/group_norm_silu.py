@@ -1,22 +1,23 @@
-"""y = act(((x + add - mean) * rstd * weight + bias) * (1 + scale) + shift), act = SiLU or identity; and its gradient.
+"""y = act(((x + add - mean) * rstd * weight + bias) * (1 + scale) + shift) and its gradient. act is SiLU or the identity.
 
-Layout: a sample is a matrix [pixels, channels], with either contiguous. A program owns a slice of it: whole groups of
-channels, at least 32 bytes per pixel of them in channels_last, so that it uses all of each sector it touches.
+Layout: a sample is a matrix of pixels and channels, either of which may be contiguous in memory. A program owns a slice of it:
+all pixels of whole groups of channels. In channels_last a slice has at least 32 bytes per pixel, so that it uses every memory
+sector completely.
 
-Work: where the slice fits into the registers (RESIDENT elements, of the backward two tensors), one program takes all its
-pixels, and everything is one kernel. Otherwise its pixels are cut into chunks of tiles, and the forward is three kernels:
-moments of each chunk, their merging, and the application. The backward is four: centring (below), sums of the gradient
-per chunk and channel, their merging, and the application. Which way is taken, and every order of summation, depends on
-the shape of a sample alone: not on the batch, nor on who comes first. There are no atomics.
+Work: if the slice fits into the registers (RESIDENT elements; in the backward, two tensors of RESIDENT_BACKWARD), one program
+processes all its pixels, and the op is a single kernel. Otherwise the pixels are split into chunks of tiles. The forward is then
+three kernels: the moments of each chunk, their merging, and the application. The backward is four: centring (below), sums of the
+gradient per chunk and channel, their merging, and the application. The choice between the two, and every order of summation,
+depends only on the shape of a sample, and not on the batch or on the order in which programs run. There are no atomics.
 
-Bytes: resident, x (and dy) is read once and y (or dx) written once; otherwise x (and dy) is read twice, the second time
-from the L2 cache as far as it reaches.
+Bytes: a resident slice reads x (and dy) once and writes y (or dx) once. In chunks, x (and dy) is read twice, the second time from
+the L2 cache as far as its size allows.
 
-Statistics are those of d = x + (add - pivot), the pivot being x + add at the group's first element. add - pivot is held
-in two floats, so that d is rounded relative to its own size only: a large mean or add costs no accuracy. Resident, the
-mean of d is taken first, then the squares about it, and what is left of the sum corrects both. In chunks, each place of
-the tile keeps a running mean and sum of squares about it (Welford), and all are merged by their sizes (Chan). The
-backward centres d anew, as the saved mean was rounded; in chunks only where that would show.
+Statistics are those of d = x + (add - pivot), with the pivot x + add at the group's first element. add - pivot is stored in two
+floats, so that the rounding of d is relative to its own size. So a large mean or add costs no accuracy. A resident slice computes
+the mean of d first and then the squares about it; the remaining mean of the differences corrects both. In chunks, each position
+of the tile updates a running mean and the sum of squares about it (Welford), and all are merged by their sizes (Chan). The
+backward centres d again, because the saved mean was rounded. In chunks it does so only if the rounding is significant.
 """
 
 import functools
@@ -33,7 +34,7 @@ from .launch import OPTIONS, cdiv, needs_int64, on, power_of_2
 RESIDENT = 32768  # elements of a slice, in the forward
 RESIDENT_BACKWARD = 16384
 TILE = 4096  # elements of a chunk's tile, 16 per thread
-CHUNKS = 128  # of a sample, at most
+CHUNKS = 128  # maximum number of chunks of a sample
 
 
 # ------------------------------------------------------------------------------------------------ pieces
@@ -42,14 +43,14 @@ CHUNKS = 128  # of a sample, at most
 @triton.jit
 def _slice(x, add, chunks, pixels, C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
            ADD_STRIDE: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """What this program works on: (sample, chunk, channels, which of them count, hi, lo), hi + lo = add - pivot."""
+    """Return this program's (sample, chunk, channels, mask of valid channels, hi, lo) with hi + lo = add - pivot."""
     slices: tl.constexpr = (C + SLICE - 1) // SLICE
     pid = tl.program_id(0)
-    n = (pid // (chunks * slices)).to(tl.int64)  # neighbours share pixels: their slices lie side by side
+    n = (pid // (chunks * slices)).to(tl.int64)  # neighbouring programs have adjacent slices of the same pixels
     j = tl.arange(0, BLOCK_C)
     channel = pid % slices * SLICE + j
     counts = (j < SLICE) & (channel < C)
-    first = channel // WIDTH * WIDTH  # of the group
+    first = channel // WIDTH * WIDTH  # the group's first channel
     x_first = tl.load(x + n * C * pixels + (first if CHANNELS_LAST else first * pixels), mask=counts, other=0.0).to(
         tl.float32
     )
@@ -65,7 +66,7 @@ def _slice(x, add, chunks, pixels, C: tl.constexpr, WIDTH: tl.constexpr, SLICE: 
 
 @triton.jit
 def _two_difference(a, b):
-    """a - b as the nearest float and the exact rest."""
+    """Return a - b as the nearest float and the exact remainder."""
     difference = a - b
     other = difference - a
     return difference, (a - (difference - other)) - (b + other)
@@ -73,7 +74,7 @@ def _two_difference(a, b):
 
 @triton.jit
 def _of_channels(v, at, counts, absent: tl.constexpr):
-    """A per-channel vector at these places, in float32; `absent` where there is none."""
+    """Return the elements `at` of a per-channel vector in float32, or `absent` if v is None."""
     if v is None:
         value = tl.full(at.shape, absent, tl.float32)
     else:
@@ -86,13 +87,13 @@ def _sized(pixels, ALIGNED: tl.constexpr, LARGE: tl.constexpr):
     if LARGE:
         pixels = pixels.to(tl.int64)
     if ALIGNED:
-        pixels = pixels // 8 * 8  # says so to the compiler
+        pixels = pixels // 8 * 8  # shows the compiler that pixels is a multiple of 8
     return pixels
 
 
 @triton.jit
 def _tile(n, first_pixel, channel, counts, pixels, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr):
-    """(where a tile begins to be counted from, offsets, which of them are inside), [BLOCK_C, BLOCK_P]."""
+    """Return (the sample's offset, the tile's offsets in the sample, mask of valid elements), [BLOCK_C, BLOCK_P]."""
     p = (first_pixel + tl.arange(0, BLOCK_P)[None, :]).to(pixels.dtype)
     c = channel[:, None]
     return n * C * pixels, (p * C + c if CHANNELS_LAST else c * pixels + p), (p < pixels) & counts[:, None]
@@ -100,7 +101,7 @@ def _tile(n, first_pixel, channel, counts, pixels, C: tl.constexpr, CHANNELS_LAS
 
 @triton.jit
 def _distance(x, inside, hi, lo, add):
-    """d = x + add - pivot."""
+    """Return d = x + add - pivot."""
     d = tl.load(x, mask=inside, other=0.0).to(tl.float32) + hi[:, None]
     if add is not None:
         d += lo[:, None]
@@ -109,7 +110,7 @@ def _distance(x, inside, hi, lo, add):
 
 @triton.jit
 def _over_groups(v, counts, WIDTH: tl.constexpr, BLOCK_G: tl.constexpr):
-    """[BLOCK_C] summed over each group, back at its channels. By a table, for groups may have any width."""
+    """Return each channel's group sum of v, [BLOCK_C]. A membership table supports groups of any width."""
     group = tl.arange(0, v.shape[0]) // WIDTH
     members = (group[:, None] == tl.arange(0, BLOCK_G)[None, :]) & counts[:, None]
     sums = tl.sum(tl.where(members, v[:, None], 0.0), axis=0)
@@ -118,7 +119,7 @@ def _over_groups(v, counts, WIDTH: tl.constexpr, BLOCK_G: tl.constexpr):
 
 @triton.jit
 def _affine(weight, bias, scale, shift, n, channel, counts, SCALE_STRIDE: tl.constexpr, SHIFT_STRIDE: tl.constexpr):
-    """weight * (1 + scale), bias * (1 + scale) + shift."""
+    """Return (weight * (1 + scale), bias * (1 + scale) + shift)."""
     gain = 1.0 + _of_channels(scale, n * SCALE_STRIDE + channel, counts, 0.0)
     b = _of_channels(bias, channel, counts, 0.0) * gain + _of_channels(shift, n * SHIFT_STRIDE + channel, counts, 0.0)
     return _of_channels(weight, channel, counts, 0.0) * gain, b
@@ -126,7 +127,7 @@ def _affine(weight, bias, scale, shift, n, channel, counts, SCALE_STRIDE: tl.con
 
 @triton.jit
 def _exp_minus(z):
-    """e^-z, finite for a low z; a NaN stays one."""
+    """Return e^-z, finite for very negative z. NaN is preserved."""
     return tl.exp(tl.where(z < -87.0, 87.0, -z))
 
 
@@ -137,7 +138,7 @@ def _activate(z, SILU: tl.constexpr):
 
 @triton.jit
 def _gradient_of_z(dy, z, SILU: tl.constexpr):
-    """dy * silu'(z), silu' = s + z s (1 - s) with 1 - s = e^-z s, which doesn't cancel."""
+    """Return dy * silu'(z). silu' = s + z s (1 - s) is computed with 1 - s = e^-z s, which does not cancel."""
     if SILU:
         e = _exp_minus(z)
         s = 1.0 / (1.0 + e)
@@ -147,7 +148,7 @@ def _gradient_of_z(dy, z, SILU: tl.constexpr):
 
 @triton.jit
 def _deviation(variance, eps):
-    """1 / sqrt(variance + eps); rounding may have left a variance of 0 below it."""
+    """Return 1 / sqrt(variance + eps). Rounding may have made the variance slightly negative."""
     return tl.div_rn(1.0, tl.sqrt_rn(tl.where(variance < 0.0, 0.0, variance) + eps))
 
 
@@ -193,7 +194,7 @@ def group_norm_silu_backward_kernel(
     of_d = tl.load(rstd + group, mask=counts, other=0.0)
     at, offset, inside = _tile(n, 0, channel, counts, pixels, C, CHANNELS_LAST, BLOCK_P)
     e = _distance(x + at + offset, inside, hi, lo, add) - tl.load(mean + group, mask=counts, other=0.0)[:, None]
-    # The saved mean was rounded: centre once more.
+    # The saved mean was rounded, so centre again.
     rest = _over_groups(tl.sum(tl.where(inside, e, 0.0), axis=1), counts, WIDTH, BLOCK_G) * inverse
     e = tl.where(inside, e - rest[:, None], 0.0)
     g = tl.load(dy + at + offset, mask=inside, other=0.0).to(tl.float32)
@@ -202,7 +203,7 @@ def group_norm_silu_backward_kernel(
     of_g, of_g_xhat = tl.sum(g, axis=1), tl.sum(g * xhat, axis=1)
     mean_g = _over_groups(w * of_g, counts, WIDTH, BLOCK_G) * inverse
     mean_g_xhat = _over_groups(w * of_g_xhat, counts, WIDTH, BLOCK_G) * inverse
-    # Rounded products, then their difference: a group of one element gets exactly 0.
+    # The products are rounded before they are subtracted, so that a group of one element gets exactly 0.
     result = ((g * w[:, None] - mean_g[:, None]) - xhat * mean_g_xhat[:, None]) * of_d[:, None]
     tl.store(dx + at + offset, result.to(dx.dtype.element_ty), mask=inside)
     tl.store(sum_g + n * C + channel, of_g, mask=counts)
@@ -220,7 +221,7 @@ def group_norm_silu_partials_kernel(
     ALIGNED: tl.constexpr, LARGE: tl.constexpr, TILES: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """partials [N, G, chunks, 2]: mean of d, and the sum of squares about it."""
+    """Store partials [N, G, chunks, 2]: the mean of d, and the sum of squares about it."""
     pixels = _sized(pixels, ALIGNED, LARGE)
     n, chunk, channel, counts, hi, lo = _slice(
         x, add, chunks, pixels, C, WIDTH, SLICE, CHANNELS_LAST, ADD_STRIDE, BLOCK_C
@@ -234,7 +235,7 @@ def group_norm_silu_partials_kernel(
         moved = step * tl.div_rn(1.0, tl.cast(k + 1, tl.float32))
         mean += moved
         squares = tl.fma(step, step - moved, squares)
-    # A place has seen as many pixels as there are tiles in which it lies inside.
+    # Each position of the tile has seen one pixel for every tile in which it is valid.
     left = pixels - begin - tl.arange(0, BLOCK_P)
     seen = tl.minimum(tl.maximum((left + BLOCK_P - 1) // BLOCK_P, 0), TILES).to(tl.float32)[None, :]
     inverse = tl.div_rn(1.0, tl.minimum(pixels - begin, TILES * BLOCK_P).to(tl.float32) * WIDTH)
@@ -254,7 +255,7 @@ def group_norm_silu_merge_kernel(
     partials, mean, rstd, pixels, inverse, eps, chunks,
     WIDTH: tl.constexpr, LARGE: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One group of one sample."""
+    """Merge the moments of the chunks of one group of one sample."""
     group = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     of_chunk = partials + 2 * (group * chunks + k)
@@ -302,9 +303,9 @@ def group_norm_silu_centre_kernel(
     ALIGNED: tl.constexpr, LARGE: tl.constexpr, TILES: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """rest [N, G]: what the saved means lack; 0 in a slice none of whose means is so large that rounding it would show.
+    """Store rest [N, G], the corrections of the saved means. It is 0 if rounding was insignificant for all means of the slice.
 
-    One program does all of a slice, for that takes a first element 16 deviations from the mean.
+    One program processes a whole slice, because this is rare: the first element must be 16 deviations from the mean.
     """
     pixels = _sized(pixels, ALIGNED, LARGE)
     n, _, channel, counts, hi, lo = _slice(x, add, 1, pixels, C, WIDTH, SLICE, CHANNELS_LAST, ADD_STRIDE, BLOCK_C)
@@ -331,7 +332,7 @@ def group_norm_silu_backward_partials_kernel(
     ADD_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, SHIFT_STRIDE: tl.constexpr,
     ALIGNED: tl.constexpr, LARGE: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partials [N, chunks, 3, C]: sums of g, g * xhat and xhat."""
+    """Store partials [N, chunks, 3, C]: the sums of g, g * xhat and xhat."""
     pixels = _sized(pixels, ALIGNED, LARGE)
     n, chunk, channel, counts, hi, lo = _slice(
         x, add, chunks, pixels, C, WIDTH, SLICE, CHANNELS_LAST, ADD_STRIDE, BLOCK_C
@@ -342,7 +343,7 @@ def group_norm_silu_backward_partials_kernel(
     of_d = tl.load(rstd + group, mask=counts, other=0.0)
     a = of_d * w
     begin = chunk.to(pixels.dtype) * TILES * BLOCK_P
-    # Sums per place of the tile: between its tiles a program has nothing to wait for.
+    # Sum each position of the tile separately, so that no reduction runs between tiles.
     of_g = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     of_ge = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     of_e = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
@@ -367,7 +368,7 @@ def group_norm_silu_backward_merge_kernel(
     C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, SCALE_STRIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A slice's sums, in float64, and means [N, 2, C]: of w * g and w * g * xhat, of each channel's group."""
+    """Store a slice's sums, formed in float64, and means [N, 2, C]: the means of w * g and w * g * xhat over each group."""
     slices: tl.constexpr = (C + SLICE - 1) // SLICE
     n = (tl.program_id(0) // slices).to(tl.int64)
     j = tl.arange(0, BLOCK_C)
@@ -376,7 +377,8 @@ def group_norm_silu_backward_merge_kernel(
     of_g = tl.zeros((BLOCK_C,), tl.float64)
     of_g_xhat = tl.zeros((BLOCK_C,), tl.float64)
     of_xhat = tl.zeros((BLOCK_C,), tl.float64)
-    step: tl.constexpr = BLOCK_K if BLOCK_K * BLOCK_C <= 4096 else max(4096 // BLOCK_C, 1)  # what registers hold
+    # As many chunks at a time as the registers hold.
+    step: tl.constexpr = BLOCK_K if BLOCK_K * BLOCK_C <= 4096 else max(4096 // BLOCK_C, 1)
     for begin in range(0, BLOCK_K, step):
         k = begin + tl.arange(0, step)[:, None]
         at = (n * chunks + k) * 3 * C + channel[None, :]
@@ -432,16 +434,16 @@ def group_norm_silu_backward_apply_kernel(
 def _blocks(
     channels: int, pixels: int, size: int, channels_last: bool, groups: int, limit: int
 ) -> tuple[int, int, int, int, int]:
-    """(channels of a slice, BLOCK_C, BLOCK_P, chunks, tiles of a chunk); no chunks where a slice fits into `limit`."""
+    """Return (channels of a slice, BLOCK_C, BLOCK_P, chunks, tiles of a chunk); 0 chunks if a slice fits into `limit`."""
     width = channels // groups
-    # Whole groups. Where contiguous, each is one run of memory, and several share a program only where they are small;
-    # not too many, for the table of their groups grows with the square.
+    # A slice is made of whole groups. In contiguous memory each group is one run, and several share a program only if they are
+    # small. Their number is limited, because the membership table grows with its square.
     least = 32 // size if channels_last else min(cdiv(1024, pixels), 64)
     slice_ = width * min(cdiv(least, width), groups)
     block_c, block_p = power_of_2(slice_), power_of_2(pixels)
     if block_c * block_p <= limit:
         return slice_, block_c, block_p, 0, 0
-    # In chunks a slice costs no registers: 64 bytes of it make longer runs of memory.
+    # In chunks the slice's width costs no registers. 64 bytes per pixel give longer runs of memory.
     slice_ = width * max(min(64 // size // width, groups), 1) if channels_last else width
     block_c = power_of_2(slice_)
     block_p = max(TILE // block_c, 1)
@@ -450,10 +452,10 @@ def _blocks(
 
 
 class _Plan:
-    """How the work of calls of one kind is split, and the constants that their kernels are compiled for."""
+    """The split of the work for calls with one shape and layout, and the constants of their kernels."""
 
     def __init__(self, shape, size, channels_last, groups, limit, per_sample, silu):
-        """shape: [N, C, P]. size: of an element, in bytes. per_sample: whether add, scale and shift are [N, C]."""
+        """Plan for shape [N, C, P]. `size` is an element's bytes; `per_sample` is whether add, scale and shift are [N, C]."""
         n, channels, pixels = shape
         slice_, block_c, block_p, self.chunks, self.tiles = _blocks(
             channels, pixels, size, channels_last, groups, limit
@@ -470,10 +472,10 @@ class _Plan:
             "BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_G": power_of_2(slice_ * groups // channels),
             "BLOCK_K": power_of_2(max(self.chunks, 1)),
         }  # fmt: skip
-        self.known = {}  # of the constants, what each kernel takes
+        self.known = {}  # each kernel's subset of the constants
 
     def launch(self, kernel, programs, *arguments, most=8, **options):
-        """16 elements per thread, as long as that takes no more than `most` warps."""
+        """Launch a kernel with 16 elements per thread, but at most `most` warps."""
         known = self.known.get(kernel)
         if known is None:
             known = {name: v for name, v in self.constants.items() if name in kernel.arg_names}
@@ -500,15 +502,15 @@ def forward(
     norm: Norm,
     eps: float,
 ) -> None:
-    """x, y: one of the kernels' layouts. statistics: mean and rstd, float32 [N, G], outputs as y."""
+    """Run the forward. x and y have a supported layout. y and `statistics`, mean and rstd (float32 [N, G]), are outputs."""
     plan = _plan(x, channels_last, norm, RESIDENT)
     mean, rstd = statistics
     add, pixels = norm.add, plan.pixels
     operands = x, y, mean, rstd, norm.weight, norm.bias, add, norm.scale, norm.shift
     with on(x.device):
         if not plan.chunks:
-            # 128 registers hold 64 elements, and a GPU has enough of them for two programs of 8 such warps: one loads
-            # while the other computes.
+            # 128 registers hold 64 elements of a thread. A GPU has enough registers for two programs of 8 such warps: one
+            # loads while the other computes.
             most = 8 if plan.elements <= 16384 else 16
             plan.launch(
                 group_norm_silu_kernel, plan.programs, *operands, pixels, plan.inverse, eps, most=most, maxnreg=128
@@ -533,9 +535,9 @@ def backward(
     norm: Norm,
     sums: Sequence[torch.Tensor],
 ) -> None:
-    """dy, x, dx: one of the kernels' layouts. statistics: mean and rstd of the forward.
+    """Run the backward. dy, x and dx have a supported layout. `statistics` is the forward's (mean, rstd).
 
-    sums: of g, g*xhat and dx, float32 [N, C], outputs as dx.
+    dx and `sums` are outputs: the sums of g, g*xhat and dx, float32 [N, C].
     """
     plan = _plan(x, channels_last, norm, RESIDENT_BACKWARD)
     mean, rstd = statistics

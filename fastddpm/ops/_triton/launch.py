@@ -1,4 +1,4 @@
-"""What every launch shares."""
+"""Helpers for launching Triton kernels."""
 
 import contextlib
 import ctypes
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-# Every product and sum is rounded by itself, and fused only where the source says tl.fma: an element's arithmetic must
-# not depend on what the compiler finds beside it.
+# Products and sums are rounded separately, and fused only by an explicit tl.fma. An element's arithmetic must not depend on the
+# code around it.
 OPTIONS = {"enable_fp_fusion": False}
 
 
@@ -17,7 +17,7 @@ RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 @functools.cache
 def _driver() -> ctypes.CDLL | None:
-    """NVIDIA's driver, which torch has loaded; None on a GPU of another make."""
+    """Return NVIDIA's driver, which torch has loaded; None on another vendor's GPU."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -25,17 +25,17 @@ def _driver() -> ctypes.CDLL | None:
 
 
 def _exchange_mode(mode: ctypes.c_int) -> None:
-    """Swap `mode` with what this thread may do while any stream is being captured."""
+    """Swap `mode` and this thread's stream capture mode, which determines the calls that it may make during a capture."""
     if _driver() is not None and (error := _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))):
         raise RuntimeError(f"cuThreadExchangeStreamCaptureMode: CUDA error {error}")
 
 
 @contextlib.contextmanager
 def on(device: torch.device) -> Iterator[None]:
-    """Inside the block Triton launches on `device`, and may load kernels though a stream is being captured.
+    """Make Triton launch on `device` inside the block, and allow it to load kernels while a stream is being captured.
 
-    It launches on the current GPU, whichever the tensors are on. A kernel's first launch loads it, which the driver refuses
-    during a capture unless the thread says that it doesn't mind: as DeviceScope does for the CUDA kernels.
+    Triton launches on the current GPU, even if the tensors are on another. A kernel's first launch loads it. The driver refuses
+    this during a capture unless the thread's capture mode is relaxed. DeviceScope does the same for the CUDA kernels.
     """
     if device.type != "cuda":
         yield
@@ -50,15 +50,15 @@ def on(device: torch.device) -> Iterator[None]:
 
 
 def needs_int64(elements: int) -> bool:
-    """Whether offsets within so many elements don't fit an int32."""
+    """Return whether offsets into this number of elements overflow an int32."""
     return elements >= 1 << 31
 
 
-# Triton's own of these two take microseconds on the host.
+# Triton's versions of these two functions cost microseconds per call.
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def power_of_2(n: int) -> int:
-    """The next one, n itself included."""
+    """Return the smallest power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()

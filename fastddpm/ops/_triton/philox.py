@@ -1,7 +1,7 @@
-"""Device functions: normals from Philox4x32-10 and Box-Muller, as csrc/common/philox.h has them.
+"""Device functions: normals from Philox4x32-10 and Box-Muller, as in csrc/common/philox.h.
 
-The words are the same as everywhere. The float32 arithmetic is that file's too, operation by operation: the same
-polynomials, a fused multiply-add where it has one, an exact square root.
+The words are identical on every backend. The float32 arithmetic is that of philox.h, operation by operation: the same
+polynomials, the same fused multiply-adds and an exact square root.
 """
 
 import triton
@@ -10,14 +10,14 @@ import triton.language as tl
 
 @triton.jit
 def _minus_log_uniform(w):
-    """-ln((w + 1/2) 2^-32); near u = 1, 1 - u comes exactly from the complement of w."""
+    """Return -ln((w + 1/2) 2^-32). Near u = 1, the complement of w gives 1 - u exactly."""
     f = w.to(tl.float32) + 0.5
     bits = f.to(tl.uint32, bitcast=True)
     exponent = (bits - 0x3E2AAAAB) >> 23  # of f / (2/3), plus 2
     m = (bits - (exponent << 23) + 0x01000000).to(tl.float32, bitcast=True)
     k = (34 - exponent.to(tl.int32)).to(tl.float32)
     v = ((w ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
-    r = tl.where(f >= 2863311616.0, -v, m - 1.0)  # 2/3 2^32: where k = 0
+    r = tl.where(f >= 2863311616.0, -v, m - 1.0)  # 2/3 2^32, from which k is 0
     p = tl.fma(r, 0.14374099671840668, -0.1537274271249771)
     p = tl.fma(p, r, 0.13920924067497253)
     p = tl.fma(p, r, -0.16419349610805511)
@@ -31,7 +31,7 @@ def _minus_log_uniform(w):
 
 @triton.jit
 def sine_cosine(a, quadrant):
-    """Of quadrant pi/2 + a, a in [-pi/4, pi/4]; the quadrant is the two upper bits of a uint32."""
+    """Return the sine and cosine of quadrant pi/2 + a, a in [-pi/4, pi/4]. The upper two bits of a uint32 are the quadrant."""
     a2 = a * a
     s = tl.fma(a2, -0.00019495634478516877, 0.00833197869360447)
     s = tl.fma(s, a2, -0.16666650772094727)
@@ -58,7 +58,7 @@ def _box_muller(w0, w1):
 
 @triton.jit
 def words(seed, quad, t, sample, stream):
-    """The four random words of elements 4 quad .. 4 quad + 3, as uint32. seed, t, sample, stream: integer scalars."""
+    """Return the four random words of elements 4 quad .. 4 quad + 3, as uint32. The other arguments are integer scalars."""
     sample = sample.to(tl.int64)
     return tl.philox(
         seed,
@@ -71,7 +71,7 @@ def words(seed, quad, t, sample, stream):
 
 @triton.jit
 def normals(seed, quad, t, sample, stream):
-    """Elements 4 quad .. 4 quad + 3, as four tensors of quad's shape."""
+    """Return the normals of elements 4 quad .. 4 quad + 3, as four tensors of quad's shape."""
     w0, w1, w2, w3 = words(seed, quad, t, sample, stream)
     z0, z1 = _box_muller(w0, w1)
     z2, z3 = _box_muller(w2, w3)

@@ -26,7 +26,7 @@ def philox_normal_kernel(
     stream: tl.int64,
     t_all: tl.int64,
     first: tl.int64,
-    ALIGNED: tl.constexpr,  # every sample begins at a multiple of 16 bytes
+    ALIGNED: tl.constexpr,  # every sample starts at a multiple of 16 bytes
     LARGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -35,7 +35,7 @@ def philox_normal_kernel(
     blocks = tl.cdiv(elements, 4 * BLOCK)
     i = tl.program_id(0) // blocks
     if ALIGNED:
-        elements = elements // 4 * 4  # says so to the compiler
+        elements = elements // 4 * 4  # shows the compiler that elements is a multiple of 4
     begin = (tl.program_id(0) % blocks).to(elements.dtype) * BLOCK
     time = t_all if t is None else tl.load(t + i)
     name = first.to(tl.int64) + i if sample is None else tl.load(sample + i)
@@ -54,7 +54,7 @@ def philox_normal(
     sample: torch.Tensor | None,
     first: int,
 ) -> None:
-    """out: float32 [N, ...], contiguous. seed: its int64 bits. t, sample: int64 [N], or None for t_all and first + i."""
+    """Fill out, contiguous float32 [N, ...]. seed is its int64 bits. t and sample are int64 [N]; None: t_all, first + i."""
     if out.numel() == 0:
         return
     n, elements = out.shape[0], math.prod(out.shape[1:])

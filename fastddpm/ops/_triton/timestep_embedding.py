@@ -1,9 +1,9 @@
 """out[i, :] = [sin(t_i f), cos(t_i f), 0 if dim is odd], cos first if flipped, with f_k = exp(-rate k).
 
-The turns t f / (2 pi) need more digits than a float32 has: they are formed in float64, less their nearest multiple of a
-quarter turn; what is left, at most an eighth of a turn, goes to the float32 polynomials of philox.py.
+The turns t f / (2 pi) need more digits than a float32 has. They are computed in float64, and their nearest multiple of a quarter
+turn is subtracted. The remainder, at most an eighth of a turn, is passed to the float32 polynomials of philox.py.
 
-Work: a program has ROWS timesteps and BLOCK frequencies, each of which it computes once. Bytes: out is written once.
+Work: a program processes ROWS timesteps and BLOCK frequencies. It computes each frequency once. Bytes: out is written once.
 """
 
 import numpy as np
@@ -23,13 +23,13 @@ def timestep_embedding_kernel(
 ):
     half = dim // 2
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    # A float64 argument would reach the kernel as a float32: the rate comes in two.
+    # A float64 argument would reach the kernel as a float32, so the rate is passed in two parts.
     exact_rate = tl.cast(rate, tl.float64) + tl.cast(rate_rest, tl.float64)
     turns_per_t = tl.exp(k.to(tl.float64) * -exact_rate) * 0.15915494309189535
 
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     turns = tl.load(t + i, mask=i < count, other=0).to(tl.float64)[:, None] * turns_per_t[None, :]
-    # Adding 1.5 2^50 rounds to quarters, and leaves their number in the low bits.
+    # Adding 1.5 2^50 rounds to quarters and leaves their number in the low bits.
     shifted = turns + 1688849860263936.0
     rest = (turns - (shifted - 1688849860263936.0)) * 6.283185307179586
     quarters = shifted.to(tl.int64, bitcast=True).to(tl.uint32)
@@ -44,7 +44,7 @@ def timestep_embedding_kernel(
 
 
 def timestep_embedding(out: torch.Tensor, t: torch.Tensor, rate: float, flip_sin_to_cos: bool) -> None:
-    """out: float32 [N, dim], t: int64 or float32 [N], both contiguous."""
+    """Fill out, float32 [N, dim], for t, int64 or float32 [N]. Both are contiguous."""
     count, dim = out.shape
     if count == 0:
         return
