@@ -203,8 +203,8 @@ def train(settings: argparse.Namespace, variant: Variant, dataset: ArrayImages) 
             if time.perf_counter() - began < allowed:
                 sys.exit(f"{done}: interrupted; the same command resumes")
             sys.exit(
-                f"{done} after {settings.minutes:g} minutes. With more --minutes (at most 5) it goes on; with fewer --steps "
-                "all begin anew. Do other processes use the cores?"
+                f"{done} after {settings.minutes:g} minutes. More --minutes (at most 5) resume it; fewer --steps "
+                "restart all variants. Do other processes use the cores?"
             )
     return {"minutes": seconds() / 60, "loss": float(trainer.log[-1]["loss"])}
 

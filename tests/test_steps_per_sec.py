@@ -273,7 +273,9 @@ def test_an_instruction_set_is_kept_or_refused(uncapped):
     with pytest.raises(SystemExit, match="--isa native: the environment has ATEN_CPU_CAPABILITY=avx2, which caps"):
         _isa.set_isa("native", "cpu")
     uncapped.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
-    with pytest.raises(SystemExit, match="has ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX512_CORE, which contradicts"):
+    with pytest.raises(
+        SystemExit, match="has ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX512_CORE, which contradicts"
+    ):
         _isa.set_isa("avx2", "cpu")
     uncapped.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
     with pytest.raises(SystemExit, match="--isa avx2: this processor has no AVX2"):
