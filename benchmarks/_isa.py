@@ -33,7 +33,7 @@ def set_isa(isa: str, device: str) -> None:
             )
         return
     if device != "cpu":
-        sys.exit(f"--isa avx2: only what runs on a CPU can be capped, and --device is {device}; pass --device cpu")
+        sys.exit(f"--isa avx2: only a CPU can be capped, and --device is {device}; pass --device cpu")
     if not torch.cpu._is_avx2_supported():
         sys.exit("--isa avx2: this processor has no AVX2; omit --isa to measure its own instructions")
     if any(CAP[name] != value for name, value in there.items()):
@@ -59,8 +59,8 @@ def capped(quick: bool) -> dict[str, str]:
         return found[1] if found else "nothing"
 
     said = {
-        "fastddpm's kernels": f"{backend.describe()['cpu_variant'] or 'none'}, as fastddpm.backend.describe() says",
-        "torch's kernels": f"{torch.backends.cpu.get_cpu_capability()}, as torch.backends.cpu.get_cpu_capability() says",
+        "fastddpm's kernels": f"{backend.describe()['cpu_variant'] or 'none'}, as fastddpm.backend.describe() reports",
+        "torch's kernels": f"{torch.backends.cpu.get_cpu_capability()}, as torch.backends.cpu.get_cpu_capability() reports",
         "torch's convolutions": f"{logged(r'cpu,isa:(.*)')}, {logged(r'convolution,([^,]*),')}, as oneDNN logs",
     }
     if not quick:
@@ -68,7 +68,7 @@ def capped(quick: bool) -> dict[str, str]:
 
         march = getattr(config.cpp, "march", None)  # older torch compiles for the native processor
         vectors = cpu_vec_isa.pick_vec_isa()
-        said["torch.compile's kernels"] = f"{vectors}, -march={march or 'native'}, as torch._inductor's settings say"
+        said["torch.compile's kernels"] = f"{vectors}, -march={march or 'native'}, from torch._inductor's settings"
     if torch.backends.mkl.is_available():  # MKL names its instructions only on Intel's processors, see NOTES.md
         version = logged(r"MKL_VERBOSE ([^,]*)")
         said["torch's matrix products"] = (
@@ -79,5 +79,5 @@ def capped(quick: bool) -> dict[str, str]:
         sys.exit(f"--isa avx2: these libraries do not obey it: {'; '.join(disobeys)}")
     return {
         **said,
-        "OpenVINO": "as its compiled model says of each layer, see its set-up; layers of MLAS can't be capped",
+        "OpenVINO": "as its compiled model reports for each layer, see its set-up; layers of MLAS cannot be capped",
     }

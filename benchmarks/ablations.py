@@ -416,7 +416,7 @@ def main() -> None:
                 "data_sha256": checksum(settings.data),
                 "network": dataclasses.asdict(NETWORK),
                 "parameters": sum(p.numel() for p in UNet(NETWORK).parameters()),
-                "recipe": dataclasses.asdict(recipe(settings, "simple")) | {"objective": "as the variant says"},
+                "recipe": dataclasses.asdict(recipe(settings, "simple")) | {"objective": "of the variant"},
                 "classifier": {"test_accuracy": by.accuracy},
                 "real": {"frechet": by.floors, "confident": by.confident, "pixel_variance": data_variance},
                 "variants": {variant.name: result for variant, result in results.items()},

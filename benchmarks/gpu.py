@@ -131,7 +131,7 @@ def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS)
             results.write()
             late = status == 124 and not {"FAILED", "ERROR"} & counts.keys()
             if late or (status == 0 and not right and name in TOOLS):
-                short.append(f"{name}: {'out of time' if late else 'skipped, as its log says'}")
+                short.append(f"{name}: {'out of time' if late else 'skipped; see its log'}")
             elif not right:
                 wrong.append(f"{name}: pytest ended with {status}")
             clock.say(f"{name}: {'right' if right else 'NOT RIGHT'}, {counts}")
