@@ -1,4 +1,4 @@
-"""What the GPU kernels and the engine have to reach, and what a run's results say of it."""
+"""The bars of the GPU kernels and of the engine, and a comparison of a run's results with them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from _cases import COMPILED, COPY, PLAIN
 from _harness import print_table
 
 OURS, TWIN = "fastddpm cuda", "fastddpm triton"
-# Names that cases have in `Case.bars`
+# Names used in `Case.bars`
 ON_CHIP, TWO_STAGE, BATCH_1, LARGE_STEP, SMALL_STEP = "on chip", "two-stage", "batch 1", "large step", "small step"
 BATCHES = {64: "CIFAR-10 at batch 64", 256: "CIFAR-10 at batch 256"}
 OPS = ("group_norm_silu", "group_norm_silu_backward", "ddpm_step_", "philox_normal", "timestep_embedding")
 
-# Contestants of steps_per_sec.py that bars refer to: whole names, the start of two, and a part of one
+# Contestants of steps_per_sec.py that bars refer to: whole names, a prefix of two, and a part of one
 F32, BF16, DEFAULTS = "fastddpm float32", "fastddpm bfloat16", "diffusers, as it comes"
 OPENVINO, GRAPH = "OpenVINO", "CUDA graph by hand"
 
-Value = float | tuple[float, str] | None  # what was measured, and where; None where it was not
+Value = float | tuple[float, str] | None  # the measured value, and its place; None if it was not measured
 
 
 def _ms(r: dict, name: str = OURS) -> float:
@@ -25,7 +25,7 @@ def _ms(r: dict, name: str = OURS) -> float:
 
 
 def _row(bar: str, wanted: str, value: Callable[[], Value], moonshot: bool = False) -> dict:
-    """value raises a KeyError, or a ValueError where there is nothing to choose from, if what it needs was not measured."""
+    """Return a bar's row. `value` raises KeyError or ValueError (nothing to choose from) if its inputs were not measured."""
     sign, bound = wanted.split()
     try:
         found = value()
@@ -37,10 +37,12 @@ def _row(bar: str, wanted: str, value: Callable[[], Value], moonshot: bool = Fal
 
 
 def bars(results: Collection[dict], planned: Collection[dict]) -> list[dict]:
-    """Every bar of the ops: what was wanted, what was measured and where, and whether that reaches it.
+    """Return every bar of the ops: its bound, the measured value and its place, and whether the bar is reached.
 
-    results: as `kernels.measure_on_gpu` makes them. planned: op, case and bars of every case that a whole run has; a bar
-    that lacks a planned case, or a contestant in it, is not measured, and so not reached.
+    Args:
+        results: Results of `kernels.measure_on_gpu`.
+        planned: Op, case and bars of every case of a whole run. A bar that lacks a planned case, or a contestant in it,
+            is not measured, and so not reached.
     """
     rows, have = [], {(r["op"], r["case"]) for r in results}
 
@@ -53,7 +55,7 @@ def bars(results: Collection[dict], planned: Collection[dict]) -> list[dict]:
         rows.append(_row(bar, wanted, lambda: value(cases) if cases else None))
 
     def compiled(r: dict) -> float:
-        """By torch.compile's best setting for this shape."""
+        """Return the time of torch.compile's best setting for this shape, in ms."""
         return min(c["ms"] for name, c in r["contestants"].items() if name.startswith(COMPILED))
 
     def extreme(pick: Callable, of: Callable[[dict], float]) -> Callable[[list[dict]], Value]:
@@ -85,10 +87,11 @@ def bars(results: Collection[dict], planned: Collection[dict]) -> list[dict]:
 
 
 def engine_bars(results: Collection[dict], kind: str) -> list[dict]:
-    """The bars of a whole step, and the moonshots, which nobody has to reach.
+    """Return the bars of a whole step, and the moonshots, which are optional.
 
-    results: as `steps_per_sec.measure` makes them, with another of compiled peers as "compiled" where these were measured
-    by themselves. kind: "cuda"; "cpu"; or "avx2", for a CPU without wider vectors and bfloat16 products, or capped to that.
+    Args:
+        results: Results of `steps_per_sec.measure`. Compiled peers measured separately are a result in "compiled".
+        kind: "cuda"; "cpu"; or "avx2", for a CPU without wider vectors and bfloat16 products, or capped to that.
     """
     units, rows = {(r["network"], r["batch"]): r for r in results}, []
 
@@ -101,13 +104,13 @@ def engine_bars(results: Collection[dict], kind: str) -> list[dict]:
 
     def than_best(unit: dict) -> Value:
         runs = {n: run for run in (unit, unit.get("compiled", {})) for n in run.get("contestants", ())}
-        if not any(GRAPH in name for name in runs):  # the strongest, without which there is no best
+        if not any(GRAPH in name for name in runs):  # the strongest peer: without it the best is unknown
             return None
-        # Each is held against ours in the same run.
+        # Each peer is compared with ours in the same run.
         return min(than(name)(run) for name, run in runs.items() if not name.startswith("fastddpm"))
 
     def of_matmul(unit: dict, ours: str = BF16) -> Value:
-        return unit["contestants"][ours]["share_of_matmul"]  # None where the limit itself was not measured
+        return unit["contestants"][ours]["share_of_matmul"]  # None if the limit itself was not measured
 
     def worst(bar: str, wanted: str, values: Callable[[dict], Iterable[float]]) -> None:
         found = [(v, f"{r['network']} at batch {r['batch']}") for r in results for v in values(r) if v is not None]
@@ -153,6 +156,6 @@ def print_bars(rows: Iterable[dict]) -> None:
 
 
 def missed(rows: Iterable[dict], excused: Iterable[str] = ()) -> list[str]:
-    """Bars that have to be reached and are not; excused: words of those that need not have been measured."""
+    """Return the required bars that are missed. A bar with a word of `excused` in it need not have been measured."""
     rows = [r for r in rows if r["measured"] is not None or not any(word in r["bar"] for word in excused)]
     return [r["bar"] for r in rows if not r["reached"] and not r["moonshot"]]

@@ -1,4 +1,4 @@
-"""The ops as cases to measure: their buffers, who takes part, and what is right. kernels.py times them.
+"""The ops as cases to measure: their buffers, contestants, and correct results. kernels.py times them.
 
 On a GPU our contestants are the public op with each backend, and the CUDA kernel with its output preallocated.
 """
@@ -34,10 +34,10 @@ GROUPS, EPS = 32, 1e-6  # as in the paper's network
 SEED, T, STEP = 7, 1000, 500
 PLAIN = "torch"  # the composition that "times faster" refers to
 COPY = "copy"
-COMPILED = "torch.compile"  # the names of its settings begin so
-TABLE_ROWS = 1 << 16  # of ddpm_step_ on a GPU, where every call of a turn goes on by a row
+COMPILED = "torch.compile"  # prefix of the names of its settings
+TABLE_ROWS = 1 << 16  # of ddpm_step_ on a GPU: every call of a turn advances by a row
 
-# Largest |error| / (1 + |truth|) against float64. Ours round once, to the output's dtype; compositions also in between.
+# Largest |error| / (1 + |truth|) against float64. Our ops round once, to the output's dtype; compositions more often.
 OURS = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
 THEIRS = {torch.float32: 4e-5, torch.bfloat16: 2e-2}
 
@@ -46,8 +46,8 @@ Tensors = tuple[torch.Tensor, ...]
 
 @dataclasses.dataclass
 class Contestant:
-    call: Callable[..., torch.Tensor]  # of a set of buffers -> the result
-    check: Callable[..., tuple[float, float]]  # of the result and the set as it was before -> (error, allowed)
+    call: Callable[..., torch.Tensor]  # (a set of buffers) -> the result
+    check: Callable[..., tuple[float, float]]  # (the result, the set before the call) -> (error, allowed)
     moved: int  # bytes
 
 
@@ -57,21 +57,21 @@ class Case:
     name: str
     make: Callable[[], Tensors]  # one set of buffers
     contestants: dict[str, Contestant]
-    source: int = 0  # which of the buffers the plain copy reads,
-    out: int = -1  # and which it writes; this one is full of NaN when a contestant is checked
-    reset: Callable[[], None] = lambda: None  # what has to be set back before calls that are counted, or checked
-    touched: int | None = None  # bytes that one call touches; default what the least of the contestants moves
+    source: int = 0  # index of the buffer that the plain copy reads
+    out: int = -1  # index of the buffer that it writes; filled with NaN when a contestant is checked
+    reset: Callable[[], None] = lambda: None  # resets state before calls that are counted or checked
+    touched: int | None = None  # bytes that one call touches; default the fewest bytes that a contestant moves
     # On a GPU:
-    bars: tuple[str, ...] = ()  # for which bars the case counts; see _bars.py
-    calls: int = 0  # how often the CIFAR-10 network calls an op of this shape
-    sets: int | None = None  # of buffers, and so calls in a graph; default as many as exceed the L2 four times
+    bars: tuple[str, ...] = ()  # bars for which the case counts; see _bars.py
+    calls: int = 0  # number of calls with this shape in the CIFAR-10 network
+    sets: int | None = None  # sets of buffers, so calls in a graph; default: exceed the L2 four times
 
     def __str__(self) -> str:
         return f"{self.op} {self.name}"
 
 
 class WrongResult(Exception):
-    """A contestant's output is not what it has to be."""
+    """A wrong output of a contestant."""
 
 
 def error(result: torch.Tensor, exact: torch.Tensor) -> float:
@@ -79,18 +79,18 @@ def error(result: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def against(truth: Callable[..., torch.Tensor], allowed: float) -> Callable[..., tuple[float, float]]:
-    """A check against truth(*buffers), float64."""
+    """Return a check against truth(*buffers), float64."""
     return lambda result, *buffers: (error(result, truth(*buffers)), allowed)
 
 
 def looks_normal(result: torch.Tensor, *_: torch.Tensor) -> tuple[float, float]:
-    """For noise that nobody can predict: mean 0 and variance 1 within 5 standard errors."""
+    """Check unpredictable noise: mean 0 and variance 1 within 5 standard errors."""
     n, z = result.numel(), result.double()
     return max(abs(float(z.mean())) * n**0.5, abs(float(z.var()) - 1) * (n / 2) ** 0.5), 5.0
 
 
 def examined(case: Case, name: str) -> float:
-    """A contestant's error against float64; raises WrongResult where it is more than is allowed."""
+    """Return a contestant's error against float64. Raise WrongResult if it exceeds the allowed error."""
     contestant, buffers = case.contestants[name], case.make()
     buffers[case.out].fill_(math.nan)
     # Leaves of a graph stay themselves; the rest is cloned, as some contestants write into their input.
@@ -98,13 +98,13 @@ def examined(case: Case, name: str) -> float:
     case.reset()
     torch.manual_seed(0)
     found, allowed = contestant.check(contestant.call(*given), *buffers)
-    if not found <= allowed:  # a NaN is not
+    if not found <= allowed:  # also true for NaN
         raise WrongResult(f"{name} is wrong: error {found:.2g}, allowed {allowed:.2g}; not timed")
     return found
 
 
 def examine(case: Case) -> dict[str, float]:
-    """Each contestant's error against float64; ends the run where one is over what is allowed."""
+    """Return each contestant's error against float64. Exit if one exceeds the allowed error."""
     try:
         return {name: examined(case, name) for name in case.contestants}
     except WrongResult as wrong:
@@ -118,11 +118,11 @@ def describe(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_fo
     return " ".join(words)
 
 
-# -------------------------------------------------------------------------------------------- who takes part
+# -------------------------------------------------------------------------------------------- contestants
 
 
 def _served(device: str) -> list[str]:
-    """The backends with kernels of ours for a device, as far as they can run here."""
+    """Return the backends that have kernels for a device and can run here."""
     return [
         name for name in (("cpu",) if device == "cpu" else ("cuda", "triton")) if not backend.unavailable_reason(name)
     ]
@@ -141,10 +141,10 @@ def _with(kind: str, op: Callable) -> Callable:
 
 
 def _ours(device: str, op: Callable, kernel: Callable | None = None) -> dict[str, Callable]:
-    """op(*buffers) as users call it, and kernel(kind, *buffers), which has its output preallocated."""
+    """Return our contestants: op(*buffers) as users call it, and kernel(kind, *buffers) with a preallocated output."""
     served = _served(device)
     calls = {}
-    if kernel is not None and served and served[0] != "triton":  # whose op runs no other kernel
+    if kernel is not None and served and served[0] != "triton":  # Triton's op runs no other kernel
         name = "fastddpm kernel" if device == "cpu" else "fastddpm cuda kernel"
         calls[name] = functools.partial(kernel, served[0])
     if device == "cpu":
@@ -160,7 +160,7 @@ REINDEXING = "loop_reindexing_after_fusion"  # TORCHINDUCTOR_LOOP_REINDEXING_AFT
 
 
 def inductor_settings(mode: str) -> dict[str, dict[str, object]]:
-    """torch.compile's options for a mode, with loop reindexing on and off where torch has it, by the end of their name."""
+    """Return name suffix -> torch.compile's options for a mode, with loop reindexing on and off if torch has it."""
     from torch import _inductor  # loads slowly
 
     options = _inductor.list_mode_options(mode)
@@ -170,11 +170,11 @@ def inductor_settings(mode: str) -> dict[str, dict[str, object]]:
 
 
 def _compiled(function: Callable) -> dict[str, Callable]:
-    """torch.compile of function in inference mode, with every setting that a fair comparison tries."""
+    """Return torch.compile of `function` in inference mode, with every setting that a fair comparison tries."""
     variants = {}
     for mode, name in (("default", COMPILED), ("max-autotune-no-cudagraphs", f"{COMPILED} max-autotune")):
         for suffix, options in inductor_settings(mode).items():
-            # fullgraph: whatever made torch.compile fall back to eager code is an error, not a slow peer.
+            # fullgraph: a fallback of torch.compile to eager code is an error, not a slow peer.
             optimised = torch.compile(function, fullgraph=True, dynamic=False, options=options)
             variants[f"{name}{suffix}"] = torch.inference_mode()(optimised)
     return variants
@@ -239,7 +239,7 @@ def group_norm_silu(
 def group_norm_silu_backward(
     shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str = "cpu", **about: object
 ) -> Case:
-    """The gradients of x, weight and bias from a graph that is there already."""
+    """Return the gradients of x, weight and bias from an existing graph."""
     weight, bias = (v.requires_grad_() for v in _norm_parameters(shape[1], dtype, device))
     channels_last = layout == torch.channels_last
     norm = Norm(GROUPS, weight, bias, None, None, None, True)
@@ -287,14 +287,14 @@ def group_norm_silu_backward(
 
 @functools.cache
 def cifar10_norms() -> Counter[tuple[int, int, int]]:
-    """How often one forward of the paper's CIFAR-10 network calls group_norm_silu for each [C, H, W]."""
+    """Return [C, H, W] -> number of group_norm_silu calls in one forward of the paper's CIFAR-10 network."""
     shapes = Counter()
 
     def noted(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         shapes[tuple(x.shape[1:])] += 1
         return torch.empty_like(x)
 
-    network = UNet.from_preset("cifar10").to("meta").eval()  # shapes alone: nothing is computed
+    network = UNet.from_preset("cifar10").to("meta").eval()  # meta tensors have only shapes: nothing is computed
     original, unet.ops.group_norm_silu = unet.ops.group_norm_silu, noted
     try:
         network(torch.empty(1, *network.shape, device="meta"), torch.empty(1, dtype=torch.int64, device="meta"))
@@ -307,12 +307,12 @@ def cifar10_norms() -> Counter[tuple[int, int, int]]:
 
 
 def _row() -> torch.Tensor:
-    """From the middle of the paper's chain."""
+    """Return a step's coefficients from the middle of the paper's chain."""
     return coefficients.table(Schedule.linear(T)).rows[T - 1 - STEP]
 
 
 def ddpm_step(shape: tuple[int, ...]) -> Case:
-    """One step with fresh noise, on a CPU."""
+    """Return the case of one step with fresh noise, on a CPU."""
     row = _row()
     a, b, c0, c1, sigma = (float(row[i]) for i in (0, 1, 2, 3, 6))
     rows, timesteps = row.float()[None].contiguous(), torch.tensor([STEP])
@@ -367,7 +367,7 @@ def ddpm_step(shape: tuple[int, ...]) -> Case:
 
 
 def ddpm_step_in_graph(shape: tuple[int, ...], device: str = "cuda", **about: object) -> Case:
-    """The step as a captured chain does it: in place, with the network's next input, all that it needs on the device."""
+    """Return the case of a captured chain's step: in place, with the network's next input, all inputs on the device."""
     row = _row()
     a, b, c0, c1, sigma = (float(row[i]) for i in (0, 1, 2, 3, 6))
     rows, timesteps = (v.repeat(TABLE_ROWS, 1) for v in (row.float(), torch.tensor([STEP])))
@@ -394,7 +394,7 @@ def ddpm_step_in_graph(shape: tuple[int, ...], device: str = "cuda", **about: ob
     def check(noise: Callable[[], dict], allowed: float) -> Callable[..., tuple[float, float]]:
         def of(result: Tensors, x: torch.Tensor, o: torch.Tensor, *_: torch.Tensor) -> tuple[float, float]:
             exact = ops.ddpm_step_ref(x.double(), o.double(), row, **noise())[0]
-            # One figure for both outputs: the low precision's error in units of what float32 is allowed.
+            # One figure for both outputs: the low precision's error in units of float32's allowed error.
             rounded = error(result[1], exact) / OURS[torch.bfloat16] * allowed
             return max(error(result[0], exact), rounded), allowed
 
@@ -457,7 +457,7 @@ def philox_normal(shape: tuple[int, ...], device: str = "cpu", **about: object) 
         return out
 
     def truth(source: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        # The reference computes in float64 and rounds once, far below what is allowed here.
+        # The reference computes in float64 and rounds once, far below the allowed error.
         return ops.philox_normal_ref(shape, **arguments).double()
 
     moved = 4 * n * elements

@@ -1,4 +1,4 @@
-"""Who takes part in steps_per_sec.py: fastddpm, and the best that a user could pick instead, with the same weights."""
+"""The contestants of steps_per_sec.py: fastddpm and its best alternatives, with the same weights."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ try:
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.utils import logging
 
-    logging.set_verbosity_error()  # UNet2DModel warns of casts even where none of its layers minds
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # which asks for versions
+    logging.set_verbosity_error()  # UNet2DModel warns of casts that harm none of its layers
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # a check of versions
 except ImportError:
     DDPMScheduler = UNet2DModel = None
 
 T = 1000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ABSURD = 5  # times float32's time, beyond which nobody would choose a dtype
+ABSURD = 5  # times float32's time, above which a dtype is useless
 
 
 class LeftOut(Exception):
-    """Why a contestant, or a limit, is not measured."""
+    """The reason why a contestant, or a limit, is not measured."""
 
 
 @dataclasses.dataclass
 class Contestant:
     precision: str  # of the network's products: "float32", "tf32" or "bfloat16"
     predict: Callable[[torch.Tensor, int], torch.Tensor]  # x float32 [B, C, H, W] and a timestep -> epsilon, float32
-    # Seconds of k steps, behind one that is not timed: only a chain's first meets memory that is new to the process.
+    # Seconds of k steps, after an untimed one: only a chain's first step touches memory that is new to the process.
     steps: Callable[[int], float]
-    slack: float = 1.0  # how many times the tolerance of its precision its error may be
-    isa: dict[str, int] | None = None  # instruction set -> layers that run on it, where the library tells
+    slack: float = 1.0  # allowed error, as a multiple of its precision's tolerance
+    isa: dict[str, int] | None = None  # instruction set -> layers that run on it, if the library reports it
 
 
 Entrant = contextlib.AbstractContextManager[Contestant]
@@ -71,7 +71,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def the_network(name: str) -> UNet:
-    """A network of the paper's, with weights that let every layer count: a fresh one has layers close to zero."""
+    """Return a network of the paper, with weights that make every layer count: a fresh one has layers close to zero."""
     return stirred(UNet.from_preset(name))
 
 
@@ -88,7 +88,7 @@ def stirred(model: UNet) -> UNet:
 
 
 def macs(model: UNet) -> tuple[int, int]:
-    """Multiply-adds of one image as the network is written down: of convolutions; of linear layers and attention."""
+    """Return one image's multiply-adds as the network is written down: (convolutions, linear layers and attention)."""
     convolutions = products = 0
 
     def count(layer: nn.Module, _: object, out: torch.Tensor) -> None:
@@ -97,7 +97,7 @@ def macs(model: UNet) -> tuple[int, int]:
             convolutions += out.numel() * layer.weight[0].numel()
         elif isinstance(layer, nn.Linear):
             products += out.numel() * layer.in_features
-        elif isinstance(layer, Attention):  # beside its linear layers: scores, and what they weigh
+        elif isinstance(layer, Attention):  # besides its linear layers: scores, and the weighted sum
             products += 2 * out[0, 0].numel() * out.numel()
 
     shapes = copy.deepcopy(model).to("meta")
@@ -107,15 +107,15 @@ def macs(model: UNet) -> tuple[int, int]:
     return convolutions, products
 
 
-# ------------------------------------------------------------------------------------- what a dtype would take
+# ------------------------------------------------------------------------------------- the cost of a dtype
 
 
 @functools.cache
 def rates(precision: str) -> tuple[float, float]:
-    """Multiply-adds a second of torch's convolutions and of its matrix products on this processor, by a short probe.
+    """Probe torch's convolutions and matrix products on this processor. Return the multiply-adds per second of each.
 
-    The probe is small, so that it ends soon where a processor has no instructions for the dtype, and on one thread, as
-    threads that wait for each other would hide the difference between dtypes.
+    The probe is small, so that it ends soon on a processor without instructions for the dtype. It runs on one thread,
+    since threads that wait for each other would hide the difference between dtypes.
     """
     dtype, threads = DTYPES[precision], torch.get_num_threads()
     layer = nn.Conv2d(128, 128, 3, padding=1).to(dtype, memory_format=torch.channels_last)
@@ -139,7 +139,7 @@ def rates(precision: str) -> tuple[float, float]:
 
 
 def refuse_if_absurd(what: str, precision: str, convolutions: int, products: int) -> None:
-    """LeftOut where so many multiply-adds in a dtype would take absurdly long on this processor."""
+    """Raise LeftOut if these multiply-adds in a dtype would take absurdly long on this processor."""
     seconds, usual = (convolutions / r[0] + products / r[1] for r in (rates(precision), rates("float32")))
     if seconds > ABSURD * usual:
         raise LeftOut(
@@ -167,7 +167,7 @@ class PlainEmbedding(TimestepEmbedding):
 
 
 def plain(model: UNet) -> UNet:
-    """The network of nothing but PyTorch's own functions, which a compiler can fuse: the peer where diffusers is missing."""
+    """The network made of PyTorch's functions, which a compiler can fuse: the peer if diffusers is missing."""
     used = copy.deepcopy(model)
     used.time_embedding.__class__ = PlainEmbedding
     for parent in list(used.modules()):
@@ -184,7 +184,7 @@ def diffusers_unet(model: UNet) -> nn.Module:
 
 
 class Peer(nn.Module):
-    """Their network as (x, t) -> tensor, for those who compile or convert it: diffusers', or the plain one without it."""
+    """The peer's network as (x, t) -> tensor, to be compiled or converted: diffusers', or the plain one without it."""
 
     def __init__(self, model: UNet) -> None:
         super().__init__()
@@ -201,9 +201,9 @@ class Peer(nn.Module):
 
 @contextlib.contextmanager
 def ours(model: UNet, batch: int, precision: str, name: str | None = None) -> Iterator[Contestant]:
-    """fastddpm.sample's own loop, over the first steps of the full chain's table; on backend `name`, or on the usual one."""
+    """Yield fastddpm.sample's own loop over the first steps of the full chain's table, on backend `name` or the default."""
     device, shape = next(model.parameters()).device, (batch, *model.shape)
-    # A model has one engine at a time, so that each contestant has a model: of the same tensors.
+    # A model has one engine at a time, so each contestant has its own model of the same tensors.
     model = copy.deepcopy(model, {id(v): v for v in model.parameters()})
     table, bar = coefficients.table(Schedule.linear(T)), tqdm(disable=True)
     x_T, out = torch.randn(shape, device=device), torch.empty(shape, device=device)
@@ -239,7 +239,7 @@ def cudnn(benchmark: bool, tf32: bool) -> Iterator[None]:
     flags.benchmark, flags.allow_tf32 = benchmark, tf32
     try:
         yield
-    finally:  # as torch has them; not as they were, for reading allow_tf32 fails where conv.fp32_precision was set
+    finally:  # torch's defaults; the earlier values are unknown, as reading allow_tf32 fails if conv.fp32_precision is set
         flags.benchmark, flags.allow_tf32 = False, True
 
 
@@ -256,7 +256,7 @@ def in_their_loop(
     batch: int,
     settings: Callable[[], contextlib.AbstractContextManager] = at_its_best,
 ) -> Contestant:
-    """The loop of diffusers' DDPMPipeline around call(x, t), with x and the result float32 and t as its scheduler has it."""
+    """Return the loop of diffusers' DDPMPipeline around call(x, t): x and the result float32, t from its scheduler."""
     device = next(model.parameters()).device
     scheduler = DDPMScheduler(T, beta_schedule="linear", variance_type="fixed_large", clip_sample=True)
     scheduler.set_timesteps(T)
@@ -281,7 +281,7 @@ def in_their_loop(
 
 @contextlib.contextmanager
 def as_it_comes(model: UNet, batch: int, tf32: bool) -> Iterator[Contestant]:
-    """DDPMPipeline at torch's defaults, under which cuDNN may round a convolution's operands to TF32; or without that."""
+    """Yield DDPMPipeline at torch's defaults, under which cuDNN may round convolutions' operands to TF32, or without it."""
     unet = diffusers_unet(model).to(next(model.parameters()).device)
     precision = "tf32" if tf32 else "float32"
     yield in_their_loop(
@@ -291,13 +291,13 @@ def as_it_comes(model: UNet, batch: int, tf32: bool) -> Iterator[Contestant]:
 
 @contextlib.contextmanager
 def tuned(model: UNet, batch: int, precision: str, options: dict[str, object] | None = None) -> Iterator[Contestant]:
-    """The same loop with the network channels_last, compiled where options are given; all timesteps on the device already."""
+    """Yield the same loop with a channels_last network, compiled if options are given, with all timesteps on the device."""
     device, dtype = next(model.parameters()).device, DTYPES[precision]
     if device.type == "cpu":
         refuse_if_absurd("a step", precision, *(batch * count for count in macs(model)))
     unet = Peer(model).to(device, dtype, memory_format=torch.channels_last)
     timesteps = torch.arange(T, device=device)[:, None].expand(T, batch).contiguous()
-    # fullgraph: whatever made torch.compile fall back to eager code is an error, not a slow peer.
+    # fullgraph: a fallback of torch.compile to eager code is an error, not a slow peer.
     compiled = unet if options is None else torch.compile(unet, fullgraph=True, dynamic=False, options=options)
 
     def call(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -307,7 +307,7 @@ def tuned(model: UNet, batch: int, precision: str, options: dict[str, object] | 
 
 
 class _Stack(ctypes.Structure):
-    """stack_t of sigaltstack(2)."""
+    """The struct stack_t of sigaltstack(2)."""
 
     _fields_ = (("ss_sp", ctypes.c_void_p), ("ss_flags", ctypes.c_int), ("ss_size", ctypes.c_size_t))
 
@@ -330,7 +330,7 @@ def signal_stack_kept() -> Iterator[None]:
 
 
 class Weighed(nn.Module):
-    """What OpenVINO can't do in bfloat16 on a processor that it has no kernels for."""
+    """A module that OpenVINO cannot run in bfloat16 on a processor without bfloat16 kernels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.softmax(-1) @ x
@@ -338,7 +338,7 @@ class Weighed(nn.Module):
 
 @contextlib.contextmanager
 def openvino(model: UNet, batch: int, precision: str) -> Iterator[Contestant]:
-    sys.modules.setdefault("openvino_telemetry", None)  # or it would tell its makers of this run
+    sys.modules.setdefault("openvino_telemetry", None)  # disables OpenVINO's telemetry
     import openvino as ov
 
     options = {
@@ -346,7 +346,7 @@ def openvino(model: UNet, batch: int, precision: str) -> Iterator[Contestant]:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    if precision == "bfloat16":  # on a processor without such products it computes in float32, or fails in the end
+    if precision == "bfloat16":  # on a processor without such products it computes in float32, or fails late
         small = ov.convert_model(Weighed(), example_input=torch.zeros(1, 4, 8, 8))
         try:
             with signal_stack_kept():
@@ -354,9 +354,9 @@ def openvino(model: UNet, batch: int, precision: str) -> Iterator[Contestant]:
         except RuntimeError as problem:
             raise LeftOut("OpenVINO can't compile a small model in bfloat16 for this processor") from problem
         if used != "bf16":
-            raise LeftOut(f"OpenVINO computes in {used} on this processor where bfloat16 is asked for")
+            raise LeftOut(f"OpenVINO computes in {used} on this processor instead of bfloat16")
     x, timesteps = torch.zeros(batch, *model.shape), torch.arange(T)[:, None].expand(T, batch).contiguous()
-    with warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning):  # shapes are what they are
+    with warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning):  # shapes are static
         converted = ov.convert_model(Peer(model), example_input=(x, timesteps[0]))
     converted.reshape({converted.inputs[0]: list(x.shape), converted.inputs[1]: [batch]})
     with signal_stack_kept():
@@ -371,9 +371,9 @@ def openvino(model: UNet, batch: int, precision: str) -> Iterator[Contestant]:
     contestant = in_their_loop(precision, call, model, batch)
     about = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
     kernels = [info["primitiveType"].value for info in about if "primitiveType" in info]  # as in brgconv_avx2_1x1_f32
-    # MLAS, which forms products of linear layers, chooses by itself, whatever the rest is capped to.
+    # MLAS, which computes linear layers, selects its instructions itself, regardless of the cap.
     contestant.isa = dict(Counter(found[0] for name in kernels if (found := re.search("avx[0-9]*|amx|mlas", name))))
-    if precision == "bfloat16":  # of which it makes more use than others, and errs by 0.06 to 0.12
+    if precision == "bfloat16":  # OpenVINO uses it in more places than others, and errs by 0.06 to 0.12
         contestant.slack = 3
     yield contestant
 
@@ -382,7 +382,7 @@ _failed: list[torch.cuda.CUDAGraph] = []
 
 
 def capture(run: Callable[[], object]) -> Callable[[], None]:
-    """What replays the run."""
+    """Capture run() into a CUDA graph and return its replay."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -395,14 +395,14 @@ def capture(run: Callable[[], object]) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def captured(model: UNet, batch: int, options: dict[str, object]) -> Iterator[Contestant]:
-    """What a skilled user writes: the whole step under torch.compile, nothing of it on the host, in a CUDA graph by hand."""
+    """Yield a skilled user's version: the whole step under torch.compile, in a CUDA graph by hand, without host work."""
     device, dtype = next(model.parameters()).device, torch.bfloat16
     unet = Peer(model).to(device, dtype, memory_format=torch.channels_last)
     table = coefficients.table(Schedule.linear(T))
     timesteps, rows = table.timesteps.to(device), table.rows[:, [0, 1, 2, 3, 6]].float().to(device)
 
     def one(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """A step on x, and the step's number, in place."""
+        """Advance x and the step's number in place."""
         o = unet(x.to(dtype, memory_format=torch.channels_last), timesteps[step].expand(batch)).float()
         a, b, c0, c1, sigma = rows[step].unbind(1)
         x0 = (a * x + b * o).clamp(-1, 1)
@@ -411,10 +411,10 @@ def captured(model: UNet, batch: int, options: dict[str, object]) -> Iterator[Co
         return o
 
     compiled = torch.compile(one, fullgraph=True, dynamic=False, options=options)
-    with at_its_best():  # all tensors are inference tensors, or it would be compiled twice
+    with at_its_best():  # makes all tensors inference tensors, to compile only once
         x_T = torch.randn(batch, *model.shape, device=device)
         x, step = x_T.clone(), torch.zeros(1, dtype=torch.int64, device=device)
-        for _ in range(3):  # compiles, and leaves nothing to be done for the first time within the capture
+        for _ in range(3):  # compiles, and completes all first-time work before the capture
             compiled(x, step)
         replay = capture(lambda: compiled(x, step))
 
@@ -441,9 +441,9 @@ def captured(model: UNet, batch: int, options: dict[str, object]) -> Iterator[Co
 
 
 def entrants(model: UNet, batch: int, quick: bool) -> dict[str, Entrant]:
-    """name -> contestant, to be entered. quick: without those that compile.
+    """Return name -> contestant, a context manager to enter. With `quick`, without contestants that compile.
 
-    As time may run out, those that bars are about come first, and of the others the stronger ones.
+    As time may run out, contestants that bars refer to come first, then the stronger ones.
     """
     on_gpu = next(model.parameters()).is_cuda
     field = {F32: ours(model, batch, "float32"), BF16: ours(model, batch, "bfloat16")}

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timing, the machine's description, the load on it, tables and JSON."""
+"""Shared code of the benchmarks: alternating timing, the machine's description, the load on it, tables and JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 import fastddpm
 from fastddpm.utils.files import atomic_write
 
-BUSY = 0.3  # cores' worth of other processes beyond which a machine is not idle
+BUSY = 0.3  # cores used by other processes, above which a machine is not idle
 
 # ------------------------------------------------------------------------------------------------ timing
 
@@ -36,7 +36,7 @@ class Timing:
     seconds: list[float]
 
     def quantile(self, q: float) -> float:
-        """Linear between the two nearest rounds."""
+        """Return a quantile, linear between the two nearest rounds."""
         ordered = sorted(self.seconds)
         place = q * (len(ordered) - 1)
         low = math.floor(place)
@@ -57,7 +57,7 @@ class Timing:
 
 
 def _clock(call: Callable[[], object], times: int, self_timed: bool = False) -> float:
-    """Seconds of one call, or what a self-timed call says that it was."""
+    """Return the seconds of one call; a self-timed call returns them itself."""
     start, said = time.perf_counter(), 0.0
     for _ in range(times):
         result = call()
@@ -75,11 +75,14 @@ def alternate(
     least: float = 2e-3,
     label: str = "",
 ) -> dict[str, Timing]:
-    """Time every contestant once in each round, in turn, so that whatever drifts on the machine meets them all.
+    """Time every contestant once in each round, in turn, so that any drift of the machine affects all of them.
 
-    Each round starts with another contestant, so that nobody is always first. A turn repeats a short call until it
-    lasts `least` seconds. rounds: default as many as fit into `seconds`, from 5 to 100. self_timed: contestants whose
-    calls return the seconds of the part that counts.
+    Each round starts with another contestant, so that none is always first. A turn repeats a short call until it lasts
+    `least` seconds.
+
+    Args:
+        rounds: Number of rounds. Default: as many as fit into `seconds`, from 5 to 100.
+        self_timed: Contestants whose calls return the seconds of the part that counts.
     """
     repeats, one = {}, 0.0  # one: seconds of a round
     for name, call in contestants.items():
@@ -96,21 +99,21 @@ def alternate(
 
 
 def turns(names: Collection[str], rounds: int, label: str) -> Iterator[str]:
-    """Everyone once in each round, which each starts with another one."""
+    """Yield every contestant once in each round; each round starts with another one."""
     for r in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=None):
         yield from in_round(names, r)
 
 
 def in_round(names: Collection[str], r: int) -> list[str]:
-    """The order of round r, which starts with another one than the round before."""
+    """Return the order of round r, which starts with another contestant than the round before."""
     names, first = list(names), r % len(names)
     return names[first:] + names[:first]
 
 
 class Rotation:
-    """Endless turns through `sets`: the next call, whoever makes it, gets the set that was used longest ago.
+    """Endless turns through `sets`: the next call of any contestant gets the set that was used longest ago.
 
-    With more bytes in the sets than the caches hold, nobody is served from a cache.
+    With more bytes in the sets than the caches hold, no contestant reads from a cache.
     """
 
     def __init__(self, make: Callable[[], Sequence[torch.Tensor]], total_bytes: int) -> None:
@@ -128,7 +131,7 @@ class Rotation:
 
 
 class Clock:
-    """The time that a run may take."""
+    """The time limit of a run."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.end = seconds, time.monotonic() + seconds
@@ -137,7 +140,7 @@ class Clock:
         return self.end - time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print a line, at once also into a file, behind the time that has passed and the time that there is."""
+        """Print the elapsed time, the time limit and a line, without buffering, so that a file receives it at once."""
         passed, all_of_it = (f"{s // 60:2}:{s % 60:02}" for s in (int(self.seconds - self.left()), int(self.seconds)))
         print(f"[{passed} of {all_of_it.strip()}] {text}", flush=True)
 
@@ -146,7 +149,7 @@ class Clock:
 
 
 def _cpu_seconds() -> tuple[float, float] | None:
-    """(all cores' busy seconds since boot, this process's own), or None where the system does not tell."""
+    """Return (all cores' busy seconds since boot, this process's own), or None if the system does not report them."""
     try:
         fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     except OSError:
@@ -158,10 +161,10 @@ def _cpu_seconds() -> tuple[float, float] | None:
 
 
 class Load:
-    """How many cores' worth other processes use: measured for two seconds before the run, and then over the run.
+    """Number of cores that other processes use: measured for two seconds before the run, and then over the run.
 
-    The 1-minute load average alone would count the benchmark that ended half a minute ago; where /proc/stat is missing
-    it has to do. Time that a hypervisor gave to others counts as theirs.
+    The 1-minute load average would also count a benchmark that ended half a minute ago, so it is used only if /proc/stat
+    is missing. Time that a hypervisor gave to other machines counts as other processes'.
     """
 
     def __init__(self, force: bool) -> None:
@@ -195,28 +198,28 @@ class Load:
 
 
 def refuse_if_used(force: bool) -> None:
-    """End the run where others have memory on this GPU, as they may then use it too."""
+    """Exit if other processes hold memory of this GPU, since they may then compute on it too."""
     free, total = torch.cuda.mem_get_info()
     others = total - free - torch.cuda.memory_reserved()
-    if others > 2 << 30:  # a context and its modules take some hundreds of MiB
+    if others > 2 << 30:  # a context and its modules take several hundred MiB
         _busy(f"other processes hold {others / 2**30:.1f} GiB of this GPU's memory", force)
 
 
 def _busy(message: str, force: bool) -> None:
     if not force:
         print(f"{message}: timings would mean little. Wait for them to end, or pass --force.", file=sys.stderr)
-        sys.exit(2)  # nothing is wrong, and nothing was run
-    print(f"warning: {message}; go on, as --force was given", file=sys.stderr)
+        sys.exit(2)  # no result is wrong, and nothing was run
+    print(f"warning: {message}; continuing because of --force", file=sys.stderr)
 
 
-# ----------------------------------------------------------------------------------------- what was measured
+# ----------------------------------------------------------------------------------------- provenance
 
 
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         told = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines[: lines.index("")])
-        # A name such as "AMD EPYC" is that of several generations.
+        # Several generations share a name such as "AMD EPYC".
         return f"{told['model name']}, family {told['cpu family']}, model {told['model']}"
     except (OSError, KeyError, ValueError):
         return platform.processor() or platform.machine()
@@ -247,7 +250,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this file lies in, with a + where tracked files, other than results, differ from it."""
+    """Return the commit of this file's checkout, with a + if tracked files other than results differ from it."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -261,7 +264,7 @@ def commit() -> str | None:
 
 
 def provenance(settings: argparse.Namespace) -> dict[str, object]:
-    # Results are passed on: where somebody keeps their files is left out.
+    # Results are published: paths on the user's machine are left out.
     given = {
         name: Path(value).name if isinstance(value, (str, Path)) else value
         for name, value in vars(settings).items()
@@ -280,7 +283,7 @@ def provenance(settings: argparse.Namespace) -> dict[str, object]:
 
 
 def arguments(description: str, *, timed: bool = True) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write figures, machine and settings here")
     if timed:
@@ -290,7 +293,7 @@ def arguments(description: str, *, timed: bool = True) -> argparse.ArgumentParse
 
 
 def check_outputs(settings: argparse.Namespace) -> None:
-    """Say before the measurement, not after it, that a result could not be written."""
+    """Exit before the measurement if a result could not be written."""
     for option in ("json", "plot"):
         path = getattr(settings, option, None)
         if path is not None and not path.parent.is_dir():
@@ -300,7 +303,7 @@ def check_outputs(settings: argparse.Namespace) -> None:
 
 
 def check_inputs(settings: argparse.Namespace) -> None:
-    """The data must be there; the folder for what is cached, where there is one, is made."""
+    """Exit if the data is missing. Create the cache's folder if one is given."""
     if not settings.data.is_file():
         sys.exit(f"--data: {settings.data}: no such file")
     if hasattr(settings, "cache"):
@@ -315,7 +318,7 @@ def write_json(path: Path, content: dict[str, object], *, quiet: bool = False) -
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need to be, numbers to the right. A row of one cell is a heading with a line above it."""
+    """Print columns of minimal width, numbers to the right. A row of one cell is a heading with a line above it."""
     full = [row for row in rows if len(row) == len(header)]
     widths = [max(len(row[i]) for row in [header, *full]) for i in range(len(header))]
     for row in [header, ["-" * w for w in widths], *rows]:
@@ -329,7 +332,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def bar_chart(path: Path, title: str, unit: str, panels: dict[str, dict[str, float]]) -> None:
-    """One panel of horizontal bars for each entry of `panels`: name -> value."""
+    """Draw one panel of horizontal bars for each entry of `panels`: name -> value."""
     import matplotlib
 
     matplotlib.use("Agg")

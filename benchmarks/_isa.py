@@ -1,4 +1,4 @@
-"""The cap to AVX2 of steps_per_sec.py, by which a machine with wider vectors shows what a processor without them can do."""
+"""The cap to AVX2 of steps_per_sec.py: a machine with wider vectors measures the speed of a processor without them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from fastddpm import backend
 
-# What caps each library to AVX2: torch, oneDNN (torch's and OpenVINO's), MKL (on Intel's processors), the compiler behind
-# torch.compile, and fastddpm. Each is read when its library loads.
+# The variables that cap each library to AVX2: torch, oneDNN (torch's and OpenVINO's), MKL (on Intel's processors),
+# torch.compile's compiler, and fastddpm. Each is read when its library loads.
 CAP = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -23,7 +23,7 @@ CAP = {
 
 
 def set_isa(isa: str, device: str) -> None:
-    """Go on as this process, or start it anew with the variables of CAP; what cannot be kept ends it with a message."""
+    """Continue in this process, or restart it with the variables of CAP. Exit with a message if a cap is impossible."""
     there = {name: os.environ[name] for name in CAP if name in os.environ}
     listed = " ".join(f"{name}={value}" for name, value in there.items())
     if isa == "native":
@@ -33,11 +33,11 @@ def set_isa(isa: str, device: str) -> None:
             )
         return
     if device != "cpu":
-        sys.exit(f"--isa avx2: only what runs on a CPU can be capped, and --device is {device}; pass --device cpu")
+        sys.exit(f"--isa avx2: only a CPU can be capped, and --device is {device}; pass --device cpu")
     if not torch.cpu._is_avx2_supported():
-        sys.exit("--isa avx2: this processor has no AVX2; leave --isa out to measure what it has")
+        sys.exit("--isa avx2: this processor has no AVX2; omit --isa to measure its own instructions")
     if any(CAP[name] != value for name, value in there.items()):
-        sys.exit(f"--isa avx2: the environment has {listed}, which asks for something else; unset that")
+        sys.exit(f"--isa avx2: the environment has {listed}, which contradicts it; unset that")
     if there != CAP:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | CAP)
 
@@ -50,7 +50,7 @@ torch.randn(64, 64) @ torch.randn(64, 64)
 
 
 def capped(quick: bool) -> dict[str, str]:
-    """What contestants compute with -> how it is known that it keeps to AVX2, from this process or the log of one like it."""
+    """Return library -> evidence that it obeys the cap to AVX2, from this process or the log of a similar one."""
     command, verbose = [sys.executable, "-P", "-c", ASKED], {"ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1"}
     log = subprocess.run(command, env=os.environ | verbose, check=True, stdout=subprocess.PIPE, text=True).stdout
 
@@ -59,25 +59,25 @@ def capped(quick: bool) -> dict[str, str]:
         return found[1] if found else "nothing"
 
     said = {
-        "fastddpm's kernels": f"{backend.describe()['cpu_variant'] or 'none'}, as fastddpm.backend.describe() says",
-        "torch's kernels": f"{torch.backends.cpu.get_cpu_capability()}, as torch.backends.cpu.get_cpu_capability() says",
+        "fastddpm's kernels": f"{backend.describe()['cpu_variant'] or 'none'}, as fastddpm.backend.describe() reports",
+        "torch's kernels": f"{torch.backends.cpu.get_cpu_capability()}, as torch.backends.cpu.get_cpu_capability() reports",
         "torch's convolutions": f"{logged(r'cpu,isa:(.*)')}, {logged(r'convolution,([^,]*),')}, as oneDNN logs",
     }
     if not quick:
         from torch._inductor import config, cpu_vec_isa  # loads slowly
 
-        march = getattr(config.cpp, "march", None)  # older torch compiles for whatever the processor has
+        march = getattr(config.cpp, "march", None)  # older torch compiles for the native processor
         vectors = cpu_vec_isa.pick_vec_isa()
-        said["torch.compile's kernels"] = f"{vectors}, -march={march or 'native'}, as torch._inductor's settings say"
-    if torch.backends.mkl.is_available():  # which names its instructions on Intel's processors alone, see NOTES.md
+        said["torch.compile's kernels"] = f"{vectors}, -march={march or 'native'}, from torch._inductor's settings"
+    if torch.backends.mkl.is_available():  # MKL names its instructions only on Intel's processors, see NOTES.md
         version = logged(r"MKL_VERBOSE ([^,]*)")
         said["torch's matrix products"] = (
             f"{'AVX-512' if '512' in version else 'AVX2 or less'}, as MKL logs ({version})"
         )
     disobeys = [f"{who}: {what}" for who, what in said.items() if any(x in what for x in ("512", "native", "nothing"))]
     if disobeys:
-        sys.exit(f"--isa avx2: not everything keeps to it: {'; '.join(disobeys)}")
+        sys.exit(f"--isa avx2: these libraries do not obey it: {'; '.join(disobeys)}")
     return {
         **said,
-        "OpenVINO": "as its compiled model says of each layer, see its set-up; layers of MLAS can't be capped",
+        "OpenVINO": "as its compiled model reports for each layer, see its set-up; layers of MLAS cannot be capped",
     }

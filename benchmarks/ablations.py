@@ -3,25 +3,25 @@
     python benchmarks/ablations.py --data mnist.npz --cache somewhere \\
         --json benchmarks/results/ablations.json --plot benchmarks/results/ablations.png
 
-Compared are what the network answers (the posterior's mean, x_0 or epsilon) and what it is trained on: L, the variational bound
-(Ho et al. 2020, eq. 5), or the unweighted squared error of the answer, which for epsilon is L_simple (eq. 14). Data, network,
-seed, number of steps, learning rate and the bound of 1.0 on the gradient's norm are the same for all six; sigma^2 is fixed.
-Of each:
+The six trainings differ in the network's prediction (the posterior's mean, x_0 or epsilon) and in its objective: L, the
+variational bound (Ho et al. 2020, eq. 5), or the unweighted squared error of the prediction, which for epsilon is L_simple
+(eq. 14). Data, network, seed, number of steps, learning rate and the bound of 1.0 on the gradient's norm are the same for all
+six; sigma^2 is fixed. The script measures of each:
   - the Frechet distance of its samples (all steps of the chain) to the test images, on the features of a classifier that is
-    trained here on 14x14 digits, and the share of samples that it gives a class with confidence over 0.9. The floor is the same
+    trained here on 14x14 digits, and the share of samples with a class of confidence over 0.9. The floor is the same
     distance of as many real images. It is not an Inception distance: its absolute value means nothing elsewhere;
   - bits per dimension of test images: the variational bound, at some timesteps of each image;
-  - the minutes that its training took.
-The best by its samples then draws without injected noise (sigma = 0), where samples turn into averages. How far they do is known
-where the best possible network is known: of Gaussian data about 1e-5 of the variance is left.
+  - the minutes of its training.
+The best by its samples then draws without injected noise (sigma = 0), and its samples turn into averages. For Gaussian data the
+best possible network is known, and so is the effect: about 1e-5 of the variance is left.
 
-This is small: a network of 164,000 parameters, minutes of training where the paper has ten hours on eight TPU cores, digits for
-pictures, and one seed. It shows what the choices do here; a small difference in it proves nothing. So short a training favours
-epsilon, too: near the end of the chain a network that answers the mean or x_0 has to hand x_t through to within sigma_t = 0.01,
-which it first has to learn. All arithmetic is float32, as bfloat16 cannot tell numbers near 1 apart that finely.
+The experiment is small: a network of 164,000 parameters, minutes of training instead of the paper's ten hours on eight TPU
+cores, digits as images, and one seed. A small difference in it proves nothing. So short a training also favours epsilon: near
+the end of the chain a network that predicts the mean or x_0 must reproduce x_t to within sigma_t = 0.01, which it first has to
+learn. All arithmetic is float32, as bfloat16 does not resolve numbers near 1 that finely.
 
-Trainings (they go on where they were interrupted), samples and the classifier are kept in --cache under names that tell settings,
-data and the code that makes them, so the same command goes on after an interruption.
+--cache stores trainings, samples and the classifier under names that depend on settings, data and the code that makes them, so
+the same command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ NETWORK = UNetConfig(
     num_res_blocks=1,
     attention_resolutions=(),
     norm_groups=8,
-)  # the middle has attention all the same
+)  # the middle block has attention nevertheless
 LOT = 100  # images drawn between two writes of the cache
 SHOWN = 20  # samples of each in the plot
-MEAN, STD = 0.3, 0.5  # of the Gaussian data
+MEAN, STD = 0.3, 0.5  # of the pixels of the Gaussian data
 QUICK = {"steps": 20, "n": 4, "likelihood_images": 8, "timesteps": 5}
 QUICK_DIGITS = 1000  # training, held-out and test images of the classifier
 
@@ -89,7 +89,7 @@ class Variant:
         return f"{answer}, L_simple" if self.prediction == "epsilon" else f"{answer}, squared error"
 
 
-# The paper's Table 2 has the mean and epsilon; of x_0 it says only that it gave worse samples early on (section 3.2).
+# The paper's Table 2 has the mean and epsilon; it reports of x_0 only that it gave worse samples early on (section 3.2).
 VARIANTS = [Variant(p, o) for p in ("mean", "sample", "epsilon") for o in ("bound", "simple")]
 
 # ------------------------------------------------------------------------------------------------- digits
@@ -108,7 +108,7 @@ def enlarged(pixels: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A classifier of 14x14 digits, and what it says of the real ones."""
+    """A classifier of 14x14 digits, and its results for the real ones."""
 
     classifier: Classifier
     accuracy: float
@@ -117,7 +117,7 @@ class Judge:
     confident: float  # the share of real images with confidence over CONFIDENT
 
     def of(self, samples: np.ndarray) -> dict[str, float]:
-        """samples: float32 [N, 1, 14, 14], judged as they would be saved."""
+        """Judge samples, float32 [N, 1, 14, 14], rounded to 8 bits as for saving."""
         pixels = fastddpm.to_uint8(torch.from_numpy(samples))
         features, probabilities = judged(self.classifier, enlarged(pixels))
         confident, _ = certainty(probabilities)
@@ -125,7 +125,7 @@ class Judge:
 
 
 def judge(settings: argparse.Namespace, digits: dict[str, np.ndarray]) -> Judge:
-    """The classifier is trained on the first of the training images; those it has not seen are the floor's."""
+    """Train a classifier on the first of the training images; the rest are for the floor."""
     count = QUICK_DIGITS if settings.quick else TRAINED_ON
     train, test = (enlarged(torch.from_numpy(halved(digits[name]))) for name in ("x_train", "x_test"))
     labels, wanted = (torch.from_numpy(digits[name]).long() for name in ("y_train", "y_test"))
@@ -146,7 +146,7 @@ def judge(settings: argparse.Namespace, digits: dict[str, np.ndarray]) -> Judge:
 
 
 def recipe(settings: argparse.Namespace, objective: str) -> Recipe:
-    """The same for all, but for the objective."""
+    """Return the recipe, the same for all variants except for the objective."""
     return Recipe(
         objective=objective,
         steps=settings.steps,
@@ -165,17 +165,17 @@ def recipe(settings: argparse.Namespace, objective: str) -> Recipe:
 
 
 def folder(settings: argparse.Namespace, variant: Variant) -> Path:
-    """Where the variant's run lies: another recipe, network, data set or objective's code asks for another one."""
+    """Return the folder of the variant's run; it depends on the recipe, network, data set and objective's code."""
     facts = (NETWORK, recipe(settings, variant.objective), settings.variance, checksum(settings.data))
     code = "".join(map(inspect.getsource, (halved, bound, loss, config, unet)))
     return settings.cache / f"{variant.name}-{hashlib.sha256(f'{facts} {code}'.encode()).hexdigest()[:12]}"
 
 
 def train(settings: argparse.Namespace, variant: Variant, dataset: ArrayImages) -> dict[str, object]:
-    """Train, or go on, or find it done: {minutes, loss} or, where it cannot be trained, {diverged: at which step}.
+    """Train, resume or reuse the variant's run. Return {minutes, loss}, or {diverged: the step} if it diverged.
 
-    Ends the script where the training is interrupted or takes more than --minutes: with fewer steps of one variant than of the
-    others nothing would be compared.
+    Exit if the training is interrupted or takes more than --minutes: variants with different numbers of steps are not
+    comparable.
     """
     out, device = folder(settings, variant), torch.device("cpu")
     if (out / CHECKPOINT).is_file():
@@ -193,7 +193,7 @@ def train(settings: argparse.Namespace, variant: Variant, dataset: ArrayImages) 
         late.start()
         try:
             trainer.run()
-        except errors.TrainingError as error:  # it names a folder, which is nobody's business in a result
+        except errors.TrainingError as error:  # it names a folder of the user's machine, so the result omits it
             print(f"{variant.label}: {error}", file=sys.stderr)
             return {"diverged": trainer.step}
         finally:
@@ -201,10 +201,10 @@ def train(settings: argparse.Namespace, variant: Variant, dataset: ArrayImages) 
         if trainer.step < trainer.total:
             done = f"{variant.label}: step {trainer.step} of {trainer.total}"
             if time.perf_counter() - began < allowed:
-                sys.exit(f"{done}: interrupted; the same command goes on")
+                sys.exit(f"{done}: interrupted; the same command resumes")
             sys.exit(
-                f"{done} after {settings.minutes:g} minutes. With more --minutes (at most 5) it goes on; with fewer --steps "
-                "all begin anew. Do other processes use the cores?"
+                f"{done} after {settings.minutes:g} minutes. More --minutes (at most 5) resume it; fewer --steps "
+                "restart all variants. Do other processes use the cores?"
             )
     return {"minutes": seconds() / 60, "loss": float(trainer.log[-1]["loss"])}
 
@@ -213,7 +213,7 @@ def train(settings: argparse.Namespace, variant: Variant, dataset: ArrayImages) 
 
 
 def drawn(model: UNet, out: Path, settings: argparse.Namespace, variance: str) -> np.ndarray:
-    """The first n images of the seed's sequence, float32 [n, 1, 14, 14], from the cache as far as it reaches."""
+    """Return the first n images of the seed's sequence, float32 [n, 1, 14, 14], cached ones from the cache."""
     path = out / f"samples-{variance}-seed{settings.seed}.npy"
     done = np.load(path) if path.is_file() else np.empty((0, *model.shape), np.float32)
     begun, label = min(len(done), settings.n), f"{out.name.rpartition('-')[0]}, {variance}"
@@ -231,14 +231,14 @@ def drawn(model: UNet, out: Path, settings: argparse.Namespace, variance: str) -
 
 
 def pixel_variance(x: np.ndarray) -> float:
-    """The mean over pixels of their variance across images [N, ...] in [-1, 1]."""
+    """Return the mean over pixels of their variance across images [N, ...] in [-1, 1]."""
     return float(x.astype(np.float64).var(0, ddof=1).mean())
 
 
 def gaussian(variance: str) -> float:
-    """What the whole chain leaves of the variance of pixels ~ N(MEAN, STD^2), with the best possible network for them.
+    """Return the share of the variance of pixels ~ N(MEAN, STD^2) left by the whole chain, with their best network.
 
-    Its epsilon is E[eps | x_t] = sqrt(1 - abar) (x_t - sqrt(abar) MEAN) / (abar STD^2 + 1 - abar).
+    That network's epsilon is E[eps | x_t] = sqrt(1 - abar) (x_t - sqrt(abar) MEAN) / (abar STD^2 + 1 - abar).
     """
     schedule = Schedule.linear()
     abar = schedule.alphas_cumprod
@@ -260,7 +260,7 @@ def gaussian(variance: str) -> float:
 def plot(
     path: Path, rows: dict[str, np.ndarray], frechets: dict[str, float], real: float, bits: dict[str, float]
 ) -> None:
-    """Rows of samples over bars of Frechet distance (the dashed line is the floor) and of bits per dimension."""
+    """Plot rows of samples over bars of Frechet distance (the dashed line is the floor) and of bits per dimension."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -416,7 +416,7 @@ def main() -> None:
                 "data_sha256": checksum(settings.data),
                 "network": dataclasses.asdict(NETWORK),
                 "parameters": sum(p.numel() for p in UNet(NETWORK).parameters()),
-                "recipe": dataclasses.asdict(recipe(settings, "simple")) | {"objective": "as the variant says"},
+                "recipe": dataclasses.asdict(recipe(settings, "simple")) | {"objective": "of the variant"},
                 "classifier": {"test_accuracy": by.accuracy},
                 "real": {"frechet": by.floors, "confident": by.confident, "pixel_variance": data_variance},
                 "variants": {variant.name: result for variant, result in results.items()},

@@ -1,4 +1,4 @@
-"""How good are the digits? Samples of a digits model, judged by a classifier that is trained here, against real MNIST.
+"""How good are the digits? A classifier trained here judges samples of a digits model against real MNIST.
 
     python benchmarks/digits_quality.py digits --data mnist.npz --cache somewhere --json benchmarks/results/digits.json
 
@@ -11,8 +11,8 @@ The bars:
     training images that the classifier has not seen. Its absolute value means nothing elsewhere: it is not an
     Inception distance.
 
-Samples are judged as they would be saved, rounded to 256 grey values. Images are drawn and cached in small lots, so
-that an interrupted run goes on where it was; the classifier is cached too.
+Samples are rounded to 256 grey values, as for saving, before they are judged. Images are drawn and cached in small
+batches, so that an interrupted run resumes; the classifier is cached too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fastddpm.checkpoints import fastddpm_folder
 from fastddpm.evaluation.distances import Statistics, frechet, statistics
 from fastddpm.utils.files import atomic_write
 
-TRAINED_ON = 50_000  # of the 60,000 training images; the others are the held-out ones
+TRAINED_ON = 50_000  # of the 60,000 training images; the rest are the held-out ones
 EPOCHS, BATCH, RATE, SHIFT, SEED = 4, 128, 3e-3, 2, 0
 DRAWS = 20
 LOT = 100  # images drawn between two writes of the cache
@@ -110,14 +110,14 @@ def train(pixels: torch.Tensor, labels: torch.Tensor) -> Classifier:
 
 
 def recipe(data: Path) -> str:
-    """A name for the data, the constants and the code that make the classifier: another recipe asks for another one."""
+    """Return a name that identifies the data, the constants and the code that make the classifier."""
     code = "".join(inspect.getsource(part) for part in (Classifier, scaled, shifted, train))
     constants = (TRAINED_ON, EPOCHS, BATCH, RATE, SHIFT, SEED, checksum(data))
     return hashlib.sha256(f"{constants} {code}".encode()).hexdigest()[:12]
 
 
 def trained(path: Path, pixels: torch.Tensor, labels: torch.Tensor) -> Classifier:
-    """The classifier of this recipe and data from the cache, or trained now and put there."""
+    """Return the classifier of this recipe and data from the cache, or train and cache it."""
     if path.is_file():
         model = Classifier()
         model.load_state_dict(safetensors.torch.load_file(path))
@@ -130,7 +130,7 @@ def trained(path: Path, pixels: torch.Tensor, labels: torch.Tensor) -> Classifie
 
 @torch.no_grad()
 def judged(model: Classifier, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features float64 [N, 64], class probabilities [N, 10])."""
+    """Return (features float64 [N, 64], class probabilities [N, 10])."""
     lots = [model(scaled(lot)) for lot in pixels.split(500)]
     return torch.cat([f for f, _ in lots]).double(), torch.cat([o for _, o in lots]).softmax(1)
 
@@ -139,14 +139,14 @@ def judged(model: Classifier, pixels: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def floor(features: torch.Tensor, n: int, test: Statistics) -> list[float]:
-    """The distance of n real images to the test images, for each of DRAWS draws without replacement."""
+    """Return the distance of n real images to the test images, for each of DRAWS draws without replacement."""
     generator = torch.Generator().manual_seed(SEED)
     draws = [torch.randperm(len(features), generator=generator)[:n] for _ in range(DRAWS)]
     return [frechet(statistics([features[draw]]), test) for draw in draws]
 
 
 def certainty(probabilities: torch.Tensor) -> tuple[float, list[float]]:
-    """(share with confidence over CONFIDENT, share of each class)."""
+    """Return (share with confidence over CONFIDENT, share of each class)."""
     confidence, classes = probabilities.max(1)
     counts = torch.bincount(classes, minlength=10).double() / len(classes)
     return float((confidence > CONFIDENT).double().mean()), counts.tolist()
@@ -164,7 +164,7 @@ def checksum(path: Path) -> str:
 
 
 def sampled(settings: argparse.Namespace, weights: str) -> np.ndarray:
-    """The first n images of the seed's sequence, float32 [n, 1, 32, 32], from the cache as far as it reaches."""
+    """Return the first n images of the seed's sequence, float32 [n, 1, 32, 32], cached ones from the cache."""
     path = settings.cache / f"samples-{weights[:12]}-seed{settings.seed}-{settings.dtype}.npy"
     done = np.load(path) if path.is_file() else np.empty((0, 1, 32, 32), np.float32)
     model = fastddpm.UNet.from_pretrained(settings.model).to(settings.device)

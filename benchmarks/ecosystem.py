@@ -1,12 +1,12 @@
-"""What those gain who come with diffusers' objects, and what it costs to read their checkpoints.
+"""What diffusers users gain, and what reading a checkpoint costs.
 
     python benchmarks/ecosystem.py --json benchmarks/results/ecosystem.json
 
-What is measured, each against what it takes the place of, and the bars:
+Each case is compared with the code that it replaces. The cases and their bars:
   - load: `UNet.from_pretrained` of the paper's CIFAR-10 network (143 MB) from a fastddpm folder and from a diffusers folder, at
-    most 1.2 times as long as safetensors takes for the tensors. Its load_file maps the file and reads nothing; what is timed is
-    load_file and a copy of each tensor, as a network has them that doesn't hang on the file. The bar is for the first load
-    in a process, with the file in the system's cache; "again" are the loads after it, into memory that the one before gave up.
+    most 1.2 times as long as safetensors takes for the tensors. Its load_file maps the file and reads nothing, so the timing
+    includes a copy of each tensor, as in a network that does not depend on the file. The bar is for the first load in a
+    process, with the file in the system's cache; "again" are the loads after it, into memory that the previous one freed.
   - scheduler: a step of FusedDDPMScheduler and FusedDDIMScheduler at [256, 3, 32, 32], float32. DDPM with torch's noise at least
     1.4 times as fast as diffusers' own, with a noise_seed at least 4 times.
   - norms: a forward of diffusers' UNet2DModel, the CIFAR-10 network in float32, after `fuse_norms`: at batch 16 at least
@@ -47,9 +47,9 @@ from fastddpm.integrations.diffusers import FusedDDIMScheduler, FusedDDPMSchedul
 from fastddpm.ops.rng import Stream
 
 SHAPE = (256, 3, 32, 32)
-CACHES = 256 << 20  # bytes of inputs that take turns, more than a CPU's caches hold
+CACHES = 256 << 20  # bytes of inputs used in turn, more than a CPU's caches hold
 STEPS = 10
-# (contestant, peer, case): what the peer's time over the contestant's has to be at least
+# (contestant, peer, case): lower bound of the peer's time over the contestant's
 BARS = {
     ("fastddpm folder", "safetensors", "load"): 1 / 1.2,
     ("diffusers folder", "safetensors", "load"): 1 / 1.2,
@@ -61,7 +61,7 @@ BARS = {
 
 
 def agree(case: str, got: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
-    """Nothing is timed whose output is wrong."""
+    """Exit if a contestant's output is wrong, so that it is not timed."""
     error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1))
     if not error <= bound:
         sys.exit(f"{case}: differs by {error:.2g}, more than {bound:.2g}; not timed")
@@ -81,7 +81,7 @@ print(taken[0], statistics.median(taken[1:]))
 
 
 def load(model: UNet, rounds: int | None) -> dict[str, Timing]:
-    """Each time in a new process, as people load a network: with fresh memory and none of the code run before."""
+    """Time each load in a new process, as in practice: with fresh memory and code that has not run before."""
     with tempfile.TemporaryDirectory() as folder:
         own, theirs = Path(folder, "own-ema"), Path(folder, "theirs-ema")
         model.save_pretrained(own)
@@ -90,7 +90,7 @@ def load(model: UNet, rounds: int | None) -> dict[str, Timing]:
             state = UNet.from_pretrained(path).state_dict()
             for name, value in model.state_dict().items():
                 agree(f"load: {name}", state[name], value, 0)
-        # Modules come compiled where a package was installed.
+        # An installed package's modules are compiled.
         env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "DIFFUSERS_VERBOSITY": "error"}
         copies = f"{{k: v.clone() for k, v in safetensors.torch.load_file({str(own / 'model.safetensors')!r}).items()}}"
         contestants = {
@@ -155,7 +155,7 @@ def norms(model: UNet, rounds: int | None) -> dict[str, Timing]:
 
 def sample(model: UNet, rounds: int | None) -> dict[str, Timing]:
     theirs = diffusers_unet(model)
-    # Betas that do not magnify roundings, so that both can be held to the same picture; what it shows is no matter here.
+    # Betas that do not magnify roundings, so that both images can be compared; their content does not matter here.
     options = {"seed": 0, "schedule": Schedule.linear(STEPS, 1e-4, 0.02), "progress": False}
     drawn = [fastddpm.sample(network, 16, **options) for network in (theirs, model)]
     agree("sample", *drawn, 1e-5)

@@ -1,17 +1,17 @@
-"""The proof on a GPU, in four pieces of at most nine minutes, each whole in itself: is everything right, and is it fast?
+"""Verify and benchmark the package on a GPU, in four independent pieces of at most nine minutes.
 
     python benchmarks/gpu.py check | steps | ops | peers [--out FOLDER] [--force]
 
 `make gpu-check`, `gpu-steps`, `gpu-ops` and `gpu-peers` install the package first; `make gpu` runs all four. No network is
-needed. What a piece finds goes into <out>/<name of the GPU>_<piece>.json after each case.
+needed. A piece writes its results to <out>/<name of the GPU>_<piece>.json after each case.
 
 check  the tests that need a GPU, every op against float64, compute-sanitizer over the kernels; pytest's logs: build/gpu
-steps  steps_per_sec.py with each network and batch size, without peers to compile; the hot kernels under ncu where it is
+steps  steps_per_sec.py with each network and batch size, without peers to compile; the hot kernels under ncu if installed
 ops    the GPU cases of kernels.py
-peers  compiled peers of whole steps, those that bars are about first, beside what `steps` has stored; again, it goes on
+peers  compiled peers of whole steps, in the bars' order, added to the results of `steps`; a repeated call continues
 
-The exit status is 1 where something is wrong, 2 where nothing could be run, 3 where all that was run is right but a bar missed
-or something not run, and 0 otherwise. A peer that isn't installed is a line, and no bar asks for it then.
+The exit status is 1 if a result is wrong, 2 if nothing could run, 3 if every result is right but a bar was missed or something
+did not run, and 0 otherwise. If a peer is not installed, a line reports it, and no bar requires it.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ import fastddpm
 from fastddpm import backend
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {"check": 420, "steps": 430, "ops": 380, "peers": 430}  # of a piece, beside the installation
+SECONDS = {"check": 420, "steps": 430, "ops": 380, "peers": 430}  # time limit of a piece, without the installation
 OPS = ("philox_normal", "timestep_embedding", "ddpm_step", "group_norm_silu")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")  # of compute-sanitizer
-CHUNKS = {  # of the tests, each in a process of its own: a kernel that goes astray takes its process along
+CHUNKS = {  # test arguments, each run in a separate process: a crashing kernel ends its process
     "test_gpu": ["tests/test_gpu.py"],
     **{f"test_{op}": [f"tests/test_{op}.py", "-k", "cuda and not simulated"] for op in OPS},
     "test_parity": ["tests/test_parity.py", "-k", "on_a_gpu"],
@@ -53,15 +53,15 @@ CHUNKS = {  # of the tests, each in a process of its own: a kernel that goes ast
 }
 UNITS = [(network, batch) for (kind, network), all_of in BATCHES.items() if kind == "cuda" for batch in all_of]
 UNITS.sort(key=lambda unit: unit not in (("cifar10", 1), ("cifar10", 256), ("lsun256", 4)))  # these have bars
-SHORTEST, FOR_PROFILE = 30, 60  # seconds without which no unit is begun, and that ncu may take
-Judgement = tuple[list[str], list[str]]  # what is wrong; what is missed or was not measured
+SHORTEST, FOR_PROFILE = 30, 60  # seconds: the least left to begin a unit, and ncu's limit
+Judgement = tuple[list[str], list[str]]  # wrong results; bars that were missed or not measured
 
 
 class Results(dict):
-    """What is stored of each case, by its name; the file is written anew after each."""
+    """Case name -> its stored result; the file is rewritten after each case."""
 
     def __init__(self, path: Path, header: dict[str, object], keep: bool) -> None:
-        """keep: begin with what the file has, if it is of the same sources and versions."""
+        """Create or, with `keep`, continue the results; the file's are used if its sources and versions are the same."""
         found = {}
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -76,12 +76,12 @@ class Results(dict):
 
 
 def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on the PATH, or where toolkits are installed."""
+    """Return the path of a program of the CUDA toolkit, from the PATH or the toolkit's folder, or None."""
     return shutil.which(name) or shutil.which(name, path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
 
 
 def header(settings: argparse.Namespace) -> dict[str, object]:
-    """Where and of what these results are. Sources: a fingerprint, for checkouts that are not what their commit says."""
+    """Return the results' machine, versions and sources; the sources' fingerprint identifies uncommitted changes."""
     files = (path for folder in ("csrc", "fastddpm", "benchmarks") for path in sorted((ROOT / folder).rglob("*.*")))
     code = b"".join(path.read_bytes() for path in files if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"})
     p, smi = torch.cuda.get_device_properties("cuda"), shutil.which("nvidia-smi")
@@ -95,7 +95,7 @@ def header(settings: argparse.Namespace) -> dict[str, object]:
 
 
 def obstacle() -> str | None:
-    """Why nothing can be proved here, or None."""
+    """Return the reason why nothing can be verified here, or None."""
     if not torch.cuda.is_available():
         return f"PyTorch {torch.__version__} finds no CUDA device; run this on a machine with an NVIDIA GPU and PyTorch for CUDA"
     installed, ours = Path(fastddpm.__file__).parent, ROOT / "fastddpm"
@@ -109,7 +109,7 @@ def obstacle() -> str | None:
 def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS) -> Judgement:
     folder, wrong, short = ROOT / "build" / "gpu", [], []
     folder.mkdir(parents=True, exist_ok=True)
-    # -P: the installed package is what imports, not the source tree beside it.
+    # -P: import the installed package, not the source tree beside it.
     pytest = [sys.executable, "-P", "-u", "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
     threads = max(1, (os.cpu_count() or 1) // max(1, len(chunks) - len(TOOLS)))  # the sanitizers need few
     pytest = ["env", f"OMP_NUM_THREADS={threads}", "timeout", "-k", "5", f"{clock.left():.0f}", *pytest]
@@ -120,7 +120,7 @@ def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS)
 
     with concurrent.futures.ThreadPoolExecutor(len(chunks)) as pool:
         running = {pool.submit(run, *chunk): chunk[0] for chunk in chunks.items()}
-        for done in concurrent.futures.as_completed(running):  # each is stored as it ends
+        for done in concurrent.futures.as_completed(running):  # store each result when its tests end
             name, status = running[done], done.result()
             said = (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
             words = re.findall(r"::.* (PASSED|FAILED|ERROR|SKIPPED)\b", said)
@@ -131,7 +131,7 @@ def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS)
             results.write()
             late = status == 124 and not {"FAILED", "ERROR"} & counts.keys()
             if late or (status == 0 and not right and name in TOOLS):
-                short.append(f"{name}: {'out of time' if late else 'skipped, as its log says'}")
+                short.append(f"{name}: {'out of time' if late else 'skipped; see its log'}")
             elif not right:
                 wrong.append(f"{name}: pytest ended with {status}")
             clock.say(f"{name}: {'right' if right else 'NOT RIGHT'}, {counts}")
@@ -140,7 +140,7 @@ def check(results: Results, clock: Clock, chunks: dict[str, list[str]] = CHUNKS)
 
 
 def profile(to: Path) -> str:
-    """What ncu says of the hot kernels goes into a file, which may be that it has no permission; or no more than a line."""
+    """Write ncu's report of the hot kernels, or its error, to a file. Return one line about it."""
     if (ncu := tool("ncu")) is None:
         return "no profile: ncu is not on the PATH"
     options = ["--profile-from-start", "off", "--csv", "--print-details", "all", "--set", "detailed"]
@@ -152,7 +152,7 @@ def profile(to: Path) -> str:
 
 
 def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, compiled: bool = False) -> Judgement:
-    """Each unit has its share of the time; compiled peers take what they need, one unit after the other."""
+    """Measure each unit within its share of the time; compiled peers use the time they need, one unit after the other."""
     wrong, short, models, kept = [], [], {}, 0 if compiled else FOR_PROFILE
     for network, batch in units:
         results.setdefault(f"{network} at batch {batch}", {"network": network, "batch": batch, "contestants": {}})
@@ -161,7 +161,7 @@ def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, com
         if compiled and any(GRAPH in who for who in stored.get("compiled", {}).get("contestants", ())):
             continue
         if left < SHORTEST:
-            short += [f"{unit}: no time left; what it has is an earlier run's"] if stored["contestants"] else []
+            short += [f"{unit}: no time left; its results are from an earlier run"] if stored["contestants"] else []
             continue
         later = kept + (0 if compiled else left * (1 - 1 / (len(results) - n)))
         try:
@@ -187,7 +187,7 @@ def steps(results: Results, clock: Clock, device: str = "cuda", units=UNITS, com
     results.write(profile=profile(results.path.with_name(f"{results.path.stem}_ncu.csv")))
     print(results.header["profile"])
     without = ["diffusers"] if UNet2DModel is None else []
-    print(*(f"{who} is not installed, and no bar asks for it" for who in without), sep="\n")
+    print(*(f"{who} is not installed, and no bar requires it" for who in without), sep="\n")
     short += [unit for unit, stored in results.items() if not {F32, BF16} <= stored["contestants"].keys()]
     return wrong, short + [bar for bar in missed(rows, without) if "best peer" not in bar]
 
@@ -215,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("piece", choices=tuple(PIECES))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
-    parser.add_argument("--force", action="store_true", help="measure although others use the GPU")
+    parser.add_argument("--force", action="store_true", help="measure although other processes use the GPU")
     settings = parser.parse_args()
     if why := obstacle():
         print(f"gpu.py: {why}", file=sys.stderr)

@@ -1,20 +1,20 @@
-"""Every op by itself: time, GB/s, share of the copy bandwidth, times faster than the plain PyTorch composition.
+"""Time every op separately: ms, GB/s, share of the copy bandwidth, times faster than the plain PyTorch composition.
 
     python benchmarks/kernels.py [--device cpu] [--only group_norm] [--json PATH] [--plot PATH] [--quick]
 
-Parity first: each contestant's output is held against float64 before anybody is timed. On a CPU a wrong one ends the
-run; on a GPU, where a run is long, it is left out and the JSON says why. All contestants of a case, a plain copy among
-them, then take turns over the same buffers, so many that no cache serves anyone: 256 MB of them on a CPU, more than four
-times the L2 on a GPU.
+Parity first: each contestant's output is compared with float64 before any timing. On a CPU a wrong output ends the run.
+On a GPU, where a run is long, its contestant is left out and the JSON gives the reason. All contestants of a case,
+including a plain copy, then take turns over the same buffers. The buffers exceed every cache: 256 MB on a CPU, more than
+four times the L2 on a GPU.
 
 "kernel" is the compiled kernel called directly with a preallocated output, "op" the public function, which allocates
-its result and passes PyTorch's dispatcher. PyTorch's group_norm cannot write into a given tensor without a copy;
-where "out=" is said, the last operation of the composition has a preallocated output and what comes before allocates.
-GB/s counts the bytes that must move, whatever a contestant really moves: each input read once, each output written
-once. For a tiny op it is no more than the time per call in other words.
+its result and passes PyTorch's dispatcher. PyTorch's group_norm cannot write into a given tensor without a copy; in
+"out=" the last operation of the composition has a preallocated output and the operations before it allocate. GB/s counts
+the bytes that must move, regardless of the bytes that a contestant really moves: each input read once, each output
+written once. For a tiny op it only restates the time per call.
 
-On a GPU times are those of CUDA graphs, which leave out what the host takes to call, and "fastddpm cuda" and "fastddpm
-triton" are the public op by either backend. `gpu.py ops` runs the same cases, and ends with its time.
+On a GPU times are those of CUDA graphs, which exclude the host's cost of a call, and "fastddpm cuda" and "fastddpm
+triton" are the public op by either backend. `gpu.py ops` runs the same cases within its time limit.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ from tqdm.auto import tqdm
 from fastddpm import backend
 
 MB = 1 << 20
-# On a GPU: buffers' sets of small ops at most (all of them may fit into the L2 then), milliseconds that a graph takes, rounds,
-# and seconds of a case without compilers
+# On a GPU: most sets of buffers for small ops (which may all fit into the L2), milliseconds of a graph, rounds, and seconds
+# of a case without compilers
 MOST_SETS, REPLAYED, ROUNDS, A_CASE = 1000, 5, 3, 3
 CL, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 BF16 = torch.bfloat16
@@ -85,13 +85,13 @@ CPU_CASES: list[tuple[Callable[..., Case], tuple]] = [
 
 
 def gpu_cases(device: str = "cuda") -> Iterator[Case]:
-    """Each case when its turn comes, the most telling ones first, in case that time runs out."""
+    """Yield the GPU's cases, the most informative first, in case time runs out."""
     norms = cifar10_norms()
     at = {"device": device}
     # 64 MiB and more, with groups that fit into the shared memory of an SM or of a few
     large = {(256, 128, 32, 32), (64, 256, 64, 64), (16, 256, 128, 128)}
     large |= {(256, *shape) for shape in norms if 512 * shape[0] * shape[1] * shape[2] >= 64 * MB}
-    # A batch of the network's norms; those of them that are large are both.
+    # A batch of the network's norms; its large ones count for both bars.
     wanted = {
         (batch, *shape): ((BATCHES[batch],), norms[shape]) for batch in reversed(BATCHES) for shape in sorted(norms)
     }
@@ -107,7 +107,7 @@ def gpu_cases(device: str = "cuda") -> Iterator[Case]:
     for shape in ((256, 3, 32, 32), (64, 3, 256, 256)):
         yield philox_normal(shape, **at)
     yield timestep_embedding(256, 128, **at, sets=100)
-    for shape in sorted(norms):  # where what counts is a graph's node, whatever it does; nothing to compile for
+    for shape in sorted(norms):  # only the time of a graph's node counts; without compiled peers
         yield group_norm_silu(
             (1, *shape), BF16, CL, **at, bars=(BATCH_1,), calls=norms[shape], sets=100, compiled=False
         )
@@ -116,7 +116,7 @@ def gpu_cases(device: str = "cuda") -> Iterator[Case]:
 
 
 def measure(case: Case, settings: argparse.Namespace) -> dict[str, Timing]:
-    """On a CPU."""
+    """Return the CPU's cases."""
     buffers = Rotation(case.make, (64 if settings.quick else 256) * MB)
 
     def copy() -> None:
@@ -132,7 +132,7 @@ def seconds_for(settings: argparse.Namespace) -> float:
 
 
 def summary(case: Case, errors: dict[str, float], timings: dict[str, Timing]) -> dict[str, object]:
-    """A case as it goes into the JSON."""
+    """Return a case's entry in the JSON."""
     out = case.make()[case.out]
     moved = {COPY: 2 * out.numel() * out.element_size(), **{name: c.moved for name, c in case.contestants.items()}}
     rate = {name: moved[name] / timing.median / 1e9 for name, timing in timings.items()}
@@ -151,27 +151,27 @@ def summary(case: Case, errors: dict[str, float], timings: dict[str, Timing]) ->
 
 
 def sets_needed(case: Case, cache: int) -> int:
-    """So many that they come to more than four times the cache; of small ops as many as are enough."""
+    """Return the number of sets that exceeds four times the cache, limited for small ops."""
     touched = case.touched or min(c.moved for c in case.contestants.values())
     return case.sets or min(MOST_SETS, max(2, math.floor(4 * cache / touched) + 1))
 
 
 def in_a_graph(call: Callable[..., object], sets: list[Tensors], reset: Callable[[], None]) -> float:
-    """Seconds of a call, from replays of a CUDA graph of calls over all sets in turn."""
-    from triton.testing import do_bench_cudagraph  # torch brings it along only where there are GPUs
+    """Return the seconds of a call, from replays of a CUDA graph of calls over all sets in turn."""
+    from triton.testing import do_bench_cudagraph  # torch for CPUs does not include it
 
     reset()
-    torch.cuda.synchronize()  # its streams don't wait for this one
-    # Results of a turn stay until it is over, so that no two calls share memory.
+    torch.cuda.synchronize()  # its streams do not wait for this one
+    # Results of a turn stay allocated until its end, so that no two calls share memory.
     run = lambda: [call(*buffers) for buffers in sets]  # noqa: E731
     return do_bench_cudagraph(run, rep=REPLAYED, return_mode="median") / 1e3 / len(sets)
 
 
-_failed: list[Exception] = []  # with what their captures left, which torch's allocator may still refer to
+_failed: list[Exception] = []  # keeps the remains of failed captures alive: torch's allocator may refer to them
 
 
 def measure_on_gpu(case: Case, cache: int, compiled: bool = True) -> dict[str, object]:
-    """Examine and time a case; who is wrong, fails or can't be captured is left out, and the result says so."""
+    """Check and time a case. A contestant that is wrong, fails or cannot be captured is listed in "left_out"."""
     torch.compiler.reset()  # code compiled for earlier shapes would count against dynamo's limit of versions
     result = {"op": case.op, "case": case.name, "contestants": {}, "bars": case.bars, "calls": case.calls}
     errors = {}
@@ -187,24 +187,21 @@ def measure_on_gpu(case: Case, cache: int, compiled: bool = True) -> dict[str, o
                     if name not in errors and name != COPY:
                         errors[name] = examined(case, name)
                     taken[name].append(in_a_graph(calls[name], sets, case.reset))
-                except Exception as error:  # one contestant's failure is not the others'
+                except Exception as error:  # the other contestants may still run
                     left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
                     del calls[name]
                     _failed.append(error)
         result |= {**summary(case, errors, {name: Timing(taken[name]) for name in calls}), "sets": len(sets)}
-    except Exception as error:  # such as too little memory: the other cases may do
+    except Exception as error:  # such as too little memory: the other cases may still run
         left_out = dict.fromkeys(case.contestants, f"{type(error).__name__}: {error}".splitlines()[0])
     return {**result, "left_out": left_out}
 
 
 def run_on_gpu(only: str = "", left: Callable[[], float] = lambda: math.inf) -> Iterator[dict[str, object]]:
-    """The results of the GPU's cases as they come; left() says for how many seconds more.
-
-    Compilers get what time our own figures leave them.
-    """
+    """Yield the results of the GPU's cases. left() returns the seconds left; compilers get those not used by our ops."""
     torch.backends.cudnn.benchmark = True
     cache, stream = torch.cuda.get_device_properties("cuda").L2_cache_size, torch.cuda.Stream()
-    # Autograd runs a backward on its forward's stream, and only the captured stream's work gets into a graph.
+    # Autograd runs a backward on its forward's stream, and a graph contains only the captured stream's work.
     torch.cuda.graph.default_capture_stream = stream
     with torch.cuda.stream(stream):
         for n, case in enumerate(gpu_cases()):
@@ -216,7 +213,7 @@ def run_on_gpu(only: str = "", left: Callable[[], float] = lambda: math.inf) -> 
 
 
 def run_hot() -> None:
-    """The norm, on chip and in two stages, and the step, once each between marks that a profiler heeds."""
+    """Run the norm, on chip and in two stages, and the step, once each, between a profiler's start and stop."""
     cases, profiler = list(gpu_cases()), torch.cuda.cudart()
     for bar in (ON_CHIP, TWO_STAGE, LARGE_STEP):
         case = next(case for case in cases if bar in case.bars)
@@ -253,12 +250,12 @@ def table(results: list[dict], unit: str = "ms") -> None:
 
 @functools.cache
 def planned() -> tuple[dict[str, object], ...]:
-    """Op, name and bars of every GPU case. Shapes are all that it takes, and meta tensors have them."""
+    """Return op, name and bars of every GPU case, from meta tensors, since only shapes are needed."""
     return tuple({"op": case.op, "case": case.name, "bars": case.bars} for case in gpu_cases("meta"))
 
 
 def bars_of(results: list[dict]) -> list[dict]:
-    """The GPU's bars: measured, as far as the results have what they need."""
+    """Return the GPU's bars, measured as far as the results contain their cases."""
     return bars(results, planned())
 
 

@@ -1,18 +1,18 @@
-"""The bundled digits' variational bound on MNIST's test images, in bits per dimension; how long it takes; rate and distortion.
+"""Measure the bundled digits' variational bound on MNIST's test images in bits/dim, its time, and rate and distortion.
 
     python benchmarks/likelihood.py --data mnist.npz --json likelihood.json --plot likelihood.png
 
-What is measured, and the bars:
+The measurements and their bars:
   - time: the bound of 64 digits against the network's own forward over as many evaluations, same engine, same batch: at most
-    1.1 times. Only --timed timesteps of each image are evaluated; what a call costs once weighs more than in the whole bound.
+    1.1 times. Only --timed timesteps of each image are evaluated, so one-time costs weigh more than in the whole bound.
   - the bound of --images test images from all timesteps, with its rate-distortion curve (the paper's figure 5 and table 4):
-    rate(T) + L_0 is the bound, the rate never falls, and at every twentieth of the steps the distortion doesn't rise by more
+    rate(T) + L_0 is the bound, the rate never falls, and at every twentieth of the steps the distortion does not rise by more
     than two standard errors.
-  - the bound of --estimated test images from --subsample drawn timesteps each; on the images that both have, it agrees with
-    the one from all timesteps within four standard errors, as the known terms say that the draws have.
+  - the bound of --estimated test images from --subsample drawn timesteps each; on the images common to both, it agrees
+    with the one from all timesteps within four standard errors; the known terms give the standard error of the draws.
 
-Digits are padded to 32x32 with black, which the model was trained on, and which costs next to nothing: bits per dimension
-are over all 1024 pixels, and are not those of 28x28 digits.
+Digits are padded to 32x32 with black, like the model's training images. The padding costs next to nothing, so bits per
+dimension, over all 1024 pixels, are not those of 28x28 digits.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from fastddpm.inputs.resolve import resolve
 
 TIMED_IMAGES = 64
 MOST_TIMES_FORWARD = 1.1
-PREPARED = 8  # batches that the bare network takes in turn
+PREPARED = 8  # input batches that the bare network uses in turn
 
 # --------------------------------------------------------------------------------------------------- time
 
 
 def forward(model: fastddpm.UNet, settings: argparse.Namespace, batches: int) -> Callable[[], float]:
-    """A call that returns the seconds of `batches` forwards through the engine, their inputs ready in its layout and dtype."""
+    """Return a call that times `batches` forwards of the engine, in seconds, with inputs in its layout and dtype."""
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     shape = (settings.batch_size, *model.shape)
     noise = [torch.randn(shape, device=device) for _ in range(PREPARED)]
@@ -120,7 +120,7 @@ def figures(bound: Likelihood) -> dict[str, object]:
 
 
 def twentieths(curve: RateDistortion) -> list[int]:
-    """Numbers of reverse steps, rising."""
+    """Return numbers of reverse steps, rising."""
     T = len(curve.rate)
     return sorted({max(1, T * part // 20) for part in range(1, 21)})
 
@@ -138,7 +138,7 @@ def curve_passes(curve: RateDistortion) -> dict[str, bool]:
 
 
 def agrees(estimate: Likelihood, whole: Likelihood, subsample: int) -> dict[str, float | bool]:
-    """The two on the images that both have. A draw's variance is taken from all terms: few images may miss the large ones."""
+    """Compare the two on their common images. All terms give a draw's variance: few images may miss the large ones."""
     n = min(len(estimate.per_image), len(whole.per_image))
     parts = [whole.terms[low:high] for low, high in itertools.pairwise(strata(len(whole.terms), subsample))]
     error = math.sqrt(sum(len(part) ** 2 * float(part.var(correction=0)) for part in parts) / n)

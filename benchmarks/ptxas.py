@@ -1,12 +1,12 @@
-"""What the compiler makes of the CUDA kernels, and how their work is split, held against budget.json. Needs nvcc, no GPU.
+"""Compare the CUDA kernels' compiled code, and the split of their work, with budget.json. Needs nvcc, no GPU.
 
     python benchmarks/ptxas.py [ARCH ...] [--write]
 
 Compiles csrc/cuda for the given compute capabilities (default those of budget.json), as the build does, and disassembles
-it. Fails where a kernel spills registers, or where a hot kernel takes more than its budget: instructions an element of
-each pass, barriers, fences, code, registers, loads and stores of each width. Then asks the kernels' hosts how they split
-the planned cases on an H200's 132 multiprocessors, and fails where a launch has a little more than one wave, or too few
-bytes are under way. --write puts what was found in the place of the kernels' budget.
+it. Fails if a kernel spills registers, or if a hot kernel exceeds its budget: instructions an element of each pass,
+barriers, fences, code, registers, loads and stores of each width. Then runs the kernels' hosts to get the split of the
+planned cases on an H200's 132 multiprocessors, and fails if a launch has a little more than one wave, or if too few bytes
+are in flight. --write replaces the kernels' budget by the counts found.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ BUDGET = Path(__file__).with_name("budget.json")
 class Hot(NamedTuple):
     """A kernel with a budget: elements that a thread holds at once, and its passes over them.
 
-    A pass is (name, where its source begins, and ends): texts that follow each other in the kernel's file. Passes are
-    unrolled, so what is counted in the code is what runs, but for a choice of layouts and for what seldom runs.
+    A pass is (name, text at which its source begins, text at which it ends); the texts follow each other in the kernel's
+    file. Passes are unrolled, so the instructions counted in the code are those that run, except for a choice of layouts
+    and for branches that seldom run.
     """
 
     elements: int
@@ -77,17 +78,17 @@ class Kernel(NamedTuple):
     arch: str
     spilled: int  # bytes stored and loaded
     registers: int
-    found: Found  # as in budget.json; empty where the kernel has no budget
+    found: Found  # as in budget.json; empty if the kernel has no budget
 
 
 def arithmetic_flags() -> list[str]:
-    """The options of the CUDA kernels in CMakeLists.txt, where they have their reasons."""
+    """Return the CUDA kernels' compile options from CMakeLists.txt, which gives their reasons."""
     text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
     return re.search(r"target_compile_options\(fastddpm_cuda PRIVATE (.*?)\)", text)[1].split()
 
 
 def disassembler() -> str:
-    """nvdisasm from Triton's wheel, whose version constraints.txt pins; else that beside nvcc."""
+    """Return the path of nvdisasm: from Triton's wheel, whose version constraints.txt pins, else from the toolkit."""
     triton = importlib.util.find_spec("triton")
     places = [] if triton is None else [str(Path(triton.origin).parent / "backends" / "nvidia" / "bin")]
     found = shutil.which("nvdisasm", path=os.pathsep.join([*places, os.environ["PATH"]]))
@@ -102,7 +103,7 @@ def release(tool: str) -> str:
 
 
 def readable(name: str) -> str:
-    """`op_kernel<arguments>`, without namespaces and parameters."""
+    """Return `op_kernel<arguments>`, without namespaces and parameters."""
     match = re.search(r"(\w+_kernel(?:<[^()]*>)?)\(", name)
     return match[1] if match else name
 
@@ -120,7 +121,7 @@ def line_of(text: str, at: int) -> int:
 
 
 def pass_lines(source: Path, kernel: str) -> dict[str, range]:
-    """The lines of each pass of a hot kernel."""
+    """Return the lines of each pass of a hot kernel."""
     text = source.read_text(encoding="utf-8")
     at, lines = text.index(f" {kernel.split('<')[0]}("), {}
     for name, begin, end in HOT[kernel].passes:
@@ -132,14 +133,14 @@ def pass_lines(source: Path, kernel: str) -> dict[str, range]:
 
 @functools.cache
 def partial() -> Line:
-    """Where threads with empty slots go: a second copy of a pass, which has no part in what an element costs."""
+    """Return the line of the branch for threads with empty slots, a second copy of a pass that element costs exclude."""
     header = KERNELS / "group_norm_silu.cuh"
     text = header.read_text(encoding="utf-8")
     return header.name, line_of(text, text.index("each_of<false>(of, f)"))
 
 
 def instructions(sass: str) -> Iterator[tuple[str, str, list[Line]]]:
-    """(kernel, instruction, the lines it comes from, the innermost first) from `nvdisasm -gi`."""
+    """Yield (kernel, instruction, its source lines, the innermost first) from `nvdisasm -gi`."""
     kernel, lines, begins = "", [], True
     for text in sass.splitlines():
         if text.startswith("_Z") and text.endswith(":"):
@@ -153,7 +154,7 @@ def instructions(sass: str) -> Iterator[tuple[str, str, list[Line]]]:
 
 
 def width_of(instruction: str) -> str:
-    """Bits that a load or store moves for each thread."""
+    """Return the bits that a load or store moves for each thread."""
     return next((w for w in ("128", "64", "16", "8") if re.search(rf"\.[US]?{w}\b", instruction)), "32")
 
 
@@ -181,7 +182,7 @@ def budget_of(kernel: str, source: Path, registers: int, code: Sequence[tuple[st
 
 
 def compiled(source: Path, arch: str, nvdisasm: str) -> list[Kernel]:
-    # Line numbers tell passes apart. They change no instruction.
+    # Line numbers distinguish passes. They change no instruction.
     flags = ["-std=c++17", "-O3", "-DFASTDDPM_CUDA", *arithmetic_flags(), "-Xptxas", "-v", "-lineinfo"]
     with tempfile.TemporaryDirectory() as folder:
         image = f"{folder}/kernels.cubin"
@@ -206,7 +207,7 @@ def compiled(source: Path, arch: str, nvdisasm: str) -> list[Kernel]:
 
 
 def over(found: Mapping, budget: Mapping, where: str = "") -> Iterator[str]:
-    """What is more than its budget; what has none may not be there."""
+    """Yield each count that exceeds its budget; a count without a budget must be 0."""
     for name, value in found.items():
         if isinstance(value, Mapping):
             yield from over(value, budget.get(name, {}), f"{where} {name}")
@@ -219,7 +220,7 @@ def over(found: Mapping, budget: Mapping, where: str = "") -> Iterator[str]:
 SMS = 132
 H200 = {"CUDA_ON_CPU_SMS": str(SMS), "CUDA_ON_CPU_MAJOR": "9", "CUDA_ON_CPU_L2": str(50 << 20)}
 NETWORKS = {"cifar10": (1, 16, 64, 256), "lsun256": (1, 4, 16)}  # batches that are measured
-LARGE, UNDER_WAY = 16 << 20, 32 << 10  # bytes: of what is read, and of loads under way in a multiprocessor
+LARGE, UNDER_WAY = 16 << 20, 32 << 10  # bytes: of all reads, and of loads in flight in a multiprocessor
 
 
 class Case(NamedTuple):
@@ -232,7 +233,7 @@ class Case(NamedTuple):
         return f"{self.op} [{self.samples}, {self.channels}, {self.pixels}]"
 
     def bytes_read(self) -> int:
-        """Of an element: x, and what else has its size; nothing where results are made of a few numbers."""
+        """Return the bytes read: x and the inputs of its size; 0 for ops that compute from a few numbers."""
         element = {"group_norm_silu": 2, "group_norm_silu_backward": 4, "ddpm_step_": 6}.get(self.op, 0)
         return element * self.samples * self.channels * self.pixels
 
@@ -245,7 +246,7 @@ class Launch(NamedTuple):
     shared: int  # bytes
 
     def resident(self, registers: Mapping[str, int]) -> int:
-        """Blocks that live on a multiprocessor of sm_90 at once; registers come in eights for a thread of a warp."""
+        """Return the blocks resident on an sm_90 multiprocessor; registers are allocated in eights for each thread."""
         warps = -(-self.threads // 32)
         by_registers = 65536 // (-(-registers[self.kernel] // 8) * 8 * 32 * warps)
         return min(by_registers, 64 // warps, 32, (228 << 10) // (self.shared + 1024))
@@ -255,21 +256,21 @@ class Launch(NamedTuple):
 
 
 def norms(preset: str) -> set[tuple[int, int]]:
-    """(channels, pixels) of group_norm_silu's calls in a network."""
+    """Return (channels, pixels) of group_norm_silu's calls in a network."""
     shapes = set()
 
     def noted(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         shapes.add((x.shape[1], x.shape[2] * x.shape[3]))
         return torch.empty_like(x)
 
-    network = UNet.from_preset(preset).to("meta").eval()  # shapes alone: nothing is computed
+    network = UNet.from_preset(preset).to("meta").eval()  # meta tensors have only shapes: nothing is computed
     with mock.patch.object(unet.ops, "group_norm_silu", noted):
         network(torch.empty(1, *network.shape, device="meta"), torch.empty(1, dtype=torch.int64, device="meta"))
     return shapes
 
 
 def cases() -> list[Case]:
-    """What kernels.py and steps_per_sec.py launch on a GPU."""
+    """Return the cases that kernels.py and steps_per_sec.py launch on a GPU."""
     shapes = {(n, *shape) for preset, batches in NETWORKS.items() for shape in norms(preset) for n in batches}
     shapes |= {(64, 256, 4096), (16, 256, 16384), (16, 128, 65536)}
     others = [("group_norm_silu_backward", *shape) for shape in ((256, 128, 1024), (64, 256, 256), (4, 128, 65536))]
@@ -280,12 +281,12 @@ def cases() -> list[Case]:
 
 
 def plan(asked: Sequence[Case]) -> list[list[Launch]]:
-    """The launches of each case, from the kernels' hosts: tests/cuda_on_cpu compiles them for this machine."""
+    """Return the launches of each case, from the kernels' hosts, which tests/cuda_on_cpu compiles for this machine."""
     sys.path.append(str(ROOT / "tests"))
     import simulated
 
     if simulated.missing():
-        sys.exit(f"the kernels' hosts cannot be asked how they split work: {simulated.missing()}")
+        sys.exit(f"the kernels' hosts, which split the work, cannot be built: {simulated.missing()}")
     program = simulated.built("plan")
     text = "".join(f"{' '.join(map(str, case))}\n" for case in asked)
     done = subprocess.run([program], input=text, capture_output=True, text=True, check=True, env={**os.environ, **H200})
@@ -301,7 +302,7 @@ def plan(asked: Sequence[Case]) -> list[list[Launch]]:
 
 
 class Split(NamedTuple):
-    """A case's launches, of which all but the last are alike."""
+    """A case's launches; all except the last are equal."""
 
     case: Case
     launches: list[Launch]
@@ -311,22 +312,22 @@ class Split(NamedTuple):
         return [launch.waves(self.registers) for launch in self.launches]
 
     def under_way(self) -> float:
-        """Bytes of the case's loads that a multiprocessor has under way in the first launch."""
+        """Return the bytes of the case's loads that a multiprocessor has in flight in the first launch."""
         first = self.launches[0]
         if self.case.op == "ddpm_step_":  # four pixels of a thread at a time
             block = first.threads * 4 * self.case.bytes_read() / (self.case.samples * self.case.pixels)
-        else:  # all that a block has; two launches read it in two stages
+        else:  # all of a block's elements; two launches read them in two stages
             stages = 2 if len(self.launches) > 1 else 1
             block = stages * self.case.bytes_read() / sum(launch.blocks for launch in self.launches)
         return block * min(first.resident(self.registers), first.blocks / SMS)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """(rule, in words)."""
+        """Yield (rule, description) of each violation."""
         bad = [w for w in self.waves() if 1.0 < w < 1.5]
         if bad:
             yield "waves", f"a launch of {bad[0]:.2f} waves: the last multiprocessors wait for the first"
         if self.case.bytes_read() > LARGE and self.under_way() < UNDER_WAY:
-            yield "under_way", f"{self.under_way() / 1024:.1f} KB under way in a multiprocessor, wanted are 32"
+            yield "under_way", f"{self.under_way() / 1024:.1f} KB in flight in a multiprocessor, expected at least 32"
 
     def cells(self) -> list[str]:
         first, waves = self.launches[0], self.waves()
@@ -337,7 +338,7 @@ class Split(NamedTuple):
 
 
 def registers(budget: Mapping) -> dict[str, int]:
-    """Of the kernels on an H200."""
+    """Return kernel -> registers on an H200."""
     return {name: found["registers"] for name, found in budget["kernels"]["sm_90"].items()}
 
 
@@ -347,14 +348,14 @@ def splits(registers: Mapping[str, int]) -> list[Split]:
 
 
 def unexpected(found: Sequence[Split], exceptions: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
-    """Problems that budget.json doesn't except, and exceptions that are none any more."""
+    """Yield problems that budget.json does not except, and exceptions that are no longer needed."""
     problems = {(rule, str(split.case)): words for split in found for rule, words in split.problems()}
     excepted = {(rule, case) for rule, listed in exceptions.items() for case in listed}
     for (rule, case), words in problems.items():
         if (rule, case) not in excepted:
             yield f"{case}: {words}"
     for rule, case in sorted(excepted - set(problems)):
-        yield f"{case}: excepted from {rule} in {BUDGET.name}, and needs no exception"
+        yield f"{case}: excepted from {rule} in {BUDGET.name} without need; remove the exception"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -373,7 +374,7 @@ def hot_cells(kernel: Kernel) -> list[str]:
 
 
 def print_predictions(results: Iterable[dict]) -> None:
-    """Print what budget.json predicts beside what gpu.py has measured: results of kernels.py, or of steps_per_sec.py."""
+    """Print budget.json's predictions beside measurements of gpu.py: results of kernels.py or of steps_per_sec.py."""
     rows, measured = [], {(r.get("op") or r["network"], r.get("case") or r["batch"]): r["contestants"] for r in results}
     for p in json.loads(BUDGET.read_text(encoding="utf-8"))["predictions"]:
         ours = OURS if "op" in p else f"fastddpm {p['dtype']}"
@@ -420,7 +421,7 @@ def main() -> None:
             allowed = budget["kernels"].get(kernel.arch, {}).get(kernel.name, {})
             failures += over(kernel.found, allowed, f"{kernel.name} for {kernel.arch}:")
     found = splits(registers(budget))
-    header = ["case", "blocks x threads / cluster", "on a multiprocessor", "waves", "KB under way"]
+    header = ["case", "blocks x threads / cluster", "on a multiprocessor", "waves", "KB in flight"]
     print_table(header, [split.cells() for split in found])
     failures += unexpected(found, budget["exceptions"])
     print(f"{len(kernels)} kernels for {', '.join(settings.archs)}, {len(found)} cases; {len(failures)} failures")

@@ -1,13 +1,13 @@
-"""What do fewer steps cost? Digits drawn by every sampler in 10 to 100 steps, beside the paper's 1000.
+"""What do fewer steps cost? Compare digits drawn by every sampler in 10 to 100 steps with the paper's 1000.
 
     python benchmarks/samplers.py --data mnist.npz --cache somewhere --json benchmarks/results/samplers.json --plot samplers.png
 
-Quality is what digits_quality.py measures: the share of samples to which its classifier gives a class with confidence
+Quality is measured as in digits_quality.py: the share of samples to which its classifier gives a class with confidence
 over 0.9, and the Frechet distance on its 64 features to the 10,000 test images, in units of the floor: the mean distance of
-as many real images. Below: what a step of the paper's CIFAR-10 network costs outside the network, at batch 16: the seconds
-of whole chains, the timesteps' embeddings among them, without those of the network's calls. The bar is 1 ms.
+as many real images. The second part is the cost of a step of the paper's CIFAR-10 network outside the network, at batch 16:
+the seconds of whole chains, including the timesteps' embeddings, without those of the network's calls. The bar is 1 ms.
 
-Samples are drawn in lots and kept in --cache, so that an interrupted run goes on where it was.
+Samples are drawn in batches and stored in --cache, so that an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastddpm.utils.files import atomic_write
 
 STEPS = (100, 50, 20, 10)
 FEW = (20, 10)
-# label: (what sample is told, how many steps)
+# label: (arguments of sample, numbers of steps)
 CHAINS = {
     "ddpm": ({}, (1000, *STEPS)),
     "ddpm, fixed_large": ({"variance": "fixed_large"}, STEPS),
@@ -67,7 +67,7 @@ def quality(settings: argparse.Namespace) -> dict[str, object]:
     for label, options, steps in tqdm(chains, desc="chains", unit="chain", disable=None):
         name = f"{weights[:12]}-{label.replace(', ', '-')}-{steps}-{settings.dtype}"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that fixed_large ruins images is what is shown here
+            warnings.simplefilter("ignore")  # fixed_large ruins images on purpose here
             shards = samples.draw(
                 model, settings.cache / name, settings.n, seed=settings.seed, batch_size=settings.batch_size,
                 dtype=getattr(torch, settings.dtype), device=settings.device, steps=steps, progress=False, **options,
@@ -129,7 +129,7 @@ def draw_chart(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 def own(options: dict[str, object]) -> list[float]:
-    """Milliseconds a step outside the network, one entry for each chain of OWN_STEPS steps."""
+    """Return the milliseconds a step outside the network, one entry for each chain of OWN_STEPS steps."""
     torch.manual_seed(0)
     model = UNet.from_preset("cifar10").eval()
     inside = [0.0]

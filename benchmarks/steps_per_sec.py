@@ -1,24 +1,24 @@
-"""End to end: steps of the paper's chain a second, against the best that a user could pick instead, with the same weights.
+"""Measure whole steps of the paper's chain a second, and compare with the best alternatives, with the same weights.
 
     python benchmarks/steps_per_sec.py [--isa avx2] [--device cuda] [--network lsun256] [--batch 1 16]
                                        [--quick] [--minutes 12] [--json PATH] [--plot PATH]
 
-A run ends within the minutes that it announces. Each batch size has a share of them, and a quarter of that is kept for
-the rounds that are timed. Who no longer fits is left out, as is who would compute in a dtype that this processor takes
-absurdly long for, by a short probe (`_contestants.refuse_if_absurd`).
+A run ends within the minutes that it announces. Each batch size has a share of them, and a quarter of the share is
+reserved for the timed rounds. A contestant that no longer fits is left out. So is a dtype that would take absurdly long on
+this processor, by a short probe (`_contestants.refuse_if_absurd`).
 
-`--isa avx2` caps every contestant to AVX2, so that a machine with wider vectors shows both kinds of processor (`_isa.py`).
+`--isa avx2` caps every contestant to AVX2, so that a machine with wider vectors measures both kinds of processor (`_isa.py`).
 
-A step is the whole of it: the network, the posterior mean, fresh noise. Parity first: each contestant's prediction is
-held against the network in float64 at a few timesteps before anybody is timed, and who is wrong is left out. Then all
-contestants take turns, and with them matrix products that say what this machine could do: "of matmul" is the share of
-the step that the network's products, as it is written down, would take at the rate of the same precision.
+A step is the network, the posterior mean and fresh noise. Parity first: each contestant's prediction is compared with the
+network in float64 at a few timesteps before any timing, and a wrong contestant is left out. Then all contestants take
+turns, together with matrix products that measure this machine's limit: "of matmul" is the share of the step that the
+network's products, as written down, would take at the rate of the same precision.
 
-fastddpm runs the loop that `fastddpm.sample` runs; diffusers, torch.compile and OpenVINO run that of DDPMPipeline, and
-on a GPU the whole compiled step, captured into a CUDA graph by hand, has one of its own (`_contestants.py`). "setup" is
-what each takes once: weights packed, code compiled, models converted, graphs captured. "images/s" is that of a first chain
-of 1000 steps, set-up included. "memory" is the weights and what a step adds at its peak; "added" what the engine
-keeps besides activations, in sizes of the caller's weights. "kernels" are those that a step runs on a GPU.
+fastddpm runs the loop of `fastddpm.sample`; diffusers, torch.compile and OpenVINO run that of DDPMPipeline. On a GPU the
+whole compiled step, captured into a CUDA graph by hand, has a separate loop (`_contestants.py`). "setup" is the one-time
+cost: weights packed, code compiled, models converted, graphs captured. "images/s" is that of a first chain of 1000 steps,
+set-up included. "memory" is the weights and the peak that a step adds; "added" is the engine's memory besides activations,
+in sizes of the caller's weights. "kernels" are those that a step runs on a GPU.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ PROBES = (980, 500, 20)  # timesteps at which predictions are compared
 FEW = 2  # images of a batch that are compared
 TOLERANCE = {"float32": 5e-5, "tf32": 5e-3, "bfloat16": 5e-2}  # rms error / rms of the prediction
 PRODUCT = {"cpu": (2048, 1), "cuda": (8192, 10)}  # side of the matrices whose product is the limit, products in a turn
-TURN = {"cpu": 25e9, "cuda": 16e12}  # a turn has as many steps as make so many multiply-adds, 1 to MOST
+TURN = {"cpu": 25e9, "cuda": 16e12}  # multiply-adds of a turn, which sets its steps, 1 to MOST
 MOST = 50
-ENOUGH_ROUNDS = 6  # where time is too short for so many, turns have fewer steps
+ENOUGH_ROUNDS = 6  # if time is too short for these, turns have fewer steps
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 20
-MINUTES = {"cpu": 12, "cuda": 60}  # that a run may take
+MINUTES = {"cpu": 12, "cuda": 60}  # time limit of a run
 QUICK_MINUTES = 4
 NO_TIME = "no time left"
 
@@ -99,7 +99,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def resident(field: str) -> int | None:
-    """A line of what Linux tells of this process's memory."""
+    """Return a field of /proc/self/status in bytes, or None if there is none."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field):
@@ -108,22 +108,22 @@ def resident(field: str) -> int | None:
 
 
 def standing(device: torch.device) -> int | None:
-    """Bytes in use that stay, after giving back what was freed; None where the system does not tell.
+    """Return the bytes in use after releasing freed memory, or None if the system does not report them.
 
-    On a GPU not those of a CUDA graph's activations, which torch counts as freed within the graph's own memory.
+    On a GPU this excludes a CUDA graph's activations, which torch counts as freed within the graph's own memory.
     """
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory otherwise
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise glibc retains freed memory
     return resident("VmRSS")
 
 
 def highest(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most that is in use during the call.
+    """Return the peak of the bytes in use during the call, or None if the system does not report it.
 
-    On a GPU what torch has reserved by then: its peak of what is allocated knows nothing of what CUDA graphs use.
+    On a GPU this is torch's reserved memory: its peak of allocated memory does not include that of CUDA graphs.
     """
     gc.collect()
     if device.type == "cuda":
@@ -131,7 +131,7 @@ def highest(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         return torch.cuda.memory_reserved()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # makes the peak, VmHWM, start again from now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     except OSError:
         return None
     call()
@@ -161,10 +161,10 @@ except First:
 
 
 def cold(name: str, batch: int, device: torch.device, seconds: float) -> dict[str, float]:
-    """Seconds from a new process's first call of `fastddpm.sample` to the end of its first step, by dtype.
+    """Return the seconds from a new process's first call of `fastddpm.sample` to the end of its first step, by dtype.
 
-    Medians of three, or of as many as fit into so many seconds, at least one. The run ends
-    where a call takes a minute and ten times that.
+    They are medians of three calls, or of as many as fit into `seconds`, at least one. The run ends if a call takes longer
+    than a minute plus ten times `seconds`.
     """
 
     def once(dtype: str) -> float:
@@ -183,9 +183,9 @@ def cold(name: str, batch: int, device: torch.device, seconds: float) -> dict[st
 
 
 def own(model: UNet, batch: int, device: torch.device, seconds: float) -> float:
-    """Milliseconds a step that a warm call of `fastddpm.sample` takes beside the network, of all its steps and itself.
+    """Return the milliseconds a step of a warm call of `fastddpm.sample` outside the network, the call's start included.
 
-    The median of three calls, or of as many as fit into so many seconds, at least one.
+    It is the median of three calls, or of as many as fit into `seconds`, at least one.
     """
     idle, taken = copy.deepcopy(model), []
     with mock.patch.object(UNet, "body", lambda self, x, embedding: torch.zeros_like(x)):
@@ -201,7 +201,7 @@ def own(model: UNet, batch: int, device: torch.device, seconds: float) -> float:
 
 
 class Late(BaseException):
-    """The time for setting up is over. Not an Exception: compilers catch these."""
+    """The end of the time for set-up. Not an Exception, since compilers catch these."""
 
     def __str__(self) -> str:
         return ": ".join([NO_TIME, *self.args])
@@ -209,9 +209,9 @@ class Late(BaseException):
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raise Late inside the block when it has taken so long.
+    """Raise Late inside the block after `seconds`.
 
-    Not by a signal: while OpenVINO compiles a model, this thread's signal stack may be one that OpenVINO has freed.
+    This uses no signal: while OpenVINO compiles a model, this thread's signal stack may be one that OpenVINO has freed.
     """
     target = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(Late)
     timer = threading.Timer(seconds, ctypes.pythonapi.PyThreadState_SetAsyncExc, target)
@@ -220,30 +220,30 @@ def within(seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        timer.join()  # a Late that has been thrown by now arrives here, and not behind the block
+        timer.join()  # a Late raised by now arrives here, and not after the block
 
 
 def exact(model: UNet, x: torch.Tensor) -> dict[int, torch.Tensor]:
-    """The network's predictions in float64, by timestep."""
+    """Return the network's predictions in float64, by timestep."""
     with backend.use("reference"):
         network = copy.deepcopy(model).double()
         return {t: network(x.double(), torch.full((len(x),), t, device=x.device)) for t in PROBES}
 
 
 def error(contestant: Contestant, x: torch.Tensor, truth: dict[int, torch.Tensor]) -> float:
-    """The largest rms error / rms of the prediction; raises LeftOut where that is over the tolerance."""
+    """Return the largest rms error / rms of the prediction. Raise LeftOut if it exceeds the tolerance."""
     errors = []
     for t, y in truth.items():
         difference = contestant.predict(x, t)[:FEW].double() - y
         errors.append(float(difference.square().mean().sqrt() / y.square().mean().sqrt()))
     allowed = contestant.slack * TOLERANCE[contestant.precision]
-    if not all(e <= allowed for e in errors):  # a NaN is not
+    if not all(e <= allowed for e in errors):  # also true for NaN
         raise LeftOut(f"wrong: error {max(errors):.2g}, allowed {allowed:.2g}; not timed")
     return max(errors)
 
 
 def kernels(contestant: Contestant) -> int | None:
-    """That a step runs on the GPU; None where the profiler sees none."""
+    """Return the number of kernels that a step runs on the GPU, or None if the profiler sees none."""
 
     def run(steps: int) -> int:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -251,7 +251,7 @@ def kernels(contestant: Contestant) -> int | None:
         on_gpu = [e for e in profile.events() if e.device_type.name == "CUDA"]
         return sum(not (e.is_user_annotation or e.name.startswith(("Memcpy", "Memset"))) for e in on_gpu)
 
-    return round((run(11) - run(1)) / 10) or None  # a chain's beginning has some of its own
+    return round((run(11) - run(1)) / 10) or None  # a chain's start runs additional kernels
 
 
 def examined(
@@ -262,15 +262,15 @@ def examined(
     truth: dict[int, torch.Tensor],
     left: Callable[[], float],
 ) -> tuple[Contestant, dict[str, object]]:
-    """Set a contestant up, and find everything about it; its speed only roughly.
+    """Set a contestant up and measure everything except its exact speed.
 
-    Raises LeftOut where its output is wrong, and Late where the seconds left are too few for what remains to be done.
+    Raise LeftOut if its output is wrong, and Late if the seconds left are too few for the remaining work.
     """
     device = x.device
     stood, held = standing(device), highest(lambda: None, device)
     start, taken = time.perf_counter(), []
     contestant = stack.enter_context(entrant)
-    warm = 2 if device.type == "cuda" else 1  # behind another one; torch captures its CUDA graphs in the second step
+    warm = 2 if device.type == "cuda" else 1  # after the first step; torch captures CUDA graphs in the second
     contestant.steps(warm)
     setup = time.perf_counter() - start
     stands, peak = standing(device), highest(lambda: taken.append(contestant.steps(1)), device)
@@ -288,7 +288,7 @@ def examined(
 
 
 def product(precision: str, device: torch.device) -> Callable[[], float]:
-    """Seconds of one matrix product."""
+    """Return the seconds of one matrix product."""
     side, times = PRODUCT[device.type]
     a, b, out = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(3))
 
@@ -304,7 +304,7 @@ def product(precision: str, device: torch.device) -> Callable[[], float]:
 
 
 def limits(device: torch.device) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
-    """Precision -> what times a matrix product; and why one is left out."""
+    """Return precision -> a call that times a matrix product, and the reasons for omitted precisions."""
     found, left_out = {}, {}
     for precision in DTYPES:
         side, _ = PRODUCT[device.type]
@@ -320,7 +320,7 @@ def limits(device: torch.device) -> tuple[dict[str, Callable[[], float]], dict[s
 def in_turn(
     calls: dict[str, Callable[[], float]], rounds: int, left: Callable[[], float], say: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """What every call returns, once in each round, which each start with another call; fewer rounds where time runs out."""
+    """Return every call's results, one for each round; rounds start with different calls, and end if time runs out."""
     taken, longest, said = {who: [] for who in calls}, 0.0, time.monotonic()
     for n in range(rounds):
         if n >= FEWEST_ROUNDS and left() < longest:
@@ -343,7 +343,7 @@ def figures(
     model: UNet,
     batch: int,
 ) -> dict[str, dict[str, object]]:
-    """Contestant -> all that the JSON has of it. flops: of the matrix products that are the limit, a second."""
+    """Return contestant -> its entry in the JSON. `flops`: the limit's matrix products, in FLOP a second."""
     work = sum(macs(model)) * batch
     peers = {who: timing.median for who, timing in step.items() if not who.startswith("fastddpm")}
     contestants = {}
@@ -352,7 +352,7 @@ def figures(
         alike = [peers[peer] for peer in peers if field[peer].precision == contestant.precision]
         limit = flops.get(contestant.precision)
         mine = who.startswith("fastddpm")
-        # The caller's network stays beside what the engine has made of it.
+        # The caller's network stays in memory beside the engine's weights.
         memory = None if about["memory"] is None else about["memory"] + (weight_bytes(model) if mine else 0)
         contestants[who] = {
             **step[who].milliseconds(),
@@ -383,10 +383,12 @@ def measure(
     tried: dict[str, float],
     calls: bool = True,
 ) -> dict[str, object]:
-    """Contestants with one network at one batch size, as it goes into the JSON.
+    """Measure contestants with one network at one batch size. Return the entry in the JSON.
 
-    later: seconds of the clock that belong to what comes afterwards. tried: how long the set-up of each contestant has
-    taken at earlier batch sizes, finished or not; this one's go in as well. calls: also time whole calls of `sample`.
+    Args:
+        later: Seconds of the clock reserved for later measurements.
+        tried: Contestant -> seconds of its set-up at earlier batch sizes, finished or not; updated.
+        calls: Also time whole calls of `sample`.
     """
 
     def left() -> float:
@@ -396,7 +398,7 @@ def measure(
         clock.say(f"batch {batch}: {text}")
 
     gc.collect()
-    gc.freeze()  # what has been imported stays: the collections around memory's measurements needn't go through it
+    gc.freeze()  # imported modules stay: collections around the memory measurements can skip them
     torch.compiler.reset()  # code compiled for earlier shapes would count against dynamo's limit of versions
     device, share = next(model.parameters()).device, left()
     work = sum(macs(model)) * batch
@@ -412,11 +414,11 @@ def measure(
     for_products = sum(PRODUCT[device.type][1] * call() for call in products.values())
 
     def round_of(per_turn: int) -> float:
-        """Seconds, roughly. Each turn begins with a step that is not timed."""
+        """Return the approximate seconds of a round. Each turn begins with a step that is not timed."""
         return for_products + (1 + per_turn) * sum(found[who]["rough_step_s"] for who in field)
 
     def free() -> float:
-        """Seconds left for set-ups: a quarter of the share is for the rounds, or as much as the fewest and one more take."""
+        """Return the seconds left for set-ups, without a quarter of the share or, if longer, the fewest rounds and one."""
         return left() - max((FEWEST_ROUNDS + 1) * round_of(1), share / 4)
 
     for who, why in left_out.items():
@@ -425,7 +427,7 @@ def measure(
         for n, (who, entrant) in enumerate(everybody.items(), 1):
             say(f"setting up {who}")
             start = time.monotonic()
-            allowed = free() if n == len(everybody) else free() / 2  # nobody takes all that the others wait for
+            allowed = free() if n == len(everybody) else free() / 2  # leave time for the contestants after this one
             try:
                 if 0 < allowed < tried.get(who, 0):
                     raise Late(f"its set-up took {tried[who]:.0f} s at an earlier batch size")
@@ -437,12 +439,12 @@ def measure(
                     f"{who}: set up in {time.monotonic() - start:.1f} s, error {about['error']:.2g}, "
                     f"roughly {1e3 * about['rough_step_s']:.3g} ms a step{layers and f'; layers: {layers}'}"
                 )
-            except (Exception, Late) as problem:  # one contestant's failure is not the others'
+            except (Exception, Late) as problem:  # the other contestants may still run
                 kind = "" if isinstance(problem, (LeftOut, Late)) else f"{type(problem).__name__}: "
                 left_out[who] = f"{kind}{problem}".splitlines()[0]
                 say(f"{who}: left out: {left_out[who]}")
             tried[who] = max(tried.get(who, 0), time.monotonic() - start)
-        for who in reversed(list(field)):  # whose set-up took longer than there was
+        for who in reversed(list(field)):  # contestants whose set-up left too little time
             if FEWEST_ROUNDS * round_of(1) > left():
                 del field[who]
                 left_out[who] = NO_TIME
@@ -509,18 +511,22 @@ def table(results: list[dict]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = arguments("Time whole steps of the paper's chain, beside those who run the same network.")
+    made = arguments("Time whole steps of the paper's chain, compared with other implementations of the network.")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--network", choices=("cifar10", "lsun256"), default="cifar10", help="the paper's, by image size")
     made.add_argument(
         "--isa", choices=("native", "avx2"), default="native", help="avx2: every contestant is capped to it"
     )
-    made.add_argument("--batch", type=int, nargs="+", help="images at once; default what the device's bars are about")
-    made.add_argument("--quick", action="store_true", help="without those that need minutes to set up (torch.compile)")
+    made.add_argument(
+        "--batch", type=int, nargs="+", help="images at once; default the batch sizes of the device's bars"
+    )
+    made.add_argument(
+        "--quick", action="store_true", help="without contestants that need minutes to set up (torch.compile)"
+    )
     made.add_argument(
         "--minutes",
         type=float,
-        help=f"that the run may take; default {QUICK_MINUTES} with --quick, else {MINUTES['cpu']}, on a GPU {MINUTES['cuda']}",
+        help=f"time limit of the run; default {QUICK_MINUTES} with --quick, else {MINUTES['cpu']}, on a GPU {MINUTES['cuda']}",
     )
     return made
 
@@ -547,7 +553,7 @@ def main() -> None:
     if backend.native is None:
         print(f"no compiled kernels here: {backend.unavailable_reason('cpu')}")
     if UNet2DModel is None:
-        print("diffusers is not installed, so those who run its network are missing (pip install diffusers)")
+        print("diffusers is not installed, so contestants with its network are missing (pip install diffusers)")
     if settings.device == "cuda":
         refuse_if_used(settings.force)
 
@@ -555,13 +561,13 @@ def main() -> None:
     isa = {"asked": settings.isa, "variables": {name: os.environ[name] for name in CAP if name in os.environ}}
     if settings.isa == "avx2":
         isa["capped"] = capped(settings.quick)
-        clock.say("every contestant is capped to AVX2, but for a part of OpenVINO; how that is known:")
+        clock.say("every contestant is capped to AVX2, except for a part of OpenVINO; the evidence:")
         for what, known in isa["capped"].items():
             clock.say(f"  {what}: {known}")
     model = the_network(settings.network).to(settings.device)
     device, results, tried = torch.device(settings.device), [], {}
     content = {"benchmark": "steps_per_sec", **provenance(settings), "isa": isa, "load": None, "results": results}
-    # What is kept for the end: results are written, and a call into a library can't be interrupted.
+    # Time reserved for the end: results are written, and a call into a library cannot be interrupted.
     end = clock.seconds / 20
     weights = [1 + min(batch, 16) / 16 for batch in settings.batch]  # for set-up, and for steps
     for i, batch in enumerate(settings.batch):

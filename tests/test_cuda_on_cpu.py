@@ -266,7 +266,7 @@ def test_a_little_more_than_a_wave_is_found(blocks, threads, problem):
     assert found == [] if problem is None else found[0].startswith(f"{case}: {problem}")
     unneeded = {"waves": {str(case): "a reason"}}
     assert list(ptxas.unexpected([split], unneeded)) == (
-        [f"{case}: excepted from waves in budget.json, and needs no exception"] if problem is None else []
+        [f"{case}: excepted from waves in budget.json without need; remove the exception"] if problem is None else []
     )
 
 
@@ -274,7 +274,7 @@ def test_few_bytes_under_way_are_found():
     case = ptxas.Case("ddpm_step_", 64, 3, 65536)
     launch = ptxas.Launch("step", 132, 128, 1, 0)  # a block of 128 x 4 pixels x 3 x 6 bytes on each multiprocessor
     found = list(ptxas.unexpected([ptxas.Split(case, [launch], {"step": 128})], {}))
-    assert found == [f"{case}: 9.0 KB under way in a multiprocessor, wanted are 32"]
+    assert found == [f"{case}: 9.0 KB in flight in a multiprocessor, expected at least 32"]
 
 
 def test_more_than_the_budget_is_found():

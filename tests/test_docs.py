@@ -1,4 +1,4 @@
-"""The pages do what they say: every example of README.md and docs/ runs, as it stands but for what these tables say."""
+"""Run every example of README.md and docs/, unmodified except for the replacements in these tables."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ from fastddpm.training import trainer
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
-# What examples are warned of is for their readers; the other is diffusers with NumPy 2.
+# The examples' warnings are for their readers; the last filter is for diffusers with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:fastddpm", "ignore:.* features", "ignore:__array__")
 
 HUB = "google/ddpm-cifar10-32"
@@ -35,7 +35,7 @@ OPENAI = (
     "--image_size 8 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8 --learn_sigma True"
 )
 TRAIN = "--steps 2 --batch-size 2 --sample-every 2"  # with a grid of samples at the end
-# By page: what is put in the place of what, so that an example takes no hours and no network. Each has to be there.
+# By page: (text, replacement) pairs, so that no example takes hours or needs the network. Each text must occur in the page.
 REPLACED = {
     "README.md": [
         ("sample(model, 64, seed", "sample(model, 2, steps=3, seed"),
@@ -51,6 +51,13 @@ REPLACED = {
     "docs/index.md": [
         ("sample(model, 64, seed", "sample(model, 2, steps=3, seed"),
         ("sample(model, 500, seed", "sample(model, 2, steps=3, seed"),
+    ],
+    "docs/start.md": [
+        ("sample -n 16 -o", "sample -n 4 --steps 3 -o"),
+        ("sample(model, 64, seed", "sample(model, 2, steps=3, seed"),
+        ("sample(network, 16, ", "sample(network, 2, steps=3, "),
+        ("--size 32 --out runs/mine-32", f"--size 8 --out runs/mine-32 {TRAIN}"),
+        ("runs/mine-32 -n 16", "runs/mine-32 -n 2 --steps 3"),
     ],
     "docs/from-diffusers.md": [
         (HUB, "saved/pipeline"),
@@ -103,9 +110,9 @@ REPLACED = {
         ("-n 2000 --steps 100", "-n 4 --steps 3"),
     ],
 }
-# By page: what its reader has by then, beside the files of `made`.
+# By page: names that its examples use without defining them, in addition to the files of `made`.
 GIVEN = {"README.md": {"x_test": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}}
-# By how they begin: commands that are not run.
+# Prefix of each command that is not run, and the reason.
 LEFT_OUT = {
     "make ": "builds an environment; CI runs them",
     "pip install ": "needs a network",
@@ -115,7 +122,7 @@ LEFT_OUT = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with the files that the pages speak of, small."""
+    """Return a folder with small versions of the files that the pages mention."""
     folder = tmp_path_factory.mktemp("reader")
     rng = np.random.default_rng(0)
 
@@ -157,7 +164,7 @@ def made(tmp_path_factory):
 
 
 def blocks(page):
-    """(language, number of the line that it begins after, text) of each fenced block, what REPLACED says done."""
+    """Return [language, number of the line before it, text] of each fenced block, with REPLACED applied."""
     text = (ROOT / page).read_text(encoding="utf-8")
     found = [
         [match[1], text.count("\n", 0, match.start()) + 1, match[2]]
@@ -175,7 +182,7 @@ def run_commands(text, place):
         if not line.strip() or line.startswith(tuple(LEFT_OUT)):
             continue
         program, *arguments = shlex.split(line, comments=True)
-        assert program == "fastddpm", f"{place}: not run, and LEFT_OUT doesn't say why: {line}"
+        assert program == "fastddpm", f"{place}: not run, and LEFT_OUT has no reason: {line}"
         result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
         assert result.exit_code == 0, f"{place}: {line}\n{result.output}"
 
@@ -184,7 +191,7 @@ def run_commands(text, place):
 def test_examples_run(page, made, tmp_path, monkeypatch):
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # where fastddpm evaluate puts the reader's folder
+    monkeypatch.setattr(sys, "path", list(sys.path))  # `fastddpm evaluate` adds the working directory
     monkeypatch.delitem(sys.modules, "mynet", raising=False)
     smaller = {
         "channels": 8,
@@ -212,7 +219,7 @@ def test_the_tables_say_nothing_that_is_not_there():
 
 
 def described():
-    """The names that the reference pages are made of, with the members that they list."""
+    """Yield the names that the reference pages describe, and the members that they list."""
     for page in PAGES:
         if page.startswith("docs/reference/"):
             text = (ROOT / page).read_text(encoding="utf-8") + "\n"
@@ -222,7 +229,7 @@ def described():
 
 
 def find(name):
-    """What the name is; the module where a function has the same one."""
+    """Return the object of a dotted name; the module if a function has the same name."""
     parts = name.split(".")
     for i in range(len(parts), 0, -1):
         try:
@@ -245,4 +252,4 @@ def test_the_reference_has_every_public_name():
 
 def test_the_reference_has_a_place_for_every_command():
     text = (ROOT / "docs/reference/command-line.md").read_text(encoding="utf-8")
-    assert "<!-- help -->" in text  # docs/mkdocs/hooks.py puts them there
+    assert "<!-- help -->" in text  # docs/mkdocs/hooks.py replaces it by the commands' help

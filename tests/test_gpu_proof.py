@@ -71,7 +71,7 @@ def test_check_runs_what_needs_a_gpu_and_nothing_else(results, tmp_path, monkeyp
     wrong, short = gpu.check(results, gpu.Clock(25), {**chunks, **skipped})
     found = json.loads(results.path.read_text())["results"]
     assert {line.partition(":")[0] for line in wrong} == {"wrong", *skipped} - {"memcheck"}
-    assert set(short) == {"slow: out of time", *(f"{n}: skipped, as its log says" for n in {"memcheck"} & {*skipped})}
+    assert set(short) == {"slow: out of time", *(f"{n}: skipped; see its log" for n in {"memcheck"} & {*skipped})}
     assert (found["right"]["right"], found["right"]["counts"]) == (True, {"PASSED": 1})
     assert any("assert 1 == 2" in line for line in found["wrong"]["end"])
     for name in skipped:
