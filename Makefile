@@ -84,6 +84,7 @@ lint: $(VENV)/lint
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache --no-logo
+	./.ci/words
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix

@@ -218,9 +218,9 @@ def _busy(message: str, force: bool) -> None:
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        told = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines[: lines.index("")])
+        fields = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines[: lines.index("")])
         # Several generations share a name such as "AMD EPYC".
-        return f"{told['model name']}, family {told['cpu family']}, model {told['model']}"
+        return f"{fields['model name']}, family {fields['cpu family']}, model {fields['model']}"
     except (OSError, KeyError, ValueError):
         return platform.processor() or platform.machine()
 

@@ -145,17 +145,17 @@ LEFT_OUT = pytest.StashKey[int]()
 
 def pytest_deselected(items):
     """pytest-xdist's workers, which all leave out the same, don't tell of it."""
-    told = getattr(items[0].config, "workeroutput", {})
-    told["deselected"] = told.get("deselected", 0) + len(items)
+    reported = getattr(items[0].config, "workeroutput", {})
+    reported["deselected"] = reported.get("deselected", 0) + len(items)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    told, known = (
+    reported, known = (
         getattr(node, "workeroutput", {}),
         node.config.stash.get(LEFT_OUT, 0),
     )  # a worker that crashed tells nothing
-    node.config.stash[LEFT_OUT] = max(known, told.get("deselected", 0))
+    node.config.stash[LEFT_OUT] = max(known, reported.get("deselected", 0))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,4 +1,4 @@
-"""The network of OpenAI's improved- and guided-diffusion for tests: their structure and names, in float64, written anew."""
+"""The network of OpenAI's improved- and guided-diffusion with their tensor names, in float64, for tests."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """resample: -1 halves the sides in front of the first convolution, 1 doubles them, 0 leaves them."""
+    """resample: -1 halves the sides before the first convolution, 1 doubles them, 0 leaves them."""
 
     def __init__(self, inputs, outputs, embedding, scale_shift, resample=0):
         super().__init__()

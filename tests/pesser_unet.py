@@ -1,4 +1,4 @@
-"""Ho et al.'s network by the names of Esser's pytorch_diffusion for tests, in float64, written anew."""
+"""Ho et al.'s network with the tensor names of pytorch_diffusion, in float64, for tests. Written from the paper."""
 
 import math
 

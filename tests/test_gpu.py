@@ -511,7 +511,7 @@ def test_callbacks_of_a_replayed_chain(kind, untuned):
 
 
 def test_weights_that_change_between_replays(kind, untuned):
-    """Those that graphs read in place, and those that were laid out anew."""
+    """Those that graphs read in place, and those that were converted to another layout."""
     model = small()
     previous = draw(model)
     for name in ("mid_block.resnets.0.norm1.bias", "mid_block.resnets.0.conv1.weight", "time_embedding.linear_1.bias"):

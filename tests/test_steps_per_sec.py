@@ -80,7 +80,7 @@ def test_all_contestants_agree_and_are_measured(measure, capsys):
     assert ours["images_per_s"] <= 2 * ours["steps_per_s"] / 1000
     steps_per_sec.table([result])
     said = capsys.readouterr().out.splitlines()
-    for name in result["contestants"]:  # as it comes, and in the table
+    for name in result["contestants"]:  # by default, and in the table
         assert sum(f"batch 2: {name}: set up in " in line for line in said) == 1
         assert sum(line.startswith(f"  {name} ") for line in said) == 1
     json.dumps(result)
