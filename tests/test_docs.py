@@ -40,11 +40,11 @@ REPLACED = {
     "README.md": [
         ("sample(model, 64, seed", "sample(model, 2, steps=3, seed"),
         ("sample -n 16 -o", "sample -n 4 --steps 3 -o"),
-        ("ideal, 100, ", "ideal, 2, steps=3, "),
+        ("network, 100, ", "network, 2, steps=3, "),
         (HUB, "saved/pipeline"),
         ("sample(pipeline.unet, 64", "sample(pipeline.unet, 2, steps=3"),
         ("--out runs/digits  ", f"--out runs/digits {TRAIN} "),
-        ("--preset cifar10 ", f"--preset digits {TRAIN} "),
+        ("--size 32 --out runs/mine --preset cifar10 ", f"--size 8 --out runs/mine --preset digits {TRAIN} "),
         ("--resume", "--resume --steps 3"),
         ("runs/digits -n 64", "runs/digits -n 2 --steps 3"),
     ],

@@ -453,6 +453,11 @@ def test_an_iterable_dataset_is_refused(tmp_path):
         trainer(tmp_path, dataset=Stream())
 
 
+def test_a_cooldown_longer_than_the_run_is_reported(tmp_path):
+    with pytest.warns(UserWarning, match="cooldown: .* over 20 steps, and the run has 5, .* never exceeds 25% of lr"):
+        trainer(tmp_path, dataclasses.replace(SHORT, steps=5, epochs=None, cooldown=20))
+
+
 def test_network_for_other_images():
     def shape_for(height, width, channels, preset):
         dataset = TensorDataset(torch.zeros(1, channels, height, width))

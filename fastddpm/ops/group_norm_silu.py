@@ -317,7 +317,7 @@ def group_norm_silu(
     Raises:
         ValueError: If an argument has an unsupported shape, dtype, device or value, or if elements of x overlap or leave gaps
             in memory. The message names the argument.
-        BackendError: If the requested backend does not support x.
+        BackendError: If the backend requested by `backend.use` or FASTDDPM_BACKEND does not support x.
     """
     _check(x, num_groups, weight, bias, eps, add, scale, shift)
     if forward_mode("group_norm_silu"):

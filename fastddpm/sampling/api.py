@@ -88,10 +88,11 @@ def sample(
             (seed, first + i, timestep).
         batch_size: Images per network call. Default: as many as fit in a quarter of the device's memory, at 4 KiB per pixel.
             The last batch is padded to this size, and the padding is discarded.
-        device: Device to run on. Default: the model's. On any other device a copy of the model runs.
+        device: Device to run on. Default: that of the model's parameters, or the CPU for a bare function. On any other device
+            a copy of the model runs.
         dtype: Arithmetic of the network: float32, bfloat16 or float16. Default: the model's own. In any other dtype a copy of
             the model runs. The chain's state is always float32.
-        progress: True or False shows or hides a progress bar. None shows one on a terminal.
+        progress: True or False shows or hides a progress bar. None shows one on a terminal or in a notebook.
         callback: Called with a `StepState` after every step.
 
     Returns:

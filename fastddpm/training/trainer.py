@@ -179,6 +179,13 @@ class Trainer:
         self.digest = _digest(self.dataset) if isinstance(self.dataset, Images) else None
         self.step = 0
         self.total = recipe.total_steps(len(self.dataset))
+        if self.total < recipe.cooldown:
+            warn_once(
+                self,
+                f"cooldown: the learning rate falls to 0 over {recipe.cooldown} steps, and the run has {self.total}, so that it "
+                f"never exceeds {self.total / recipe.cooldown:.0%} of lr; pass more steps (--steps, --epochs), or a shorter "
+                "cooldown (--cooldown)",
+            )
         self.log: list[dict[str, object]] = []
         self._stop_requested = False
 
