@@ -39,10 +39,8 @@ def _row(bar: str, wanted: str, value: Callable[[], Value], moonshot: bool = Fal
 def bars(results: Collection[dict], planned: Collection[dict]) -> list[dict]:
     """Return every bar of the ops: its bound, the measured value and its place, and whether the bar is reached.
 
-    Args:
-        results: Results of `kernels.measure_on_gpu`.
-        planned: Op, case and bars of every case of a whole run. A bar that lacks a planned case, or a contestant in it,
-            is not measured, and so not reached.
+    results: those of `kernels.measure_on_gpu`. planned: op, case and bars of every case of a whole run. A bar that lacks a
+    planned case, or a contestant in it, is not measured, and so not reached.
     """
     rows, have = [], {(r["op"], r["case"]) for r in results}
 
