@@ -9,9 +9,9 @@ import torch
 from ..utils.validation import check_int
 
 
-def random_seed() -> int:
-    """Return 64 random bits from torch's default CPU generator, so that torch.manual_seed determines them."""
-    high, low = torch.randint(0, 1 << 32, (2,)).tolist()
+def random_seed(generator: torch.Generator = torch.default_generator) -> int:
+    """Return 64 random bits from a generator. torch.manual_seed determines those of the default generator."""
+    high, low = torch.randint(0, 1 << 32, (2,), generator=generator, device=generator.device).tolist()
     return high << 32 | low
 
 
@@ -20,8 +20,7 @@ def seed_of(seed: int | torch.Generator | None) -> int:
     if seed is None:
         return random_seed()
     if isinstance(seed, torch.Generator):
-        high, low = torch.randint(0, 1 << 32, (2,), generator=seed, device=seed.device).tolist()
-        return high << 32 | low
+        return random_seed(seed)
     return check_seed(seed)
 
 

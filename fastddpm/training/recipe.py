@@ -5,13 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from ..errors import TrainingError
+from ..utils.validation import check_choice
 from .loss import OBJECTIVES
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise TrainingError if `value` is not one of `choices`."""
-    if value not in choices:
-        raise TrainingError(f"{name}: got {value!r}; expected one of {', '.join(choices)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Recipe:
     objective: str = "simple"
 
     def __post_init__(self) -> None:
-        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("objective", self.objective, OBJECTIVES, TrainingError)
         for name in ("batch_size", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name}: got {getattr(self, name)}; expected at least 1")

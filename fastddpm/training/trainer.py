@@ -35,10 +35,10 @@ from ..ops.rng import Stream
 from ..sampling.api import sample
 from ..utils.files import atomic_write
 from ..utils.progress import bar as progress_bar
-from ..utils.validation import check_range
+from ..utils.validation import check_choice, check_range
 from ..utils.warn import warn_once
 from .loss import training_loss
-from .recipe import Recipe, check_choice
+from .recipe import Recipe
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.csv"
 FIXED_VARIANCES = ("fixed_large", "fixed_small")  # the variances that are not learned
@@ -165,8 +165,8 @@ class Trainer:
         prediction: str = "epsilon",
         variance: str = "fixed_large",
     ) -> None:
-        check_choice("prediction", prediction, PREDICTIONS)
-        check_choice("variance", variance, FIXED_VARIANCES)
+        check_choice("prediction", prediction, PREDICTIONS, TrainingError)
+        check_choice("variance", variance, FIXED_VARIANCES, TrainingError)
         self.dataset, self.out, self.recipe, self.device = _fitted(dataset, config), Path(out), recipe, device
         if recipe.dtype == "bfloat16" and (reason := backend.emulated_reason(device, torch.bfloat16)):
             warn_once(self, f"{reason}, so training is many times slower than with dtype float32")

@@ -41,9 +41,9 @@ def check_int(name: str, value: object, least: int, below: int | None = None, ex
     return number
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+def check_choice(name: str, value: str, choices: tuple[str, ...], error: type[Exception] = ValueError) -> str:
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}; expected one of {', '.join(choices)}")
+        raise error(f"{name}: got {value!r}; expected one of {', '.join(choices)}")
     return value
 
 
